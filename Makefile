@@ -1,0 +1,66 @@
+# The developer's commands. `make` alone lists them; `make PYTHON=python3.12 …` chooses what .venv is made with.
+
+CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help run test test-all lint format clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: .venv/.package ## serve this folder on localhost, installing harperpy into .venv first
+	@exec $(BIN)/harperpy dev .
+
+test: lint ## what a change must pass: lint, types, tests with branch coverage
+	$(BIN)/pytest --cov -m "not slow"
+
+test-all: lint ## the same with the slow tests, which repeat the others on the wheel
+	$(BIN)/pytest --cov
+
+lint: .venv/.dev ## style and types of the source
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+format: .venv/.dev ## mend the style as far as a machine can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove everything made here, .venv too; a server's data stays
+	rm -rf .venv build dist .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment is made again when its interpreter is gone (these two files then say nothing), and what is installed
+# in it is brought up to date when pyproject.toml changes.
+_ := $(shell test -x $(BIN)/python || rm -f .venv/.package .venv/.dev)
+
+$(BIN)/python:
+	@found=; reason="harperpy needs Python 3.11 or newer, and this machine has none by the name of $(CANDIDATES)"; \
+	for python in $(CANDIDATES); do \
+	    "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	    lacking=$$("$$python" -c 'import importlib.util as u; print(*[m for m in ("venv", "ensurepip", "ssl", "sqlite3") if not u.find_spec(m)])'); \
+	    [ -n "$$lacking" ] || { found=$$python; break; }; \
+	    reason="$$python has no module $$lacking, which harperpy's environment needs"; \
+	done; \
+	[ -n "$$found" ] || { echo "$$reason (on Debian or Ubuntu: apt install python3 python3-venv)." >&2; exit 1; }; \
+	"$$found" -m venv --clear .venv
+
+.venv/.package: pyproject.toml $(BIN)/python
+	@echo "Installing harperpy into .venv"
+	@$(PIP) --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
+	@$(PIP) install --quiet --quiet 'pip>=25.1' --editable '.[local]'
+	@touch $@
+
+.venv/.dev: .venv/.package
+	@command -v git >/dev/null || { echo "The tests need git, and this machine has none." >&2; exit 1; }
+	@echo "Installing what the tests need into .venv"
+	@$(PIP) install --quiet --quiet --group dev
+	@$(BIN)/python -c 'import xllamacpp' 2>/dev/null || { \
+	    echo "The tests' model server cannot load: its system library libgomp.so.1 is missing (on Debian or Ubuntu: apt install libgomp1)." >&2; exit 1; }
+	@touch $@

@@ -1,0 +1,158 @@
+"""harperpy: a programmable AI server. This is its face: all that a plugin author uses."""
+
+from .accounting import Ledger, ModelCall
+from .auth import Permission, Role, User, Verified, extract_tenant_id
+from .backend import ModelBackend, define_backend
+from .config import Config, ModelConfig, load_config, redacted
+from .content import Body, EventStream, Response, decode_json, json_response
+from .context import Context, get_context
+from .database import Database
+from .errors import (
+    Aborted,
+    AccessViolation,
+    BackendError,
+    BackendTimeout,
+    CapabilityError,
+    ClientError,
+    ConfigError,
+    Conflict,
+    HarperError,
+    InvalidBody,
+    InvalidCredentials,
+    ModelNotFound,
+    ModelUnavailable,
+    NotFound,
+    NotImplementedYet,
+    RegistrationError,
+    ResourceConflict,
+    ServerError,
+    ServiceUnavailable,
+    SetupError,
+    UpstreamAuthError,
+    UpstreamRejected,
+)
+from .hookspecs import BackendFactory, ModelEntry, hookimpl
+from .messages import (
+    ContentPart,
+    EmbedOpts,
+    EmbedResult,
+    GenerateChunk,
+    GenerateOpts,
+    GenerateResult,
+    JSONSchemaFormat,
+    Message,
+    Prompt,
+    TokenLogprob,
+    TokenUsage,
+    ToolCall,
+    ToolCallDelta,
+    ToolDef,
+    TopLogprob,
+    estimate_tokens,
+)
+from .models import Models
+from .operations import NoParameters, Operations
+from .registry import Resources
+from .request import Request, RequestTarget
+from .resource import Resource
+from .routing import ModelInfo
+from .scope import Options, Scope
+from .secret import Secret, mask
+from .server import Server
+from .signal import AbortController, AbortSignal
+from .sse import SSE, SSEDecoder, encode_sse
+from .streaming import (
+    completion_id,
+    openai_error,
+    openai_logprobs,
+    openai_stream,
+    openai_usage,
+)
+
+__all__ = [
+    "AbortController",
+    "AbortSignal",
+    "Aborted",
+    "AccessViolation",
+    "BackendError",
+    "BackendFactory",
+    "BackendTimeout",
+    "Body",
+    "CapabilityError",
+    "ClientError",
+    "Config",
+    "ConfigError",
+    "Conflict",
+    "ContentPart",
+    "Context",
+    "Database",
+    "EmbedOpts",
+    "EmbedResult",
+    "EventStream",
+    "GenerateChunk",
+    "GenerateOpts",
+    "GenerateResult",
+    "HarperError",
+    "InvalidBody",
+    "InvalidCredentials",
+    "JSONSchemaFormat",
+    "Ledger",
+    "Message",
+    "ModelBackend",
+    "ModelCall",
+    "ModelConfig",
+    "ModelEntry",
+    "ModelInfo",
+    "ModelNotFound",
+    "ModelUnavailable",
+    "Models",
+    "NoParameters",
+    "NotFound",
+    "NotImplementedYet",
+    "Operations",
+    "Options",
+    "Permission",
+    "Prompt",
+    "RegistrationError",
+    "Request",
+    "RequestTarget",
+    "Resource",
+    "ResourceConflict",
+    "Resources",
+    "Response",
+    "Role",
+    "SSE",
+    "SSEDecoder",
+    "Scope",
+    "Secret",
+    "Server",
+    "ServerError",
+    "ServiceUnavailable",
+    "SetupError",
+    "TokenLogprob",
+    "TokenUsage",
+    "ToolCall",
+    "ToolCallDelta",
+    "ToolDef",
+    "TopLogprob",
+    "UpstreamAuthError",
+    "UpstreamRejected",
+    "User",
+    "Verified",
+    "completion_id",
+    "decode_json",
+    "define_backend",
+    "encode_sse",
+    "estimate_tokens",
+    "extract_tenant_id",
+    "get_context",
+    "hookimpl",
+    "json_response",
+    "load_config",
+    "mask",
+    "openai_error",
+    "openai_logprobs",
+    "openai_stream",
+    "openai_usage",
+    "redacted",
+]

@@ -1,0 +1,103 @@
+"""Who is billed for what: Caller, ModelCall, Ledger."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from .auth import User, extract_tenant_id
+from .signal import AbortSignal
+
+Method: TypeAlias = Literal["embed", "generate", "generateStream"]
+
+
+class Caller:
+    """On whose behalf models are called. `app` is the path of the resource that calls."""
+
+    __slots__ = ("app", "request_id", "signal", "user")
+
+    def __init__(
+        self,
+        *,
+        user: User | None = None,
+        app: str | None = None,
+        request_id: str | None = None,
+        signal: AbortSignal | None = None,
+    ) -> None:
+        self.user = user
+        self.app = app
+        self.request_id = request_id
+        self.signal = signal
+
+    @property
+    def tenant(self) -> str | None:
+        """The tenant the user's calls are billed to."""
+        return extract_tenant_id(self.user)
+
+
+current_caller: ContextVar[Caller | None] = ContextVar("harperpy_caller", default=None)
+"""The one context variable: the caller whose request (or task) is running."""
+
+
+class ModelCall(msgspec.Struct, kw_only=True):
+    """One attempt at one backend, as it lands in `system.hdb_model_calls`.
+
+    `backend` is the kind that served (`openai`), `backend_name` its configured name, `model` the
+    name asked for, `provider_model` what was sent. Times are in ms; `created` is ms since 1970.
+    """
+
+    id: int
+    created: float
+    method: Method
+    model: str
+    backend: str = "unknown"
+    backend_name: str | None = None
+    provider_model: str | None = None
+    tenant: str | None = None
+    user: str | None = None
+    app: str | None = None
+    request_id: str | None = None
+    adapter: str | None = None
+    conversation_id: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    embedding_tokens: int | None = None
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    usage_estimated: bool = False
+    gpu_ms: float | None = None
+    latency_ms: float = 0.0
+    ttft_ms: float | None = None
+    success: bool = False
+    error_code: str | None = None
+    finish_reason: str | None = None
+    upstream_status: int | None = None
+
+
+Subscriber: TypeAlias = Callable[[ModelCall], None]
+
+
+class Ledger:
+    """Hands each finished `ModelCall` to its subscribers, and numbers them in order of time."""
+
+    def __init__(self) -> None:
+        self._subscribers: list[Subscriber] = []
+        self._last_id = 0
+
+    def subscribe(self, subscriber: Subscriber) -> None:
+        """Call `subscriber` with every finished call; it must not block and must not raise."""
+        self._subscribers.append(subscriber)
+
+    def record(self, call: ModelCall) -> None:
+        """Tell all subscribers of a finished call."""
+        for subscriber in self._subscribers:
+            subscriber(call)
+
+    def next_id(self) -> int:
+        """Microseconds since 1970, and always above the last: a key that sorts by time."""
+        self._last_id = max(self._last_id + 1, time.time_ns() // 1000)
+        return self._last_id

@@ -1,0 +1,192 @@
+"""Who is asking: Role, Permission, User, and the authenticators that vouch for them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+import time
+from collections.abc import Awaitable, Callable
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from .errors import InvalidBody, InvalidCredentials
+
+Verb: TypeAlias = Literal["read", "create", "update", "delete"]
+
+_CACHED_CREDENTIALS = 4096
+
+
+class Permission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a role may do. `resources` maps a path (`v1/models`, `v1/*`, `*`) to verbs."""
+
+    super_user: bool = False
+    resources: dict[str, list[Verb]] = {}
+    operations: list[str] = []
+
+    def __post_init__(self) -> None:
+        if self.super_user and (self.resources or self.operations):
+            message = "permission: a super_user role takes no other permissions"
+            raise ValueError(message)
+
+    def allows(self, path: str, verb: Verb) -> bool:
+        """Whether this permission opens the resource mounted at `path` for the verb."""
+        return self.super_user or any(
+            verb in verbs and covers(pattern, path) for pattern, verbs in self.resources.items()
+        )
+
+
+def covers(pattern: str, path: str) -> bool:
+    """`v1/*` covers `v1` and all beneath it, `*` everything, any other pattern itself."""
+    if pattern == "*":
+        return True
+    if pattern.endswith("/*"):
+        return path == pattern[:-2] or path.startswith(pattern[:-1])
+    return path == pattern
+
+
+class Role(msgspec.Struct, frozen=True):
+    """A named permission."""
+
+    id: str
+    role: str
+    permission: Permission = Permission()
+
+
+class User(msgspec.Struct, frozen=True):
+    """A person or program that was recognised."""
+
+    username: str
+    role: Role
+    active: bool = True
+    tenant: str = "default"
+
+    @property
+    def is_super_user(self) -> bool:
+        """Whether nothing is refused to this user."""
+        return self.role.permission.super_user
+
+
+def extract_tenant_id(user: User | None) -> str | None:
+    """The tenant a user's calls are billed to; None for anonymous callers."""
+    return None if user is None else user.tenant or "default"
+
+
+class Bearer(msgspec.Struct, frozen=True):
+    """`Authorization: Bearer TOKEN`."""
+
+    token: str
+
+
+class Basic(msgspec.Struct, frozen=True):
+    """`Authorization: Basic base64(username:password)`."""
+
+    username: str
+    password: str
+
+
+Credential: TypeAlias = Bearer | Basic
+
+
+class Verified(msgspec.Struct, frozen=True):
+    """A user an authenticator vouches for, until `expires` (seconds since 1970) if it is given."""
+
+    user: User
+    expires: float | None = None
+
+
+Authenticator: TypeAlias = Callable[[Credential], Awaitable[Verified | None]]
+"""Returns who it vouches for, None if the credential is not of its kind; raises
+`InvalidCredentials` if it is of its kind and wrong: what is said if no other vouches."""
+
+
+def read_credential(header: str) -> Credential:
+    """Parse an `Authorization` header. Raises `InvalidCredentials` for what is not one."""
+    scheme, _, value = header.strip().partition(" ")
+    value = value.strip()
+    if scheme.lower() == "bearer" and value and value.isascii():
+        return Bearer(value)
+    if scheme.lower() == "basic" and value.isascii():
+        return _read_basic(value)
+    message = "Authorization: expected 'Bearer TOKEN' or 'Basic CREDENTIALS'."
+    raise InvalidCredentials(message)
+
+
+def _read_basic(value: str) -> Basic:
+    try:
+        username, colon, password = base64.b64decode(value, validate=True).decode().partition(":")
+    except (binascii.Error, UnicodeDecodeError) as error:
+        message = "Authorization: the Basic credential is not base64 of username:password."
+        raise InvalidCredentials(message) from error
+    if not colon or not username:
+        message = "Authorization: the Basic credential has no username or no colon."
+        raise InvalidCredentials(message)
+    return Basic(username, password)
+
+
+class Authenticators:
+    """The authenticators in order; the first that vouches wins.
+
+    What was verified is remembered for `ttl` seconds under a keyed hash of the whole header.
+    `revoke()` forgets all at once: call it after any change of users, roles, keys or tokens.
+    Failures are never remembered.
+    """
+
+    def __init__(self, ttl: float = 30.0) -> None:
+        self._ttl = ttl
+        self._list: list[Authenticator] = []
+        self._epoch = 0
+        self._secret = os.urandom(32)
+        self._cache: dict[bytes, tuple[int, float, User]] = {}
+
+    def append(self, authenticator: Authenticator) -> None:
+        """Ask this one too, after those that are there."""
+        self._list.append(authenticator)
+
+    def revoke(self) -> None:
+        """Let no cached verification count any more, those still under way included."""
+        self._epoch += 1
+        self._cache.clear()
+
+    async def identify(self, header: str) -> User:
+        """The user behind an `Authorization` header. Raises `InvalidCredentials`."""
+        sent = header.encode(errors="surrogateescape")
+        key = hashlib.blake2b(sent, key=self._secret, digest_size=32).digest()
+        if (known := self._cache.get(key)) and known[0] == self._epoch and known[1] > time.time():
+            return known[2]
+        epoch = self._epoch
+        verified = await self._ask(read_credential(header))
+        expires = time.time() + self._ttl
+        if verified.expires is not None:
+            expires = min(expires, verified.expires)
+        if len(self._cache) >= _CACHED_CREDENTIALS:
+            self._cache.pop(next(iter(self._cache)))
+        self._cache[key] = (epoch, expires, verified.user)
+        return verified.user
+
+    async def _ask(self, credential: Credential) -> Verified:
+        refusal: InvalidCredentials | None = None
+        for authenticator in self._list:
+            try:
+                verified = await authenticator(credential)
+            except InvalidCredentials as error:
+                # It may be another's: a plugin's bearer token is no token of ours.
+                refusal = refusal or error
+                continue
+            if verified is not None:
+                if not verified.user.active:
+                    message = "This user is inactive."
+                    raise InvalidCredentials(message)
+                return verified
+        raise refusal or InvalidCredentials
+
+
+def read_permission(value: object) -> Permission:
+    """A permission from its JSON form. Raises `InvalidBody` naming what does not fit."""
+    try:
+        return msgspec.convert(value, Permission)
+    except msgspec.ValidationError as error:
+        message = f"permission: {error}"
+        raise InvalidBody(message, param="permission") from error

@@ -1,0 +1,259 @@
+"""ModelBackend: what serves a model. Implement what it can; the rest is read off that."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+)
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+from .errors import RegistrationError
+from .messages import (
+    Capability,
+    EmbedOpts,
+    EmbedResult,
+    GenerateChunk,
+    GenerateOpts,
+    GenerateResult,
+    Prompt,
+    ToolCall,
+    ToolCallDelta,
+    as_json_text,
+)
+
+
+class ModelBackend:
+    """Base of all backends. Define any of these; what is not defined is not offered.
+
+    - `async embed(texts, opts) -> EmbedResult`
+    - `async generate(prompt, opts) -> GenerateResult`
+    - `generate_stream(prompt, opts) -> AsyncIterator[GenerateChunk]` (an async generator)
+
+    `name` is the kind, as it stands in `hdb_model_calls.backend`; `provider_model` the name of
+    the model it asks for, if it has one; `opts.model` is the provider's name to use for this call.
+    `opts.signal` tells that the caller has left; the task is cancelled as well. `state` is one
+    word or sentence for people: `ready`, or what is wrong; `about` what they should know of it.
+    `max_retries` counts further attempts after errors that say `retryable`.
+    """
+
+    name: str = ""
+    provider_model: str | None = None
+    tools: ClassVar[bool] = False
+    structured_output: ClassVar[bool] = False
+    logprobs: ClassVar[bool] = False
+    about: str | None = None
+    max_retries: int = 0
+    state: str = "ready"
+
+    def capabilities(self) -> frozenset[Capability]:
+        """What this backend can do: the methods it has and the flags it sets."""
+        found: set[Capability] = set()
+        if hasattr(self, "embed"):
+            found.add("embed")
+        if hasattr(self, "generate_stream"):
+            found |= {"stream", "generate"}
+        if hasattr(self, "generate"):
+            found.add("generate")
+        if self.tools:
+            found.add("tools")
+        if self.structured_output:
+            found.add("structured_output")
+        if self.logprobs:
+            found.add("logprobs")
+        return frozenset(found)
+
+    async def open(self) -> None:
+        """Begin what takes time, in the background; called once when the server starts."""
+
+    async def close(self) -> None:
+        """Let go of connections; called once when the server stops."""
+
+
+class Embeds(Protocol):
+    """A backend that can embed."""
+
+    async def embed(self, texts: list[str], opts: EmbedOpts) -> EmbedResult:
+        """One vector per text."""
+        ...
+
+
+class Generates(Protocol):
+    """A backend that answers whole."""
+
+    async def generate(self, prompt: Prompt, opts: GenerateOpts) -> GenerateResult:
+        """The whole answer."""
+        ...
+
+
+class Streams(Protocol):
+    """A backend that answers piece by piece."""
+
+    def generate_stream(self, prompt: Prompt, opts: GenerateOpts) -> AsyncIterator[GenerateChunk]:
+        """The answer's pieces."""
+        ...
+
+
+Streamer: TypeAlias = Callable[..., AsyncIterable[Any] | Iterable[Any]]
+
+
+def define_backend(
+    name: str,
+    *,
+    embed: Callable[..., Any] | None = None,
+    generate: Callable[..., Any] | None = None,
+    generate_stream: Streamer | None = None,
+    tools: bool = False,
+    structured_output: bool = False,
+) -> ModelBackend:
+    """A backend from plain functions `(prompt, opts)`, which may take fewer arguments.
+
+    `generate_stream` is a generator of `GenerateChunk` or plain text, sync or async; `generate`
+    returns a `GenerateResult` or text; `embed` takes a list of texts and returns vectors or an
+    `EmbedResult`. Raises `RegistrationError` when there is nothing to call.
+    """
+    given = {"embed": embed, "generate": generate, "generate_stream": generate_stream}
+    functions = {key: value for key, value in given.items() if callable(value)}
+    if not name or not functions:
+        message = "define_backend: give it a name and one of embed, generate, generate_stream"
+        raise RegistrationError(message)
+    body: dict[str, Any] = {"tools": tools, "structured_output": structured_output}
+    if embed:
+        body["embed"] = staticmethod(_embedder(embed))
+    if generate:
+        body["generate"] = staticmethod(_generator(generate))
+    if generate_stream:
+        body["generate_stream"] = staticmethod(_streamer(generate_stream))
+    backend: ModelBackend = type("DefinedBackend", (ModelBackend,), body)()
+    backend.name = name
+    return backend
+
+
+def _embedder(function: Callable[..., Any]) -> Callable[..., Awaitable[EmbedResult]]:
+    call = fitted(function, 2)
+
+    async def embed(texts: list[str], opts: EmbedOpts) -> EmbedResult:
+        answer = await settled(call(texts, opts))
+        return answer if isinstance(answer, EmbedResult) else EmbedResult(vectors=list(answer))
+
+    return embed
+
+
+def _generator(function: Callable[..., Any]) -> Callable[..., Awaitable[GenerateResult]]:
+    call = fitted(function, 2)
+
+    async def generate(prompt: Prompt, opts: GenerateOpts) -> GenerateResult:
+        answer = await settled(call(prompt, opts))
+        return answer if isinstance(answer, GenerateResult) else GenerateResult(content=answer)
+
+    return generate
+
+
+def _streamer(function: Streamer) -> Callable[..., AsyncIterator[GenerateChunk]]:
+    call = fitted(function, 2)
+
+    async def generate_stream(prompt: Prompt, opts: GenerateOpts) -> AsyncIterator[GenerateChunk]:
+        items = aiterate(await settled(call(prompt, opts)))
+        try:
+            async for item in items:
+                yield GenerateChunk(delta_content=item) if isinstance(item, str) else item
+        finally:
+            await aclose(items)
+
+    return generate_stream
+
+
+def fitted(function: Callable[..., Any], most: int) -> Callable[..., Any]:
+    """The function as one of `most` positional arguments, cut from the right to what it takes."""
+    count = positional(function, most)
+    return function if count == most else lambda *given: function(*given[:count])
+
+
+def positional(function: Callable[..., Any], most: int) -> int:
+    """How many positional arguments a function takes, at most `most`."""
+    count = 0
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            return most
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            count += 1
+    return min(count, most)
+
+
+def required(function: Callable[..., Any]) -> int:
+    """How many arguments a function cannot do without."""
+    parameters = inspect.signature(function).parameters.values()
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return sum(one.default is one.empty and one.kind not in optional for one in parameters)
+
+
+async def settled(value: Any) -> Any:
+    """The value, awaited if it wants to be."""
+    return await value if inspect.isawaitable(value) else value
+
+
+async def _from_iterable(items: Iterable[Any]) -> AsyncIterator[Any]:
+    try:
+        for item in items:
+            yield item
+    finally:
+        if isinstance(items, Generator):
+            items.close()
+
+
+def aiterate(items: AsyncIterable[Any] | Iterable[Any]) -> AsyncIterator[Any]:
+    """An async iterator over any iterable."""
+    return aiter(items) if isinstance(items, AsyncIterable) else _from_iterable(items)
+
+
+async def aclose(items: AsyncIterator[Any]) -> None:
+    """Close an iterator that can be closed, from the task that steps it."""
+    if (close := getattr(items, "aclose", None)) is not None:
+        await close()
+
+
+class Assembly:
+    """Puts the chunks of a stream together into one `GenerateResult`."""
+
+    __slots__ = ("_calls", "_text", "result")
+
+    def __init__(self) -> None:
+        self.result = GenerateResult()
+        self._text: list[str] = []
+        self._calls: dict[int, ToolCall] = {}
+
+    def add(self, chunk: GenerateChunk) -> None:
+        """Take one chunk in."""
+        if chunk.delta_content:
+            self._text.append(chunk.delta_content)
+        for delta in chunk.delta_tool_calls or ():
+            self._add_call(delta)
+        if chunk.logprobs:
+            self.result.logprobs = [*(self.result.logprobs or ()), *chunk.logprobs]
+        if chunk.delta_refusal:
+            self.result.refusal = (self.result.refusal or "") + chunk.delta_refusal
+        if chunk.finish_reason:
+            self.result.finish_reason = chunk.finish_reason
+        elif self._calls and self.result.finish_reason == "stop":
+            self.result.finish_reason = "tool_calls"
+        if chunk.usage:
+            self.result.usage = chunk.usage
+
+    def finish(self) -> GenerateResult:
+        """The whole answer so far."""
+        self.result.content = "".join(self._text)
+        self.result.tool_calls = list(self._calls.values()) or None
+        return self.result
+
+    def _add_call(self, delta: ToolCallDelta | ToolCall) -> None:
+        index = delta.index if isinstance(delta, ToolCallDelta) else None
+        if index is None:
+            index = len(self._calls)
+        call = self._calls.setdefault(index, ToolCall(id=delta.id or f"call_{index}", name=""))
+        call.name = call.name or delta.name or ""
+        call.arguments = call.arguments_text() + as_json_text(delta.arguments)

@@ -1,0 +1,249 @@
+"""One call to a model: its candidates, its attempts, and a recorded row for each."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeAlias, TypeVar, cast
+
+import msgspec
+
+from .accounting import Caller, Ledger, Method, ModelCall
+from .backend import Streams, aclose
+from .errors import Aborted, BackendTimeout, CapabilityError, HarperError, ModelNotFound
+from .messages import (
+    EmbedOpts,
+    GenerateChunk,
+    GenerateOpts,
+    Prompt,
+    TokenUsage,
+    estimate_tokens,
+)
+from .routing import DEFAULT, Candidate
+from .signal import AbortSignal
+
+T = TypeVar("T")
+Opts: TypeAlias = GenerateOpts | EmbedOpts
+
+_FALLS_BACK = frozenset({401, 403, 404, 408, 409, 429})
+# Longer waits are the caller's to make: it learns of them by Retry-After.
+_LONGEST_WAIT = 2.0
+_MOST_COUNTED = 2**53
+_END = GenerateChunk()
+
+
+class Recorder:
+    """Times one attempt and writes its row when it is closed, once."""
+
+    __slots__ = ("_closed", "_deltas", "_ledger", "_letters", "_started", "call")
+
+    def __init__(self, ledger: Ledger, call: ModelCall) -> None:
+        self._ledger = ledger
+        self._started = time.perf_counter()
+        self._closed = False
+        self._deltas = self._letters = 0
+        self.call = call
+
+    def observe(self, chunk: GenerateChunk) -> None:
+        """Note what a chunk tells: the first token's time, usage, the reason for the end."""
+        if self.call.ttft_ms is None:
+            self.call.ttft_ms = self._elapsed()
+        if chunk.delta_content:
+            self._deltas += 1
+            self._letters += len(chunk.delta_content)
+        elif chunk.delta_tool_calls:
+            self._deltas += 1
+        if chunk.finish_reason:
+            self.call.finish_reason = chunk.finish_reason
+        if chunk.usage:
+            self.count(chunk.usage)
+
+    def count(self, usage: TokenUsage) -> None:
+        """Note the tokens a provider reported; what no database could hold is left out."""
+        for field in usage.__struct_fields__:
+            value = getattr(usage, field)
+            if isinstance(value, int | float) and 0 <= value < _MOST_COUNTED:
+                setattr(self.call, field, value)
+
+    def estimate(self, prompt: Prompt, completion_tokens: int | None = None) -> TokenUsage:
+        """Tokens for a provider that reported none; the row says so.
+
+        A streamed delta is a token for most providers; some send more text at once.
+        """
+        self.call.usage_estimated = True
+        asked = sum(estimate_tokens(message.text) + 4 for message in prompt.messages)
+        if completion_tokens is None:
+            completion_tokens = max(self._deltas, self._letters // 5)
+        return TokenUsage(prompt_tokens=asked, completion_tokens=completion_tokens)
+
+    def close(self, error: BaseException | None, prompt: Prompt | None = None) -> None:
+        """Write the row. A stream left early is billed for what it had produced."""
+        if self._closed:
+            return
+        self._closed = True
+        call = self.call
+        call.latency_ms = self._elapsed()
+        call.success = error is None
+        if error is not None:
+            call.error_code = error_code(error)
+            call.upstream_status = getattr(error, "upstream_status", None)
+        if prompt is not None and self._deltas and call.completion_tokens is None:
+            self.count(self.estimate(prompt))
+        self._ledger.record(call)
+
+    def _elapsed(self) -> float:
+        return round((time.perf_counter() - self._started) * 1000, 3)
+
+
+class Call:
+    """One call by one caller, over as many attempts as its plan has."""
+
+    __slots__ = ("_caller", "_ledger", "_method", "_opts", "_plan", "signal")
+
+    def __init__(self, ledger: Ledger, method: Method, opts: Opts, caller: Caller) -> None:
+        self._ledger = ledger
+        self._method: Method = method
+        self._opts = opts
+        self._caller = caller
+        self._plan: list[Candidate] = []
+        self.signal = AbortSignal.any_of(caller.signal, opts.signal)
+
+    def resolve(self, find: Callable[[], list[Candidate]]) -> None:
+        """Find the candidates now; a refusal is raised from the call itself, and recorded."""
+        try:
+            self._plan = find()
+        except HarperError as error:
+            self._recorder(None).close(error)
+            raise
+        # Another candidate is the better retry: only the last one is asked again.
+        last = self._plan[-1]
+        self._plan += [last] * last.backend.max_retries
+
+    def opts_for(self, candidate: Candidate) -> Any:
+        """The options as this candidate's backend sees them: its own model's name, one signal."""
+        return msgspec.structs.replace(
+            self._opts, model=candidate.provider_model, signal=self.signal
+        )
+
+    async def whole(self, attempt: Callable[[Candidate, Recorder], Awaitable[T]]) -> T:
+        """Run attempts until one answers."""
+
+        async def recorded(candidate: Candidate) -> T:
+            recorder = self._recorder(candidate)
+            try:
+                with self.signal.guard():
+                    answer = await attempt(candidate, recorder)
+            except BaseException as error:
+                recorder.close(error)
+                raise
+            recorder.close(None)
+            return answer
+
+        return await self._first_success(recorded)
+
+    async def stream(self, prompt: Prompt) -> AsyncIterator[GenerateChunk]:
+        """Run attempts until one brings its first chunk; then that one to its end."""
+        first, chunks, recorder = await self._first_success(lambda one: self._open(one, prompt))
+        try:
+            chunk = first
+            while chunk is not _END:
+                recorder.observe(chunk)
+                yield chunk
+                with self.signal.guard():
+                    chunk = await anext(chunks, _END)
+            if recorder.call.completion_tokens is None:
+                usage = recorder.estimate(prompt)
+                recorder.count(usage)
+                yield GenerateChunk(usage=usage)
+        except BaseException as error:
+            recorder.close(error, prompt)
+            raise
+        else:
+            recorder.close(None)
+        finally:
+            await aclose(chunks)
+
+    async def _open(
+        self, candidate: Candidate, prompt: Prompt
+    ) -> tuple[GenerateChunk, AsyncIterator[GenerateChunk], Recorder]:
+        recorder = self._recorder(candidate)
+        backend = cast("Streams", candidate.backend)
+        chunks: AsyncIterator[GenerateChunk] | None = None
+        try:
+            chunks = backend.generate_stream(prompt, self.opts_for(candidate))
+            with self.signal.guard():
+                first = await anext(chunks, _END)
+        except BaseException as error:
+            recorder.close(error)
+            if chunks is not None:
+                await aclose(chunks)
+            raise
+        return first, chunks, recorder
+
+    async def _first_success(self, attempt: Callable[[Candidate], Awaitable[T]]) -> T:
+        for at, candidate in enumerate(self._plan[:-1]):
+            try:
+                return await attempt(candidate)
+            except Exception as error:
+                again = self._plan[at + 1] is candidate
+                pause = _pause(error, at) if again else 0.0
+                if not (pause < _LONGEST_WAIT if again else falls_back(error)):
+                    raise
+            with self.signal.guard():
+                await asyncio.sleep(pause)
+        return await attempt(self._plan[-1])
+
+    def _recorder(self, candidate: Candidate | None) -> Recorder:
+        ids, caller = self._ledger.next_id(), self._caller
+        call = ModelCall(
+            id=ids,
+            created=ids / 1000,
+            method=self._method,
+            model=str(self._opts.model or DEFAULT),
+            tenant=caller.tenant,
+            user=caller.user.username if caller.user else None,
+            app=caller.app,
+            request_id=caller.request_id,
+        )
+        if isinstance(self._opts, GenerateOpts):
+            call.adapter = self._opts.adapter
+            call.conversation_id = self._opts.conversation_id
+        if candidate is not None:
+            call.backend = candidate.backend.name
+            call.backend_name = candidate.registration.name
+            call.provider_model = candidate.provider_model
+        return Recorder(self._ledger, call)
+
+
+def falls_back(error: Exception) -> bool:
+    """Whether another backend may do better: not for what is wrong with the call itself."""
+    if isinstance(error, Aborted):
+        return False
+    if isinstance(error, CapabilityError) or not isinstance(error, HarperError):
+        return True
+    return error.status in _FALLS_BACK or error.status >= 500
+
+
+def _pause(error: Exception, attempt: int) -> float:
+    """Seconds before the same backend is asked again; endless where that is no use."""
+    if not isinstance(error, HarperError) or not error.retryable:
+        return float("inf")
+    if error.retry_after is not None:
+        return error.retry_after
+    spread = random.uniform(0.5, 1)  # noqa: S311  # no secret
+    return min(0.25 * 2.0**attempt * spread, _LONGEST_WAIT / 2)
+
+
+def error_code(error: BaseException) -> str:
+    """The code a failed attempt's row carries."""
+    if isinstance(error, (asyncio.CancelledError, GeneratorExit, Aborted)):
+        return "aborted"
+    if isinstance(error, (BackendTimeout, TimeoutError)):
+        return "timeout"
+    if isinstance(error, CapabilityError):
+        return "capability_unsupported"
+    if isinstance(error, ModelNotFound):
+        return "backend_not_found"
+    return "backend_error"

@@ -1,0 +1,386 @@
+"""config.yaml, decoded once into frozen structs; every refusal names file, key and expectation."""
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from msgspec import (
+    UNSET,
+    Meta,
+    Struct,
+    UnsetType,
+    ValidationError,
+    convert,
+    field,
+    structs,
+    to_builtins,
+)
+
+from .document import Document, KeyPath, Report, Tree
+from .errors import ConfigError
+from .secret import Plain, Secret, decode_hook, encode_hook, mask, masked, names_secret
+
+_LONGEST_SHOWN = 60
+_TIME_UNITS = {"": 1, "ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_DECIMAL_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_BYTE_UNITS = {**_DECIMAL_BYTES, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def _in_units(units: Mapping[str, int]) -> Callable[[Tree], Tree]:
+    def parse(value: Tree) -> Tree:
+        if not isinstance(value, str):
+            return value
+        match = re.fullmatch(r"\s*(\d+)\s*([a-z]*)\s*", value, re.IGNORECASE | re.ASCII)
+        if match is None or match[2].lower() not in units:
+            raise ValueError(value)
+        return int(match[1]) * units[match[2].lower()]
+
+    return parse
+
+
+def _as_it_is(value: Tree) -> Tree:
+    return value
+
+
+def _null_is_true(value: Tree) -> Tree:
+    return True if value is None else value
+
+
+_TIME = {"parse": _in_units(_TIME_UNITS)}
+_TIME_TEXT = "a duration such as '30m', '12h' or '1d', or a number of milliseconds"
+_SIZE_TEXT = "a size such as '10MB', or a number of bytes above 0"
+
+Flag = Annotated[bool, Meta(description="true or false")]
+Text = Annotated[str, Meta(min_length=1, description="a string that is not empty")]
+ApiKey = Annotated[Secret, Meta(description="a string that is not empty")]
+Kind = Annotated[str, Meta(min_length=1, description="a kind of backend, such as echo or openai")]
+Port = Annotated[int, Meta(ge=0, le=65535, description="an integer between 0 and 65535")]
+Positive = Annotated[int, Meta(ge=1, description="an integer above 0")]
+Count = Annotated[int, Meta(ge=0, description="an integer of 0 or more")]
+Size = Annotated[int, Meta(ge=1, description=_SIZE_TEXT, extra={"parse": _in_units(_BYTE_UNITS)})]
+Duration = Annotated[int, Meta(ge=1, description=_TIME_TEXT, extra=_TIME)]
+DurationOrOff = Annotated[int, Meta(ge=0, description=f"{_TIME_TEXT} (0 is off)", extra=_TIME)]
+HttpUrl = Annotated[str, Meta(pattern="^https?://.", description="an http:// or https:// URL")]
+SqliteUrl = Annotated[
+    str,
+    Meta(
+        pattern="^sqlite://",
+        description="an SQLite URL such as sqlite:///data/system.db (no other database works yet)",
+    ),
+]
+Level = Annotated[
+    Literal["debug", "info", "warn", "error"], Meta(description="debug, info, warn or error")
+]
+HashFunction = Annotated[Literal["argon2id"], Meta(description="argon2id")]
+Durability = Annotated[Literal["process", "fsync"], Meta(description="process or fsync")]
+PluginBlock = Annotated[
+    bool | dict[str, Any],
+    Meta(description="true, false or a map of options", extra={"parse": _null_is_true}),
+]
+
+
+class _Section(Struct, frozen=True, rename="camel"):
+    """A block of config.yaml; its repr shows no secret, not even one in a plugin's options."""
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        plain: dict[str, Plain] = to_builtins(self, enc_hook=encode_hook)
+        return [(key, masked(value, key)) for key, value in plain.items()]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{key}={value!r}" for key, value in self.__rich_repr__())
+        return f"{type(self).__name__}({shown})"
+
+
+class HttpConfig(_Section, frozen=True, kw_only=True):
+    """The REST port. `host` and `cors` of None are chosen by mode; `timeout` is in milliseconds."""
+
+    port: Port = 9926
+    host: Text | None = None
+    workers: Positive = 1
+    max_body_size: Size = 10_000_000
+    cors: Flag | None = None
+    cors_access_list: tuple[Text, ...] = ("*",)
+    timeout: DurationOrOff = 120_000
+
+    @property
+    def timeout_seconds(self) -> float:
+        """How long an answer that is no stream may take, in seconds; 0 is no limit."""
+        return self.timeout / 1000
+
+
+class NetworkConfig(_Section, frozen=True, kw_only=True):
+    """The operations port, on loopback unless it says otherwise. `cors` of None: by mode."""
+
+    port: Port = 9925
+    host: Text = "localhost"
+    cors: Flag | None = None
+    cors_access_list: tuple[Text, ...] = ("*",)
+
+
+class OperationsApiConfig(_Section, frozen=True, kw_only=True):
+    """The operations API."""
+
+    network: NetworkConfig = NetworkConfig()
+
+
+class AuthenticationConfig(_Section, frozen=True, kw_only=True):
+    """Who is trusted, and for how long (in milliseconds)."""
+
+    authorize_local: Flag = False
+    cache_ttl: DurationOrOff = field(default=30_000, name="cacheTTL")
+    operation_token_timeout: Duration = 86_400_000
+    refresh_token_timeout: Duration = 30 * 86_400_000
+    hash_function: HashFunction = "argon2id"
+
+    @property
+    def cache_seconds(self) -> float:
+        """How long a verified credential is remembered, in seconds; 0 is not at all."""
+        return self.cache_ttl / 1000
+
+    @property
+    def operation_token_seconds(self) -> float:
+        """How long an operation token lives, in seconds."""
+        return self.operation_token_timeout / 1000
+
+    @property
+    def refresh_token_seconds(self) -> float:
+        """How long a refresh token lives, in seconds."""
+        return self.refresh_token_timeout / 1000
+
+
+class LoggingConfig(_Section, frozen=True, kw_only=True):
+    """What is logged. `level` of None is chosen by mode."""
+
+    level: Level | None = None
+    std_streams: Flag = True
+
+
+class AccountingConfig(_Section, frozen=True, kw_only=True):
+    """How safely model calls are written down, and for how long they are kept (milliseconds)."""
+
+    durability: Durability = "process"
+    retention: Duration = 90 * 86_400_000
+
+    @property
+    def retention_seconds(self) -> float:
+        """How long a row of the ledger is kept, in seconds."""
+        return self.retention / 1000
+
+
+class DatabaseConfig(_Section, frozen=True, kw_only=True):
+    """Where the `system` schema lives; None is `system.db` in the root directory."""
+
+    url: SqliteUrl | None = None
+
+
+class ModelConfig(_Section, frozen=True, kw_only=True):
+    """One logical model. Names ending in `_ms` are milliseconds; None leaves it to the backend."""
+
+    backend: Kind
+    model: Text | None = None
+    api_key: ApiKey | None = None
+    base_url: HttpUrl | None = None
+    organization: Text | None = None
+    fallback: tuple[Text, ...] = ()
+    request_timeout_ms: Positive | None = None
+    connect_timeout_ms: Positive | None = None
+    first_byte_timeout_ms: Positive | None = None
+    idle_timeout_ms: Positive | None = None
+    max_retries: Count | None = None
+    model_file: Text | None = None
+
+
+class ModelsConfig(_Section, frozen=True, kw_only=True):
+    """The logical models of each kind, by name, in the file's order."""
+
+    generative: Mapping[str, ModelConfig] = {}
+    embedding: Mapping[str, ModelConfig] = {}
+
+
+def _default_models() -> ModelsConfig:
+    both = {"default": ModelConfig(backend="local"), "echo": ModelConfig(backend="echo")}
+    return ModelsConfig(generative=both, embedding=both)
+
+
+class Config(_Section, frozen=True, kw_only=True):
+    """All of config.yaml; `plugins` maps name to true, false or options, in the file's order."""
+
+    root_path: Text | None = None
+    http: HttpConfig = HttpConfig()
+    operations_api: OperationsApiConfig = OperationsApiConfig()
+    authentication: AuthenticationConfig = AuthenticationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    accounting: AccountingConfig = AccountingConfig()
+    database: DatabaseConfig = DatabaseConfig()
+    models: ModelsConfig = field(default_factory=_default_models)
+    plugins: Mapping[str, PluginBlock] = {}
+
+
+def load_config(path: Path, environ: Mapping[str, str]) -> Config:
+    """Decode the file at `path`; a file that is missing means the defaults.
+
+    Raises ConfigError for a file that cannot be read, and as `parse_config` does.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return Config()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        message = f"{path}: cannot be read: {reason}"
+        raise ConfigError(message) from error
+    return parse_config(text, source=str(path), environ=environ)
+
+
+def parse_config(text: str, *, source: str, environ: Mapping[str, str]) -> Config:
+    """Decode YAML text; `${VAR}` in a value is taken from `environ`, `$${` is a literal `${`.
+
+    Raises ConfigError, with one line `source: key.path: sentence` for everything that is wrong.
+    """
+    report = Report(source)
+    document = Document(report, environ)
+    tree = document.read(text)
+    config = _Decoder(report, document.variables).section(Config, {} if tree is None else tree, ())
+    if report.lines or not isinstance(config, Config):
+        raise ConfigError("\n".join(report.lines))
+    return config
+
+
+def redacted(config: Config) -> dict[str, Any]:
+    """The configuration as plain camelCase values, fit to be shown: `masked` hides every secret.
+
+    The names of models and plugins are no keys: a plugin called `api_keys` shows its options.
+    """
+    plain: dict[str, Any] = to_builtins(config, enc_hook=encode_hook)
+    models, plugins = plain.pop("models"), plain.pop("plugins")
+    shown = _masked_values(plain)
+    shown["models"] = {kind: _masked_values(entries) for kind, entries in models.items()}
+    shown["plugins"] = _masked_values(plugins)
+    return shown
+
+
+def _masked_values(blocks: Mapping[str, Plain]) -> dict[str, Any]:
+    return {name: masked(block) for name, block in blocks.items()}
+
+
+class _Decoder:
+    """Plain values on their way to structs; what does not fit is reported and left UNSET."""
+
+    def __init__(self, report: Report, variables: Mapping[KeyPath, str]) -> None:
+        self._report = report
+        self._variables = variables
+
+    def section(self, kind: type[_Section], raw: Tree, path: KeyPath) -> Any:
+        """A struct of this kind; a key without a value (null) is as good as absent."""
+        if not isinstance(raw, dict):
+            return self._refuse("a map of keys", raw, path)
+        fields = {each.encode_name: each for each in structs.fields(kind)}
+        values = {each.name: UNSET for each in fields.values() if each.required}
+        for key, value in raw.items():
+            if key not in fields:
+                self._report.add((*path, key), f"unknown key; {_nearest(key, fields, 'keys')}")
+            elif value is not None:
+                values[fields[key].name] = self._value(fields[key].type, value, (*path, key))
+        for key, each in fields.items():
+            if each.required and raw.get(key) is None:
+                expected = _meta(each.type).description
+                self._report.add((*path, key), f"missing; expected {expected}")
+        return kind(**values)
+
+    def _value(self, hint: Any, value: Tree, path: KeyPath) -> Any:
+        if get_origin(hint) in {Union, UnionType}:
+            hint = next(option for option in get_args(hint) if option is not NoneType)
+        if get_origin(hint) is tuple:
+            return self._items(get_args(hint)[0], value, path)
+        if value is UNSET:
+            return UNSET
+        if isinstance(hint, type) and issubclass(hint, _Section):
+            return self.section(hint, value, path)
+        if get_origin(hint) is Mapping:
+            return self._named(get_args(hint)[1], value, path)
+        return self._leaf(hint, value, path)
+
+    def _named(self, hint: Any, raw: Tree, path: KeyPath) -> Any:
+        if not isinstance(raw, dict):
+            return self._refuse("a map of names", raw, path)
+        entries = {name: self._value(hint, value, (*path, name)) for name, value in raw.items()}
+        for name, entry in entries.items():
+            if isinstance(entry, ModelConfig):
+                self._check_fallback(entry, [*entries], (*path, name))
+        return entries
+
+    def _check_fallback(self, entry: ModelConfig, known: list[str], path: KeyPath) -> None:
+        others = [name for name in known if name != path[-1]]
+        for name in entry.fallback:
+            if name not in {*known, UNSET}:
+                sentence = f"no {path[1]} model is called '{name}'"
+                help_ = _nearest(name, others, "other models")
+                self._report.add((*path, "fallback"), f"{sentence}; {help_}")
+
+    def _items(self, hint: Any, raw: Tree, path: KeyPath) -> tuple[Any, ...]:
+        if isinstance(raw, list):
+            return tuple(self._value(hint, each, (*path, at)) for at, each in enumerate(raw))
+        if isinstance(raw, str):
+            return (self._leaf(hint, raw, path),)
+        if raw is not UNSET:
+            self._refuse("a string or a list of strings", raw, path)
+        return ()
+
+    def _leaf(self, hint: Any, value: Tree, path: KeyPath) -> Any:
+        meta = _meta(hint)
+        parse: Callable[[Tree], Tree] = (meta.extra or {}).get("parse", _as_it_is)
+        # The environment knows only strings; what the file itself says has to have the right type.
+        strict = not self._variables.get(path)
+        try:
+            return convert(parse(value), hint, strict=strict, dec_hook=decode_hook)
+        except (ValidationError, ValueError):
+            return self._refuse(meta.description or "", value, path)
+
+    def _refuse(self, expected: str, value: Tree, path: KeyPath) -> UnsetType:
+        variables = self._variables.get(path, "")
+        key = next((step for step in reversed(path) if isinstance(step, str)), "")
+        found = _found(value, hidden=names_secret(key) or names_secret(variables))
+        origin = f" from {variables}" if variables else ""
+        self._report.add(path, f"expected {expected}, got {found}{origin}")
+        return UNSET
+
+
+def _meta(hint: Any) -> Meta:
+    """What a field's type says of itself: its wording, and how its text is read."""
+    return next(each for each in hint.__metadata__ if isinstance(each, Meta))
+
+
+def _found(value: Tree, *, hidden: bool) -> str:
+    match value:
+        case dict():
+            return "a map"
+        case list():
+            return "a list"
+        case None:
+            return "nothing"
+        case _ if hidden:
+            return "a value that is not shown"
+        case str():
+            shown = mask(value)
+            cut = shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}..."
+            return json.dumps(cut, ensure_ascii=False)
+        case _:
+            return json.dumps(value, default=str)
+
+
+def _nearest(name: str, known: Iterable[str], what: str) -> str:
+    """The half-sentence that helps after a name that nobody knows."""
+    spelled = {_letters(each): each for each in known}
+    near = difflib.get_close_matches(_letters(name), spelled, n=1)
+    if near:
+        return f"did you mean '{spelled[near[0]]}'?"
+    listed = ", ".join(sorted(spelled.values()))
+    return f"the known {what} are {listed}" if listed else f"there are no {what}"
+
+
+def _letters(name: str) -> str:
+    return re.sub("[-_]", "", name).lower()

@@ -1,0 +1,177 @@
+"""What comes in and what goes out: Body, Response, EventStream."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from .errors import InvalidBody, PayloadTooLarge
+from .sse import encode_json
+
+T = TypeVar("T")
+
+_LACKING = re.compile(r"Object missing required field `(.+)`")
+
+_ANY = msgspec.json.Decoder()
+
+
+class Body:
+    """A request's body, read when a handler asks for it, and once.
+
+    `await body` decodes by Content-Type; `decode(T)` into the type you name.
+    """
+
+    __slots__ = ("_bytes", "_chunks", "_length", "_limit", "content_type")
+
+    def __init__(
+        self,
+        chunks: AsyncIterable[bytes] | None = None,
+        *,
+        content_type: str = "",
+        length: int | None = None,
+        limit: int = 10_000_000,
+    ) -> None:
+        self._chunks = chunks
+        self._length = length
+        self._limit = limit
+        self._bytes: bytes | None = None if chunks is not None else b""
+        self.content_type = content_type.partition(";")[0].strip().lower()
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._decoded().__await__()
+
+    async def bytes(self) -> bytes:
+        """The whole body. Raises `PayloadTooLarge` above the server's limit."""
+        if self._bytes is None:
+            self._bytes = b"".join([chunk async for chunk in self.stream()])
+        return self._bytes
+
+    async def stream(self) -> AsyncIterator[builtins.bytes]:
+        """The body as it arrives, never more than the server's limit of it."""
+        if self._length is not None and self._length > self._limit:
+            raise PayloadTooLarge(self._limit)
+        chunks, self._chunks = self._chunks, None
+        if chunks is None:
+            yield self._bytes or b""
+            return
+        taken = 0
+        async for chunk in chunks:
+            taken += len(chunk)
+            if taken > self._limit:
+                raise PayloadTooLarge(self._limit)
+            yield chunk
+
+    async def text(self) -> str:
+        """The whole body as UTF-8. Raises `InvalidBody` where it is not."""
+        try:
+            return (await self.bytes()).decode()
+        except UnicodeDecodeError as error:
+            message = f"the body is not UTF-8: {error.reason} at byte {error.start}"
+            raise InvalidBody(message) from error
+
+    async def decode(self, kind: type[T] | msgspec.json.Decoder[T]) -> T:
+        """The JSON body as `kind` (a type or a ready decoder).
+
+        Raises `InvalidBody` whose `param` is the path of what does not fit.
+        """
+        if self.content_type not in ("", "application/json") and not self.content_type.endswith(
+            "+json"
+        ):
+            message = f"Content-Type: expected application/json, got {self.content_type}"
+            raise InvalidBody(message)
+        data = await self.bytes()
+        if not data:
+            message = "expected a JSON body, got an empty one"
+            raise InvalidBody(message)
+        return decode_json(data, kind)
+
+    async def _decoded(self) -> Any:
+        """By Content-Type: JSON decoded, text as str, the rest as bytes; None without a body."""
+        data = await self.bytes()
+        if not data:
+            return None
+        if self.content_type.startswith("text/"):
+            return await self.text()
+        if self.content_type == "application/json" or self.content_type.endswith("+json"):
+            return decode_json(data, _ANY)
+        if not self.content_type and data.lstrip()[:1] in (b"{", b"[", b'"'):
+            return decode_json(data, _ANY)
+        return data
+
+
+def decode_json(data: bytes, kind: type[T] | msgspec.json.Decoder[T]) -> T:
+    """JSON as `kind`. Raises `InvalidBody` with the path of what does not fit."""
+    try:
+        if isinstance(kind, msgspec.json.Decoder):
+            return kind.decode(data)
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as error:
+        raise refused(error) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        message = f"the body is not valid JSON: {error}"
+        raise InvalidBody(message) from error
+    except RecursionError as error:
+        message = "the body is nested too deeply"
+        raise InvalidBody(message) from error
+
+
+def refused(error: msgspec.ValidationError) -> InvalidBody:
+    """The refusal for a value of the wrong shape, with its path as `param` and JSON pointer."""
+    text, _, path = str(error).partition(" - at `$")
+    path = path.rstrip("`").lstrip(".")
+    if lacking := _LACKING.match(text):
+        path = f"{path}.{lacking[1]}" if path else lacking[1]
+    pointer = "/" + path.replace("[", ".").replace("]", "").replace(".", "/") if path else ""
+    return InvalidBody(
+        f"{path}: {text}" if path else text,
+        param=path or None,
+        errors=[{"path": pointer, "message": text}],
+    )
+
+
+class Response:
+    """An answer with its own status and headers.
+
+    `data` is serialised by negotiation; `body` (str, bytes, or an iterable of them) is written as
+    it is.
+    """
+
+    __slots__ = ("body", "data", "headers", "status")
+
+    def __init__(
+        self,
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+        *,
+        data: Any = msgspec.UNSET,
+        body: str | bytes | AsyncIterable[str | bytes] | Iterable[str | bytes] | None = None,
+    ) -> None:
+        self.status = status
+        self.headers: dict[str, str] = dict(headers or {})
+        self.data = data
+        self.body = body
+
+
+class EventStream:
+    """Events, sent as `text/event-stream` whatever the client's `Accept` says."""
+
+    __slots__ = ("events", "headers")
+
+    def __init__(
+        self,
+        events: AsyncIterable[Any] | Iterable[Any],
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.events = events
+        self.headers: dict[str, str] = dict(headers or {})
+
+
+def json_response(status: int, data: Any, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON answer whatever the client's `Accept` says, for error shapes that clients parse."""
+    return Response(
+        status, {**(headers or {}), "Content-Type": "application/json"}, body=encode_json(data)
+    )

@@ -1,0 +1,47 @@
+"""Cors: which pages of other origins may call a port."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .request import Request
+
+_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, QUERY, OPTIONS"
+_HEADERS = "Accept, Content-Type, Authorization"
+_PREFLIGHT_SECONDS = "600"
+
+
+class Cors:
+    """Answers by a port's list of origins (`*` for any). Credentials are never allowed with it."""
+
+    def __init__(self, origins: Sequence[str]) -> None:
+        self._origins = frozenset(origins)
+
+    def headers(self, request: Request) -> dict[str, str]:
+        """What to add to an answer; nothing unless the origin is listed."""
+        origin = request.headers.get("origin")
+        if not self._origins or not origin:
+            return {}
+        if "*" not in self._origins and origin not in self._origins:
+            return {"Vary": "Origin"}
+        return {
+            "Access-Control-Allow-Origin": origin,
+            "Access-Control-Expose-Headers": "x-request-id, retry-after",
+            "Vary": "Origin",
+        }
+
+    def preflight(self, request: Request) -> dict[str, str] | None:
+        """The headers that answer a preflight; None if the request is not one, or not for us."""
+        if request.method != "OPTIONS" or "access-control-request-method" not in request.headers:
+            return None
+        headers = self.headers(request)
+        if "Access-Control-Allow-Origin" not in headers:
+            return None
+        # The OpenAI clients for browsers send x-stainless-* headers that no list can foresee.
+        asked = request.headers.get("access-control-request-headers") or _HEADERS
+        return {
+            **headers,
+            "Access-Control-Allow-Methods": _METHODS,
+            "Access-Control-Allow-Headers": asked,
+            "Access-Control-Max-Age": _PREFLIGHT_SECONDS,
+        }

@@ -1,0 +1,203 @@
+"""The way of a request, top to bottom, without a socket."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from multidict import CIMultiDict
+
+from .accounting import current_caller
+from .auth import Authenticators, User, Verb
+from .backend import settled
+from .context import Context
+from .cors import Cors
+from .errors import (
+    AccessViolation,
+    InvalidCredentials,
+    MethodNotAllowed,
+    NotFound,
+    NotImplementedYet,
+    ServiceUnavailable,
+)
+from .health import Health
+from .models import Models
+from .registry import Entry, Resources
+from .rendering import Early, Reply, as_harper_error, error_body, log_error, merged, render
+from .request import Request, RequestTarget
+from .resource import METHOD_VERBS, Resource
+from .sse import encode_json
+
+logger = logging.getLogger("harperpy.dispatch")
+
+_HEALTH = "/health"
+_LOOPBACK = ("127.0.0.1", "::1")
+_PROXY_HEADERS = (
+    "forwarded",
+    "via",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-proto",
+    "x-real-ip",
+)
+
+Found = tuple[Entry, RequestTarget]
+
+
+class Dispatch:
+    """CORS → authenticate → match → settle credentials → authorise → verb → reply."""
+
+    def __init__(
+        self,
+        resources: Resources,
+        authenticators: Authenticators,
+        models: Models,
+        health: Health,
+        cors: Cors,
+        *,
+        authorize_local: bool = False,
+        local_user: Callable[[], Awaitable[User | None]],
+    ) -> None:
+        self._resources = resources
+        self._authenticators = authenticators
+        self._models = models
+        self._health = health
+        self._cors = cors
+        self._authorize_local = authorize_local
+        self._local_user = local_user
+
+    def open(self, request: Request) -> Context:
+        """The context of a request, current from now on in the running task."""
+        context = Context(request, self._models)
+        current_caller.set(context)
+        return context
+
+    async def answer(self, context: Context, early: Early = lambda _: None) -> Reply:
+        """The reply to a request. `early` is told of a stream's head that cannot wait longer."""
+        request = context.request
+        found = self._resources.match(request.path, request.query)
+
+        def begin(reply: Reply) -> None:
+            self._mark(reply, request)
+            early(reply)
+
+        try:
+            reply = await self._answer(context, found, begin)
+        except Exception as error:  # noqa: BLE001  # every error becomes an answer here
+            reply = self._refusal(error, found, context)
+        if not reply.committed:
+            self._mark(reply, request)
+        return reply
+
+    def _mark(self, reply: Reply, request: Request) -> None:
+        """What every head carries: the request's id, and what a page of another origin needs."""
+        headers = self._cors.headers(request)
+        vary = reply.headers.get("Vary")
+        if vary and vary != headers.get("Vary", vary):
+            headers["Vary"] = f"{vary}, {headers['Vary']}"
+        reply.headers.update(headers)
+        reply.headers["x-request-id"] = request.id
+
+    async def _answer(self, context: Context, found: Found | None, early: Early) -> Reply:
+        request = context.request
+        if (preflight := self._cors.preflight(request)) is not None:
+            return Reply(204, CIMultiDict(preflight))
+        if request.path == _HEALTH and request.method in ("GET", "HEAD"):
+            return await self._report_health(context)
+        if self._health.phase != "ready":
+            message = f"the server is {self._health.phase}"
+            raise ServiceUnavailable(message, headers={"Retry-After": "1"})
+        await self._authenticate(context, found)
+        if found is None:
+            raise NotFound
+        entry, target = found
+        context.app = entry.path
+        if request.method == "OPTIONS":
+            return Reply(204, merged(context, {"Allow": ", ".join(entry.allow)}))
+        verb, permission = _verb(request.method, entry, context)
+        await _authorise(entry, permission, target, context)
+        value = await settled(entry.handlers[verb](target, request.body, context))
+        return await render(value, entry, context, early)
+
+    async def _authenticate(self, context: Context, found: Found | None) -> None:
+        """Who is asking; a refused credential ends it here unless the resource settles it."""
+        request = context.request
+        header = request.headers.get("authorization")
+        try:
+            if header is not None:
+                context.user = await self._authenticators.identify(header)
+            elif request.trusted or (self._authorize_local and _is_local(request)):
+                context.user = await self._local_user()
+        except InvalidCredentials as error:
+            if found is None or not found[0].resource.settles_credentials:
+                raise
+            context.rejection = error
+
+    async def _report_health(self, context: Context) -> Reply:
+        try:
+            await self._authenticate(context, None)
+        except InvalidCredentials:
+            # A probe with an old key still learns whether the server is up, and no more.
+            context.user = None
+        whole = context.user is not None and context.user.is_super_user
+        status, body = self._health.report(whole=whole)
+        headers = merged(context, {"Content-Type": "application/json"})
+        return Reply(status, headers, encode_json(body))
+
+    def _refusal(self, error: Exception, found: Found | None, context: Context) -> Reply:
+        """The error as its resource words it; the default wording if that fails too."""
+        log_error(error)
+        refusal = as_harper_error(error)
+        resource = found[0].resource if found else Resource
+        try:
+            response = resource.present_error(refusal, context)
+            headers = merged(context, response.headers)
+        except Exception:
+            logger.exception("present_error of %s failed", resource.__name__)
+            response = Resource.present_error(refusal, context)
+            headers = merged(context, response.headers)
+        if refusal.status == 401:
+            _challenge(headers, context)
+        return Reply(response.status, headers, error_body(response, headers))
+
+
+def _verb(method: str, entry: Entry, context: Context) -> tuple[str, Verb]:
+    """The verb and the permission for a method; who is not logged in learns no more than that."""
+    verb, permission = METHOD_VERBS.get(method, ("", "read"))
+    if verb in entry.handlers:
+        return verb, permission
+    if context.user is None and not entry.resource.public:
+        raise AccessViolation(None)
+    if not verb:
+        message = f"Method {method} is not recognised."
+        raise NotImplementedYet(message)
+    raise MethodNotAllowed(method, entry.allow)
+
+
+async def _authorise(
+    entry: Entry, permission: Verb, target: RequestTarget, context: Context
+) -> None:
+    """Deny unless the resource is open or its hook says True; a hook that fails denies."""
+    public = entry.resource.public
+    if public is True or permission in public:
+        return
+    try:
+        verdict = await settled(entry.admits[permission](context.user, target, context))
+    except Exception:
+        logger.exception("allow_%s of %s failed; denied", permission, entry.resource.__name__)
+        verdict = False
+    if verdict is not True:
+        raise context.rejection or AccessViolation(context.user)
+
+
+def _is_local(request: Request) -> bool:
+    """From this machine, not through a proxy on it, and not by a page in a browser on it."""
+    for_others = any(name in request.headers for name in (*_PROXY_HEADERS, "origin"))
+    return request.peer in _LOOPBACK and not for_others
+
+
+def _challenge(headers: CIMultiDict[str], context: Context) -> None:
+    headers.add("WWW-Authenticate", 'Bearer realm="harperpy"')
+    # Basic makes a browser ask for a password: not for calls that a page makes.
+    if not {"origin", "x-requested-with"} & {name.lower() for name in context.headers}:
+        headers.add("WWW-Authenticate", 'Basic realm="harperpy", charset="UTF-8"')

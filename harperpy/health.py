@@ -1,0 +1,36 @@
+"""Health: what state the server and its plugins are in."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+
+class PluginStatus(msgspec.Struct):
+    """How a plugin started: `ok`, or `error` with the cause in one line."""
+
+    status: Literal["loading", "ok", "error"] = "loading"
+    error: str | None = None
+
+
+class Health:
+    """`starting` → `ready` → `stopping`, and the state of each plugin."""
+
+    def __init__(self) -> None:
+        self.phase: Literal["starting", "ready", "stopping"] = "starting"
+        self.plugins: dict[str, PluginStatus] = {}
+
+    @property
+    def degraded(self) -> bool:
+        """Whether a plugin failed."""
+        return any(plugin.status == "error" for plugin in self.plugins.values())
+
+    def report(self, *, whole: bool) -> tuple[int, dict[str, Any]]:
+        """An HTTP status and a body; with the plugins if `whole`."""
+        if self.phase != "ready":
+            return 503, {"status": self.phase}
+        body: dict[str, Any] = {"status": "degraded" if self.degraded else "ok"}
+        if whole:
+            body["plugins"] = msgspec.to_builtins(self.plugins)
+        return 200, body

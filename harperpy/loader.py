@@ -1,0 +1,265 @@
+"""Find the plugins that config.yaml names; apply them one by one."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import msgspec
+import pluggy
+
+from . import hookspecs
+from .backend import ModelBackend, settled
+from .config import Config, ModelConfig
+from .errors import ConfigError, HarperError, RegistrationError
+from .health import Health, PluginStatus
+from .hookspecs import BackendFactory, ModelEntry
+from .registry import Resources
+from .routing import Kind, Registration, Routes
+from .scope import Scope
+
+logger = logging.getLogger("harperpy.loader")
+
+BUILT_IN = (
+    "users",
+    "operations_api",
+    "model_calls",
+    "echo",
+    "openai",
+    "local",
+    "models_gateway",
+    "app_resources",
+)
+"""On unless `plugins:` says false; plugins of `harperpy.plugins` like any other."""
+
+_START_SECONDS = 30.0
+_OWN_OPTIONS = ("path", "package", "timeout")
+
+
+class Plugin(msgspec.Struct):
+    """A plugin by name: where it lives, its options, and how long its start may take (seconds)."""
+
+    name: str
+    options: Mapping[str, Any]
+    seconds: float = _START_SECONDS
+
+    @property
+    def module_name(self) -> str:
+        """The dotted name of its module, unless a path says otherwise."""
+        return str(self.options.get("package") or f"harperpy.plugins.{self.name}")
+
+
+class Manager(pluggy.PluginManager):
+    """pluggy's manager, for which a plain function with a hook's name is an implementation."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
+        """A hook's options; none are needed when the name is a hook's."""
+        opts = super().parse_hookimpl_opts(plugin, name)
+        function = getattr(plugin, name, None)
+        if opts is None and name in vars(self.hook) and callable(function):
+            return {}
+        return opts
+
+
+class Loader:
+    """The plugins of one server. A failed one is reported and leaves the rest up."""
+
+    def __init__(
+        self,
+        config: Config,
+        directory: Path,
+        health: Health,
+        given: Mapping[str, object] | None = None,
+        *,
+        offline: bool = False,
+    ) -> None:
+        self._manager = Manager("harperpy")
+        self._manager.add_hookspecs(hookspecs)
+        self._directory = directory
+        self._health = health
+        self._kinds: dict[str, BackendFactory] = {}
+        self._given = given or {}
+        self._offline = offline
+        self.plugins = [*_named(config.plugins), *(Plugin(name, {}) for name in self._given)]
+        self.scopes: list[Scope] = []
+
+    def find(self) -> None:
+        """Import every plugin; one that cannot be is reported."""
+        for plugin in self.plugins:
+            self._health.plugins[plugin.name] = PluginStatus()
+            try:
+                self._manager.register(self._import(plugin), plugin.name)
+            except Exception as error:  # noqa: BLE001  # whatever a plugin raises ends it alone
+                self.failed(plugin.name, error)
+
+    def make_models(self, config: Config, routes: Routes) -> None:
+        """Make the backends of `models:`. Raises `ConfigError` for a kind that no plugin knows."""
+        for impl in self._manager.hook.register_model_backends.get_hookimpls():
+            self._take_kinds(impl)
+        kinds: tuple[tuple[Kind, Mapping[str, ModelConfig]], ...] = (
+            ("generative", config.models.generative),
+            ("embedding", config.models.embedding),
+        )
+        for kind, entries in kinds:
+            for name, entry in entries.items():
+                made_from = ModelEntry(kind, name, entry, self._directory, self._offline)
+                backend = _made(self._factory(made_from), made_from)
+                routes.add(Registration(kind, name, backend, tuple(entry.fallback)))
+
+    def _take_kinds(self, impl: pluggy.HookImpl) -> None:
+        own: dict[str, BackendFactory] = {}
+        try:
+            impl.function(*(own.__setitem__ for name in impl.argnames if name == "register"))
+        except Exception as error:  # noqa: BLE001  # whatever a plugin raises ends it alone
+            self.failed(impl.plugin_name, error)
+            return
+        if taken := sorted(own.keys() & self._kinds.keys()):
+            message = f"the backend {taken[0]!r} belongs to another plugin already"
+            self.failed(impl.plugin_name, RegistrationError(message))
+        else:
+            self._kinds |= own
+
+    async def apply(self, make_scope: Callable[[str, Mapping[str, Any]], Scope]) -> None:
+        """Call each plugin's `handle_application` with its own scope, within its time."""
+        hooks = self._manager.hook.handle_application.get_hookimpls()
+        functions = {impl.plugin_name: impl for impl in hooks}
+        for plugin in self.plugins:
+            status = self._health.plugins[plugin.name]
+            if status.status == "error":
+                continue
+            options = {
+                key: value for key, value in plugin.options.items() if key not in _OWN_OPTIONS
+            }
+            scope = make_scope(plugin.name, options)
+            self.scopes.append(scope)
+            if impl := functions.get(plugin.name):
+                await self._start(plugin, impl, scope)
+            if status.status == "loading":
+                status.status = "ok"
+
+    async def close(self) -> None:
+        """Close the scopes, the last one opened first."""
+        while self.scopes:
+            await self.scopes.pop().close()
+
+    async def _start(self, plugin: Plugin, impl: pluggy.HookImpl, scope: Scope) -> None:
+        given = [scope for name in impl.argnames if name == "scope"]
+        limit = asyncio.timeout(plugin.seconds)
+        try:
+            async with limit:
+                await settled(impl.function(*given))
+        except Exception as error:  # noqa: BLE001  # whatever a plugin raises ends it alone
+            slow = TimeoutError(f"handle_application took more than {plugin.seconds:g} s")
+            cause = slow if limit.expired() else error
+            self.failed(plugin.name, scope.first_error or cause)
+
+    def failed(self, name: str, error: BaseException) -> None:
+        """Note that a plugin did not start, and why; the first cause stays."""
+        status = self._health.plugins[name]
+        if status.status == "error":
+            return
+        status.status = "error"
+        told = _told(error)
+        status.error = told
+        trace = None if isinstance(error, HarperError) else error
+        logger.error("plugin %s did not start: %s", name, told, exc_info=trace)
+
+    def withdraw(self, *registries: Resources) -> None:
+        """Let the mounts of the failed plugins say so."""
+        for name, status in self._health.plugins.items():
+            if status.status == "error":
+                for resources in registries:
+                    resources.fail(name)
+
+    def _factory(self, entry: ModelEntry) -> BackendFactory:
+        kind = entry.settings.backend
+        if factory := self._kinds.get(kind):
+            return factory
+        failed = [name for name, status in self._health.plugins.items() if status.status == "error"]
+        hint = f"; the plugins {', '.join(failed)} did not start" if failed else ""
+        near = difflib.get_close_matches(kind, self._kinds, 1)
+        hint = hint or (f"; did you mean '{near[0]}'?" if near else "")
+        known = ", ".join(sorted(self._kinds))
+        message = f"{entry.where}.backend: expected one of {known}, got '{kind}'{hint}"
+        raise ConfigError(message)
+
+    def _import(self, plugin: Plugin) -> object:
+        if plugin.name in self._given:
+            return self._given[plugin.name]
+        if path := plugin.options.get("path"):
+            return _import_file(plugin.name, (self._directory / str(path)).resolve())
+        if plugin.name in BUILT_IN or plugin.options.get("package"):
+            return importlib.import_module(plugin.module_name)
+        for entry_point in importlib.metadata.entry_points(group="harperpy", name=plugin.name):
+            found = entry_point.load()
+            return found if isinstance(found, ModuleType) else sys.modules[found.__module__]
+        near = difflib.get_close_matches(plugin.name, BUILT_IN, 1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        message = (
+            f"config.yaml: plugins.{plugin.name}: expected the name of a built-in or installed "
+            f"plugin, or 'path:' or 'package:' to say where it lives{hint}"
+        )
+        raise ConfigError(message)
+
+
+def _named(plugins: Mapping[str, Any]) -> Iterator[Plugin]:
+    """The plugins in order: the built-ins that are not named, then as config.yaml has them."""
+    named = {name: True for name in BUILT_IN if name not in plugins} | dict(plugins)
+    for name, options in named.items():
+        if options is False:
+            continue
+        given = cast("Mapping[str, Any]", options) if isinstance(options, Mapping) else None
+        values: Mapping[str, Any] = given or {}
+        timeout = values.get("timeout", _START_SECONDS * 1000)
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
+            message = f"config.yaml: plugins.{name}.timeout: expected a positive number of ms"
+            raise ConfigError(message)
+        yield Plugin(name, values, timeout / 1000)
+
+
+def _made(factory: BackendFactory, entry: ModelEntry) -> ModelBackend:
+    try:
+        return factory(entry)
+    except HarperError:
+        raise
+    except Exception as error:
+        message = f"{entry.where}: {_told(error)}"
+        raise ConfigError(message) from error
+
+
+def _told(error: BaseException) -> str:
+    """A refusal's own sentence; of any other error also what it is."""
+    if isinstance(error, HarperError):
+        return str(error)
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+def _import_file(name: str, path: Path) -> ModuleType:
+    """A module from a file, or a package from a folder, under a name of its own."""
+    file = path / "__init__.py" if path.is_dir() else path
+    if not file.is_file():
+        message = f"config.yaml: plugins.{name}.path: expected a Python file or package at {path}"
+        raise ConfigError(message)
+    unique = f"harperpy_plugin_{name}_{abs(hash(file))}"
+    places = [str(path)] if path.is_dir() else None
+    spec = importlib.util.spec_from_file_location(unique, file, submodule_search_locations=places)
+    if spec is None or spec.loader is None:
+        message = f"config.yaml: plugins.{name}.path: {path} is not a Python file"
+        raise ConfigError(message)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[unique] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[unique]
+        raise
+    return module

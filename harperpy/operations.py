@@ -1,0 +1,109 @@
+"""Operations: name → typed operation, for the operations port and the command line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from .backend import positional, settled
+from .content import refused
+from .context import Context
+from .errors import AccessViolation, ClientError, NotFound, RegistrationError
+
+
+class NoParameters(msgspec.Struct, forbid_unknown_fields=True):
+    """The request of an operation that takes none."""
+
+
+class Operation(msgspec.Struct, frozen=True):
+    """One operation. `open_to` says who may: `super_user`, `user` (anyone logged in), `anyone`."""
+
+    name: str
+    function: Callable[..., Any]
+    request_type: type[Any]
+    open_to: str
+    parameters: int
+
+    @property
+    def summary(self) -> str:
+        """The first line of the function's docstring."""
+        return (self.function.__doc__ or "").strip().partition("\n")[0]
+
+
+class Operations:
+    """The operations of a server; open until it starts, then frozen."""
+
+    def __init__(self) -> None:
+        self._operations: dict[str, Operation] = {}
+        self._frozen = False
+
+    def add(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        request_type: type[Any],
+        *,
+        open_to: str = "super_user",
+    ) -> None:
+        """Add `function(request, context)`, sync or async; `request` is a `request_type`.
+
+        Raises `RegistrationError` for a taken name or an unknown `open_to`.
+        """
+        if self._frozen or name in self._operations:
+            message = f"operation {name!r} cannot be added: it exists, or the server has started"
+            raise RegistrationError(message)
+        if open_to not in ("super_user", "user", "anyone"):
+            message = f"operation {name!r}: open_to must be 'super_user', 'user' or 'anyone'"
+            raise RegistrationError(message)
+        count = positional(function, 2)
+        self._operations[name] = Operation(name, function, request_type, open_to, count)
+
+    def freeze(self) -> None:
+        """Take no more operations."""
+        self._frozen = True
+
+    def __iter__(self) -> Iterator[Operation]:
+        return iter(self._operations.values())
+
+    async def call(self, body: Mapping[str, Any], context: Context) -> Any:
+        """Run `{"operation": name, …}` for the context's user.
+
+        Raises `AccessViolation`, `NotFound` for an unknown name, `InvalidBody` for parameters that
+        do not fit.
+        """
+        name = body.get("operation")
+        operation = self._operations.get(name) if isinstance(name, str) else None
+        if (operation is None or operation.open_to != "anyone") and context.user is None:
+            raise context.rejection or AccessViolation(None)
+        if not isinstance(name, str) or not name:
+            message = "Request body must include an 'operation' property."
+            raise ClientError(message, param="operation")
+        if operation is None:
+            raise self._unknown(name)
+        self._authorise(operation, context)
+        parameters = {key: value for key, value in body.items() if key != "operation"}
+        try:
+            request = msgspec.convert(parameters, operation.request_type)
+        except msgspec.ValidationError as error:
+            raise refused(error) from error
+        given = (request, context)[: operation.parameters]
+        return await settled(operation.function(*given))
+
+    def _authorise(self, operation: Operation, context: Context) -> None:
+        if operation.open_to != "super_user":
+            return
+        user = context.user
+        permission = user.role.permission if user else None
+        if permission and (permission.super_user or operation.name in permission.operations):
+            return
+        message = f"Operation '{operation.name}' is restricted to 'super_user' roles"
+        raise AccessViolation(user, message)
+
+    def _unknown(self, name: str) -> NotFound:
+        near = difflib.get_close_matches(name, self._operations, 1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        message = f"Operation '{name}' not found{hint}"
+        return NotFound(message, status=400, param="operation")

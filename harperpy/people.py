@@ -1,0 +1,261 @@
+"""People: users and roles in the database, and their passwords."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import argon2
+import msgspec
+import sqlalchemy as sa
+
+from .auth import Permission, Role, User
+from .database import CREATED, UPDATED, Database, hdb_role, hdb_token, hdb_user, now_ms
+from .errors import ClientError, ConfigError, Conflict, NotFound
+
+SUPER_USER = Role("super_user", "super_user", Permission(super_user=True))
+MODEL_USER = Role("model_user", "model_user", Permission(resources={"v1/*": ["read", "create"]}))
+
+# OWASP Password Storage Cheat Sheet: argon2id with 19 MiB and two passes.
+_HASHER = argon2.PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
+_AT_ONCE = 2
+
+
+class People:
+    """Users and roles. `changed` is called after each change that may take a right away."""
+
+    def __init__(self, database: Database, changed: Any) -> None:
+        self._database = database
+        self._changed = changed
+        self._hashing = asyncio.Semaphore(_AT_ONCE)
+        # Verified in place of an unknown user's, so that both take the same time.
+        self._nobody: str | None = None
+
+    async def open(self) -> None:
+        """Make the roles that ship, where they are missing."""
+
+        def work(connection: sa.Connection) -> None:
+            known = set(connection.scalars(sa.select(hdb_role.c.id)))
+            for role in (SUPER_USER, MODEL_USER):
+                if role.id not in known:
+                    connection.execute(sa.insert(hdb_role).values(_role_row(role)))
+
+        await self._database.run(work)
+
+    async def first_start(self, environ: Mapping[str, str], *, dev: bool) -> str | None:
+        """Make the first super user, once. Returns its password if it was made up here.
+
+        Raises `ConfigError` when there is none and the environment names none either.
+        """
+        name, password = (environ.get(f"HDB_ADMIN_{what}") for what in ("USERNAME", "PASSWORD"))
+        if bool(name) != bool(password):
+            message = "set HDB_ADMIN_USERNAME and HDB_ADMIN_PASSWORD both, or neither"
+            raise ConfigError(message)
+        if await self.first_super_user() is not None:
+            return None
+        if name and password:
+            await self.add_user(name, password, SUPER_USER.role)
+            return None
+        if not dev:
+            message = (
+                "no super user exists yet: set HDB_ADMIN_USERNAME and HDB_ADMIN_PASSWORD "
+                "for the first start, or use 'harperpy dev'"
+            )
+            raise ConfigError(message)
+        made_up = secrets.token_urlsafe(15)
+        await self.add_user("HDB_ADMIN", made_up, SUPER_USER.role)
+        return made_up
+
+    async def first_super_user(self) -> User | None:
+        """The longest-standing active super user."""
+        users = await self._users(sa.select(*_JOINED).order_by(hdb_user.c[CREATED]))
+        return next((user for user in users if user.is_super_user and user.active), None)
+
+    async def user(self, username: str) -> User | None:
+        """The user of that name."""
+        found = await self._users(sa.select(*_JOINED).where(hdb_user.c.username == username))
+        return found[0] if found else None
+
+    async def list_users(self) -> list[User]:
+        """All users, by name."""
+        return await self._users(sa.select(*_JOINED).order_by(hdb_user.c.username))
+
+    async def add_user(
+        self,
+        username: str,
+        password: str,
+        role: str,
+        *,
+        active: bool = True,
+        tenant: str = "default",
+    ) -> None:
+        """Add a user. Raises `Conflict` for a taken name, `NotFound` for an unknown role."""
+        hashed = await self._hash(password)
+
+        def work(connection: sa.Connection) -> None:
+            if connection.scalar(sa.select(1).where(hdb_user.c.username == username)):
+                message = f"User {username} already exists"
+                raise Conflict(message)
+            now = now_ms()
+            row = {"username": username, "password": hashed, "role": _role_id(connection, role)}
+            times = {CREATED: now, UPDATED: now}
+            values = {**row, "active": active, "tenant": tenant, **times}
+            connection.execute(sa.insert(hdb_user).values(values))
+
+        await self._database.run(work)
+        self._changed()
+
+    async def alter_user(self, username: str, changes: Mapping[str, Any]) -> None:
+        """Change `password`, `role` (a name), `active` or `tenant`.
+
+        A new password or an inactive user ends the user's tokens. Raises `NotFound`, and
+        `Conflict` where it would leave no active super user.
+        """
+        values = dict(changes)
+        if password := values.get("password"):
+            values["password"] = await self._hash(password)
+
+        def work(connection: sa.Connection) -> None:
+            before = _super_users(connection)
+            if "role" in values:
+                values["role"] = _role_id(connection, values["role"])
+            found = connection.execute(
+                sa.update(hdb_user)
+                .where(hdb_user.c.username == username)
+                .values({**values, UPDATED: now_ms()})
+            )
+            if not found.rowcount:
+                raise _no_user(username)
+            if "password" in values or values.get("active") is False:
+                connection.execute(
+                    sa.delete(hdb_token).where(
+                        hdb_token.c.user == username, hdb_token.c.kind == "refresh"
+                    )
+                )
+            _keep_a_super_user(connection, before)
+
+        await self._database.run(work)
+        self._changed()
+
+    async def drop_user(self, username: str) -> None:
+        """Remove a user with its keys and tokens. Raises as `alter_user`."""
+
+        def work(connection: sa.Connection) -> None:
+            before = _super_users(connection)
+            connection.execute(sa.delete(hdb_token).where(hdb_token.c.user == username))
+            found = connection.execute(sa.delete(hdb_user).where(hdb_user.c.username == username))
+            if not found.rowcount:
+                raise _no_user(username)
+            _keep_a_super_user(connection, before)
+
+        await self._database.run(work)
+        self._changed()
+
+    async def list_roles(self) -> list[Role]:
+        """All roles, by name."""
+
+        def work(connection: sa.Connection) -> list[Role]:
+            rows = connection.execute(sa.select(hdb_role).order_by(hdb_role.c.role)).mappings()
+            return [Role(row["id"], row["role"], _permission(row["permission"])) for row in rows]
+
+        return await self._database.run(work)
+
+    async def add_role(self, role: Role) -> None:
+        """Add a role. Raises `Conflict` for a taken name."""
+
+        def work(connection: sa.Connection) -> None:
+            taken = (("name", hdb_role.c.role, role.role), ("id", hdb_role.c.id, role.id))
+            for what, column, value in taken:
+                if connection.scalar(sa.select(1).where(column == value)):
+                    message = f"A role with {what} '{value}' already exists"
+                    raise Conflict(message)
+            connection.execute(sa.insert(hdb_role).values(_role_row(role)))
+
+        await self._database.run(work)
+
+    async def verify_password(self, username: str, password: str) -> User | None:
+        """The user if the password is right; unknown users take as long as wrong passwords."""
+
+        def work(connection: sa.Connection) -> str | None:
+            select = sa.select(hdb_user.c.password).where(hdb_user.c.username == username)
+            return connection.scalar(select)
+
+        hashed = await self._database.run(work)
+        if self._nobody is None:
+            self._nobody = await self._hash(secrets.token_urlsafe(15))
+        async with self._hashing:
+            right = await asyncio.to_thread(_matches, hashed or self._nobody, password)
+        return await self.user(username) if right and hashed else None
+
+    async def _hash(self, password: str) -> str:
+        async with self._hashing:
+            return await asyncio.to_thread(_HASHER.hash, password)
+
+    async def _users(self, select: sa.Select[*tuple[Any, ...]]) -> list[User]:
+        joined = select.join_from(hdb_user, hdb_role, hdb_user.c.role == hdb_role.c.id)
+
+        def work(connection: sa.Connection) -> list[User]:
+            return [_user(row) for row in connection.execute(joined)]
+
+        return await self._database.run(work)
+
+
+_JOINED = (
+    hdb_user.c.username,
+    hdb_user.c.active,
+    hdb_user.c.tenant,
+    hdb_role.c.id,
+    hdb_role.c.role.label("role_name"),
+    hdb_role.c.permission,
+)
+
+
+def _user(row: sa.Row[*tuple[Any, ...]]) -> User:
+    role = Role(row.id, row.role_name, _permission(row.permission))
+    return User(row.username, role, active=row.active, tenant=row.tenant)
+
+
+def _permission(stored: Any) -> Permission:
+    return msgspec.convert(stored, Permission)
+
+
+def _role_row(role: Role) -> dict[str, Any]:
+    permission = msgspec.to_builtins(role.permission)
+    now = now_ms()
+    row = {"id": role.id, "role": role.role, "permission": permission}
+    return {**row, CREATED: now, UPDATED: now}
+
+
+def _role_id(connection: sa.Connection, role: str) -> str:
+    found: str | None = connection.scalar(sa.select(hdb_role.c.id).where(hdb_role.c.role == role))
+    if found is None:
+        message = f"{role} role not found"
+        raise NotFound(message, param="role")
+    return found
+
+
+def _super_users(connection: sa.Connection) -> int:
+    """How many are active."""
+    joined = sa.select(hdb_role.c.permission).join_from(hdb_user, hdb_role)
+    permissions = connection.scalars(joined.where(hdb_user.c.active.is_(True)))
+    return sum(bool(permission.get("super_user")) for permission in permissions)
+
+
+def _keep_a_super_user(connection: sa.Connection, before: int) -> None:
+    if before and not _super_users(connection):
+        message = "Cannot drop, demote or deactivate the last active super user"
+        raise Conflict(message)
+
+
+def _no_user(username: str) -> ClientError:
+    message = f"User {username} does not exist"
+    return NotFound(message)
+
+
+def _matches(hashed: str, password: str) -> bool:
+    try:
+        return _HASHER.verify(hashed, password)
+    except argon2.exceptions.VerificationError:
+        return False

@@ -1,0 +1,146 @@
+"""Resources: path → Resource. The longest match at segment boundaries answers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+from urllib.parse import unquote
+
+from .backend import fitted, positional, required
+from .content import Body
+from .context import Context
+from .errors import PluginNotStarted, RegistrationError, ResourceConflict
+from .request import RequestTarget
+from .resource import METHOD_VERBS, WITHOUT_BODY, Resource
+
+Handler: TypeAlias = Callable[[RequestTarget, Body, Context], Any]
+
+
+class Entry:
+    """A mounted resource: its handlers by verb, bound and cut to what they take, once."""
+
+    __slots__ = ("admits", "allow", "handlers", "owner", "path", "resource")
+
+    def __init__(self, path: str, resource: type[Resource], owner: str) -> None:
+        self.path = path
+        self.resource = resource
+        self.owner = owner
+        verbs = dict.fromkeys(verb for verb, _ in METHOD_VERBS.values())
+        self.handlers = {
+            verb: _handler(resource, verb) for verb in verbs if hasattr(resource, verb)
+        }
+        self.admits = {
+            permission: fitted(getattr(resource, f"allow_{permission}"), 3)
+            for permission in ("read", "create", "update", "delete")
+        }
+        answered = [method for method, (verb, _) in METHOD_VERBS.items() if verb in self.handlers]
+        self.allow = (*answered, "OPTIONS")
+
+    @property
+    def verbs(self) -> tuple[str, ...]:
+        """The verbs it defines."""
+        return tuple(self.handlers)
+
+
+class Resources:
+    """The mounts of one port; open until the server starts, then frozen."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Entry] = {}
+        self._frozen = False
+
+    def set(
+        self, path: str, resource: type[Resource], *, owner: str = "", force: bool = False
+    ) -> None:
+        """Mount a resource class. `""` is the root, which takes what nothing else does.
+
+        Raises `ResourceConflict` for a taken path (unless `force`), `RegistrationError` for a class
+        that cannot be mounted.
+        """
+        path = path.strip("/")
+        if self._frozen:
+            message = f"{path!r} cannot be mounted: the server has started"
+            raise RegistrationError(message)
+        known = self._entries.get(path)
+        if known and known.resource is not resource and not force:
+            message = (
+                f"{path!r} is taken by {known.resource.__name__} of plugin {known.owner!r}; "
+                f"{resource.__name__} of {owner!r} cannot have it"
+            )
+            raise ResourceConflict(message)
+        _check(resource)
+        self._entries[path] = Entry(path, resource, owner)
+
+    def fail(self, owner: str) -> None:
+        """Let every mount of a plugin that did not start say so."""
+        for entry in [entry for entry in self if entry.owner == owner]:
+            self._entries[entry.path] = Entry(entry.path, _failed(entry.resource, owner), owner)
+
+    def freeze(self) -> None:
+        """Take no more mounts."""
+        self._frozen = True
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def match(self, path: str, search: str = "") -> tuple[Entry, RequestTarget] | None:
+        """The entry for a request path, and what is left of the path below it."""
+        path = path.removeprefix("/")
+        if entry := self._entries.get(path):
+            return entry, RequestTarget("", search)
+        segments = path.split("/")
+        for count in range(len(segments), -1, -1):
+            name = "/".join(map(_decoded, segments[:count]))
+            entry = self._entries.get(name)
+            rest = "/".join(segments[count:])
+            pathname = f"/{rest}" if count < len(segments) else ""
+            if entry and (entry.resource.sub_paths or pathname in ("", "/")):
+                return entry, RequestTarget(pathname, search)
+        return None
+
+
+def _decoded(segment: str) -> str:
+    """A percent-decoded segment; one that would smuggle in a slash stays as it is."""
+    decoded = unquote(segment) if "%" in segment else segment
+    return segment if "/" in decoded else decoded
+
+
+def _check(resource: Any) -> None:
+    if not (inspect.isclass(resource) and issubclass(resource, Resource)):
+        message = f"{resource!r} is not a Resource class"
+        raise RegistrationError(message)
+    hooks = [name for name in dir(Resource) if name.startswith(("allow_", "present_"))]
+    for name in [*(verb for verb, _ in METHOD_VERBS.values()), *hooks]:
+        found = inspect.getattr_static(resource, name, None)
+        if inspect.isfunction(found):
+            message = (
+                f"{resource.__name__}.{name} must be static: "
+                f"write @staticmethod on the line above 'def {name}'"
+            )
+            raise RegistrationError(message)
+
+
+def _handler(resource: type[Resource], verb: str) -> Handler:
+    """The verb as a function of (target, data, context), whatever it takes."""
+    function = getattr(resource, verb)
+    most = 2 if verb in WITHOUT_BODY else 3
+    count = positional(function, most)
+    if required(function) > most:
+        takes = "target, context" if verb in WITHOUT_BODY else "target, data, context"
+        message = f"{resource.__name__}.{verb} takes too many parameters: it is given ({takes})"
+        raise RegistrationError(message)
+    if verb in WITHOUT_BODY:
+        return lambda target, _, context: function(*(target, context)[:count])
+    return lambda target, data, context: function(*(target, data, context)[:count])
+
+
+def _failed(resource: type[Resource], owner: str) -> type[Resource]:
+    """The same mount, its refusals worded as before, every verb of which says why it is out."""
+
+    def refuse(*_: object) -> Any:
+        message = f"plugin {owner} did not start"
+        raise PluginNotStarted(message)
+
+    body = {verb: staticmethod(refuse) for verb, _ in METHOD_VERBS.values()}
+    return type(resource.__name__, (resource,), body)

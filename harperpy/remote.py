@@ -1,0 +1,55 @@
+"""Ask a running server's operations: over its local socket, or over HTTP with a key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import aiohttp
+import msgspec
+
+from .errors import ClientError
+
+_SECONDS = 10.0
+
+
+class Remote:
+    """The operations of one running server, by its socket's path or its operations URL."""
+
+    def __init__(
+        self, *, socket: Path | None = None, url: str | None = None, api_key: str | None = None
+    ) -> None:
+        self._socket = socket
+        self._url = url or "http://localhost/"
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+    async def operate(self, body: Mapping[str, Any]) -> Any:
+        """The result. Raises `ClientError` with the server's refusal, or if nobody answers."""
+        connector = aiohttp.UnixConnector(str(self._socket)) if self._socket else None
+        timeout = aiohttp.ClientTimeout(total=_SECONDS)
+        try:
+            async with (
+                aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
+                session.post(
+                    self._url, json=dict(body), headers=self._headers, allow_redirects=False
+                ) as response,
+            ):
+                return _result(response.status, await response.read())
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            where = self._socket or self._url
+            message = f"no harperpy answers at {where}: {error or type(error).__name__}"
+            raise ClientError(message) from error
+
+
+def _result(status: int, body: bytes) -> Any:
+    try:
+        answer = msgspec.json.decode(body)
+    except msgspec.DecodeError as error:
+        message = f"the server answered {status}, and not as an operations port does"
+        raise ClientError(message) from error
+    if status >= 400:
+        told = cast("dict[str, Any]", answer).get("error") if isinstance(answer, dict) else None
+        message = told or f"the server answered {status}"
+        raise ClientError(message, status=status)
+    return answer

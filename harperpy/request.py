@@ -1,0 +1,71 @@
+"""Request: what arrived. RequestTarget: what is left of its path once a resource is found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from urllib.parse import parse_qsl, unquote
+
+from .content import Body
+
+
+class Request:
+    """One request, free of any server library. `headers` looks names up in any case.
+
+    `path` starts with `/` and is as the client sent it; `trusted` marks the local socket, whose
+    file permissions are its credential.
+    """
+
+    __slots__ = ("body", "headers", "id", "method", "path", "peer", "query", "trusted")
+
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str],
+        query: str = "",
+        body: Body | None = None,
+        id: str = "",  # noqa: A002
+        peer: str = "",
+        trusted: bool = False,
+    ) -> None:
+        self.method = method
+        self.path = path
+        self.query = query
+        self.headers = headers
+        self.body = body or Body()
+        self.id = id
+        self.peer = peer
+        self.trusted = trusted
+
+
+class RequestTarget:
+    """Where a request points inside the resource that answers it.
+
+    `pathname` is the rest of the path (`""`, `"/"`, `"/123"`), `id` its decoded name or None,
+    `is_collection` says it ends in a slash or carries a query without an id.
+    """
+
+    __slots__ = ("_pairs", "_query", "id", "is_collection", "pathname", "search")
+
+    def __init__(self, pathname: str = "", search: str = "") -> None:
+        self.pathname = pathname
+        self.search = search
+        self.id = unquote(pathname.strip("/")) or None
+        self.is_collection = pathname.endswith("/") or (not self.id and bool(search))
+        self._pairs: list[tuple[str, str]] | None = None
+
+    def get(self, name: str, default: str | None = None) -> str | None:
+        """The first query value of that name."""
+        return next((value for key, value in self.pairs if key == name), default)
+
+    def get_all(self, name: str) -> list[str]:
+        """All query values of that name."""
+        return [value for key, value in self.pairs if key == name]
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The query as pairs, in order."""
+        if self._pairs is None:
+            self._pairs = parse_qsl(self.search, keep_blank_values=True)
+        return self._pairs

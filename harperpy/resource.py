@@ -1,0 +1,116 @@
+"""Resource: static verbs, who may call them, and how a refusal is worded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from http import HTTPStatus
+from typing import Any, ClassVar, Literal
+
+from .auth import User, Verb
+from .content import Response, json_response
+from .context import Context
+from .errors import HarperError
+from .request import RequestTarget
+
+METHOD_VERBS: dict[str, tuple[str, Verb]] = {
+    "GET": ("get", "read"),
+    "HEAD": ("get", "read"),
+    "POST": ("post", "create"),
+    "PUT": ("put", "update"),
+    "PATCH": ("patch", "update"),
+    "DELETE": ("delete", "delete"),
+    "QUERY": ("query", "read"),
+}
+"""HTTP method → the verb a resource defines, and the permission it takes."""
+
+WITHOUT_BODY = frozenset({"get", "delete"})
+
+
+class Resource:
+    """Base of all resources. Define the verbs you answer, as static or class methods.
+
+    - `get(target, context)`, `delete(target, context)`
+    - `post(target, data, context)`, `put`, `patch`, `query` likewise
+
+    They may be sync or async, return a value or be generators, and take fewer parameters. A verb
+    that is not defined is answered 405. Each is called only for those whom `allow_read`,
+    `allow_create`, `allow_update` or `allow_delete` admits: by default super users and the roles
+    that grant the mount's path.
+    """
+
+    path: ClassVar[str | None] = None
+    """Where `resources.py` mounts it; its class name if None."""
+    public: ClassVar[Literal[True] | Collection[Verb]] = frozenset()
+    """True, or the permissions that need no login."""
+    sub_paths: ClassVar[bool] = False
+    """Whether it answers below its mount too (`/notes/1`)."""
+    first_item_wait: ClassVar[float] = 60.0
+    """Seconds a stream's status waits for its first item; later errors come in-band."""
+    keepalive: ClassVar[float] = 15.0
+    """Seconds of silence after which an event stream sends a comment."""
+    settles_credentials: ClassVar[bool] = False
+    """Whether a refused credential reaches the verb, as `context.rejection`."""
+
+    @staticmethod
+    def allow_read(user: User | None, target: RequestTarget, context: Context) -> Any:
+        """Whether this user may get, head or query; may be async."""
+        return granted(user, context, "read")
+
+    @staticmethod
+    def allow_create(user: User | None, target: RequestTarget, context: Context) -> Any:
+        """Whether this user may post; may be async."""
+        return granted(user, context, "create")
+
+    @staticmethod
+    def allow_update(user: User | None, target: RequestTarget, context: Context) -> Any:
+        """Whether this user may put or patch; may be async."""
+        return granted(user, context, "update")
+
+    @staticmethod
+    def allow_delete(user: User | None, target: RequestTarget, context: Context) -> Any:
+        """Whether this user may delete; may be async."""
+        return granted(user, context, "delete")
+
+    @staticmethod
+    def present_error(error: HarperError, context: Context) -> Response:
+        """Word a refusal: an RFC 9457 problem, unless a resource has a shape of its own."""
+        return problem(error, context)
+
+    @staticmethod
+    def present_stream_error(error: HarperError, context: Context) -> Any:
+        """Word a failure after the stream has begun: its last message."""
+        return {"event": "harper-error", "data": _problem_body(error, context)}
+
+
+def granted(user: User | None, context: Context, verb: Verb) -> bool:
+    """Whether the user's role opens the matched mount for the verb."""
+    return user is not None and user.role.permission.allows(context.handler_path, verb)
+
+
+def problem(error: HarperError, context: Context) -> Response:
+    """RFC 9457 problem details."""
+    asked = context.headers.get("accept", "")
+    media = "application/problem+json" if "problem+json" in asked else "application/json"
+    response = json_response(error.status, _problem_body(error, context), error.headers)
+    response.headers["Content-Type"] = media
+    return response
+
+
+def _problem_body(error: HarperError, context: Context) -> dict[str, Any]:
+    try:
+        title = HTTPStatus(error.status).phrase
+    except ValueError:
+        title = "Unknown Error"
+    body: dict[str, Any] = {
+        "type": "about:blank",
+        "title": title,
+        "status": error.status,
+        "detail": error.public_message,
+        "instance": context.path,
+        "request_id": context.request_id,
+    }
+    if error.code:
+        body["code"] = error.code
+    if error.errors:
+        body["errors"] = error.errors
+    return body

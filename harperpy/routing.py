@@ -1,0 +1,196 @@
+"""Which backends may serve a call: by name, capability and fallback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from .backend import ModelBackend
+from .errors import CapabilityError, ClientError, ModelNotFound, RegistrationError
+from .messages import Capability
+
+Kind: TypeAlias = Literal["generative", "embedding"]
+
+DEFAULT = "default"
+
+# The request field that asks for a capability, as a refusal names it.
+_ASKED_BY: dict[Capability, str] = {
+    "embed": "model",
+    "generate": "model",
+    "stream": "stream",
+    "tools": "tools",
+    "structured_output": "response_format",
+    "logprobs": "logprobs",
+}
+_BASE: dict[Kind, frozenset[Capability]] = {
+    "generative": frozenset({"generate", "stream"}),
+    "embedding": frozenset({"embed"}),
+}
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name stands for many (`gpt-*`)."""
+    return any(sign in name for sign in "*?[")
+
+
+class Registration(msgspec.Struct, frozen=True):
+    """A backend under its logical name, and the names to try after it."""
+
+    kind: Kind
+    name: str
+    backend: ModelBackend
+    fallback: tuple[str, ...] = ()
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether the name stands for many (`gpt-*`)."""
+        return is_pattern(self.name)
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """A registration and the provider's model name to ask it for."""
+
+    registration: Registration
+    provider_model: str | None
+
+    @property
+    def backend(self) -> ModelBackend:
+        """The backend itself."""
+        return self.registration.backend
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """A name callers may use. `created` is in seconds since 1970 and does not change."""
+
+    id: str
+    kind: Kind
+    owned_by: str
+    created: int
+    provider_model: str | None = None
+    state: str = "ready"
+    about: str | None = None
+
+
+class Routes:
+    """The registered backends of both kinds; open until the server starts, then frozen."""
+
+    def __init__(self, created: int = 0) -> None:
+        self._created = created
+        self._frozen = False
+        self._by_name: dict[Kind, dict[str, Registration]] = {"generative": {}, "embedding": {}}
+
+    def add(self, registration: Registration, *, replace: bool = False) -> None:
+        """Register. Raises `RegistrationError` for a taken name or a backend of the wrong kind."""
+        kind, name = registration.kind, registration.name
+        if self._frozen:
+            message = f"models: {name!r} cannot be registered, the server has started"
+            raise RegistrationError(message)
+        if kind not in _BASE:
+            message = f"models: kind {kind!r} is unknown; expected 'generative' or 'embedding'"
+            raise RegistrationError(message)
+        if not name or not registration.backend.name:
+            message = "models: a backend needs a name, and a logical name to stand under"
+            raise RegistrationError(message)
+        if not _BASE[kind] & registration.backend.capabilities():
+            able = " or ".join(sorted(_BASE[kind]))
+            message = f"models: {kind} backend {name!r} must implement {able}"
+            raise RegistrationError(message)
+        if name in self._by_name[kind] and not replace:
+            message = f"models: {kind} {name!r} is registered already; say replace=True to take it"
+            raise RegistrationError(message)
+        self._by_name[kind][name] = registration
+
+    def freeze(self) -> None:
+        """Take no more registrations. Raises `RegistrationError` for a fallback that is missing."""
+        for registration in self:
+            for name in registration.fallback:
+                if name not in self._by_name[registration.kind]:
+                    message = (
+                        f"models: {registration.kind} {registration.name!r} "
+                        f"falls back to {name!r}, which does not exist"
+                    )
+                    raise RegistrationError(message)
+        self._frozen = True
+
+    def __iter__(self) -> Iterator[Registration]:
+        for names in self._by_name.values():
+            yield from names.values()
+
+    def find(self, kind: Kind, name: str | None) -> Candidate:
+        """The backend for a name. Raises `ModelNotFound`, or `ClientError` if none was named."""
+        names = self._by_name[kind]
+        if name is None:
+            if DEFAULT not in names:
+                message = f"model: expected a model name; there is no default {kind} model"
+                raise ClientError(message, param="model")
+            return _candidate(names[DEFAULT], DEFAULT)
+        # It may come from a body that nobody has checked.
+        if not isinstance(name, str) or not name:  # pyright: ignore[reportUnnecessaryIsInstance]
+            message = f"model: expected a model name, got {name!r}"
+            raise ClientError(message, param="model")
+        if exact := names.get(name):
+            return _candidate(exact, name)
+        for registration in names.values():
+            if registration.backend.provider_model == name:
+                return _candidate(registration, name)
+        for registration in names.values():
+            if registration.is_pattern and fnmatchcase(name, registration.name):
+                return _candidate(registration, name)
+        message = f"The model {name!r} does not exist."
+        raise ModelNotFound(message)
+
+    def candidates(
+        self, kind: Kind, name: str | None, requires: Sequence[Capability]
+    ) -> list[Candidate]:
+        """Those that may serve, in order. Raises as `find`, or `CapabilityError` if none can."""
+        first = self.find(kind, name)
+        others = [self._by_name[kind][other] for other in first.registration.fallback]
+        everyone = [first, *(_candidate(other, other.name) for other in others)]
+        able = [one for one in everyone if not missing(one.backend, requires)]
+        if not able:
+            raise _incapable(first, missing(first.backend, requires)[0])
+        first_of = {id(one.backend): one for one in reversed(able)}
+        return [one for one in able if first_of[id(one.backend)] is one]
+
+    def listing(self) -> list[ModelInfo]:
+        """Logical and advertised names, once each: generative ones first, as registered."""
+        found: dict[str, ModelInfo] = {}
+        for registration in self:
+            backend = registration.backend
+            names = [] if registration.is_pattern else [registration.name]
+            for name in (*names, *filter(None, [backend.provider_model])):
+                found.setdefault(
+                    name,
+                    ModelInfo(
+                        id=name,
+                        kind=registration.kind,
+                        owned_by=backend.name,
+                        created=self._created,
+                        provider_model=backend.provider_model,
+                        state=backend.state,
+                        about=backend.about,
+                    ),
+                )
+        return list(found.values())
+
+
+def missing(backend: ModelBackend, requires: Sequence[Capability]) -> list[Capability]:
+    """The required capabilities that a backend lacks, in the order given."""
+    able = backend.capabilities()
+    return [capability for capability in requires if capability not in able]
+
+
+def _candidate(registration: Registration, asked: str) -> Candidate:
+    provider_model = registration.backend.provider_model
+    if provider_model is None and registration.is_pattern:
+        provider_model = asked
+    return Candidate(registration, provider_model)
+
+
+def _incapable(candidate: Candidate, capability: Capability) -> CapabilityError:
+    name, backend = candidate.registration.name, candidate.backend.name
+    message = f"The model {name!r} (backend {backend!r}) does not support {capability}."
+    return CapabilityError(message, param=_ASKED_BY.get(capability))

@@ -1,0 +1,143 @@
+"""Scope: all that a plugin is handed. Options: its block of config.yaml."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import msgspec
+
+from .accounting import Ledger
+from .auth import Authenticators
+from .backend import settled
+from .config import Config
+from .database import Database
+from .errors import ConfigError
+from .models import Models
+from .operations import Operations
+from .people import People
+from .registry import Resources
+from .resource import Resource
+from .secret import decode_hook
+from .tokens import Tokens
+
+T = TypeVar("T")
+
+_CLOSE_SECONDS = 5.0
+
+
+class Options:
+    """A plugin's block of config.yaml."""
+
+    def __init__(self, plugin: str, values: Mapping[str, Any]) -> None:
+        self._plugin = plugin
+        self._values = dict(values)
+
+    def get(self, path: str, default: Any = None) -> Any:
+        """The value at a dotted path."""
+        value: Any = self._values
+        for name in path.split("."):
+            if not isinstance(value, Mapping) or name not in value:
+                return default
+            value = cast("Mapping[str, Any]", value)[name]
+        return value
+
+    def decode(self, kind: type[T]) -> T:
+        """The block as a msgspec Struct. Raises `ConfigError` naming what does not fit."""
+        try:
+            return msgspec.convert(self._values, kind, strict=False, dec_hook=decode_hook)
+        except msgspec.ValidationError as error:
+            text, _, path = str(error).partition(" - at `$")
+            message = f"config.yaml: plugins.{self._plugin}{path.rstrip('`')}: {text}"
+            raise ConfigError(message) from error
+
+
+class PluginResources:
+    """The registry as one plugin sees it: what it mounts is known to be its own."""
+
+    def __init__(self, resources: Resources, owner: str) -> None:
+        self._resources = resources
+        self._owner = owner
+
+    def set(self, path: str, resource: type[Resource], *, force: bool = False) -> None:
+        """Mount a resource class. Raises `ResourceConflict` or `RegistrationError`."""
+        self._resources.set(path, resource, owner=self._owner, force=force)
+
+
+class Core(msgspec.Struct):
+    """The parts of a server that its plugins share."""
+
+    config: Config
+    directory: Path
+    root: Path
+    resources: Resources
+    operations_resources: Resources
+    models: Models
+    operations: Operations
+    authenticators: Authenticators
+    ledger: Ledger
+    database: Database
+    people: People
+    tokens: Tokens
+
+
+class Scope:
+    """What a plugin is handed: the registries to fill, the services to use, its own options.
+
+    `resources` are the mounts of the REST port, `operations_resources` those of the operations
+    port. What a plugin opens it closes with `on_close`; its tasks end with it.
+    """
+
+    def __init__(self, name: str, options: Mapping[str, Any], core: Core) -> None:
+        self.plugin_name = name
+        self.options = Options(name, options)
+        self.config = core.config
+        self.directory = core.directory
+        self.root = core.root
+        self.resources = PluginResources(core.resources, name)
+        self.operations_resources = PluginResources(core.operations_resources, name)
+        self.models = core.models
+        self.operations = core.operations
+        self.authenticators = core.authenticators
+        self.ledger = core.ledger
+        self.database = core.database
+        self.people = core.people
+        self.tokens = core.tokens
+        self.logger = logging.getLogger(f"harperpy.plugins.{name}")
+        self.first_error: BaseException | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closers: list[Callable[[], Awaitable[None] | None]] = []
+
+    def create_task(
+        self, work: Coroutine[Any, Any, T], *, name: str | None = None
+    ) -> asyncio.Task[T]:
+        """Run in the background until done or the plugin closes; a failure is logged."""
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def on_close(self, closer: Callable[[], Awaitable[None] | None]) -> None:
+        """Call this when the server stops: last in, first called, each within five seconds."""
+        self._closers.append(closer)
+
+    async def close(self) -> None:
+        """End the plugin's tasks, then call its closers; one that fails does not stop the next."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while self._closers:
+            try:
+                async with asyncio.timeout(_CLOSE_SECONDS):
+                    await settled(self._closers.pop()())
+            except Exception:
+                self.logger.exception("closing failed")
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.first_error = self.first_error or error
+            self.logger.error("task %s failed", task.get_name(), exc_info=error)

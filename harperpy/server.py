@@ -1,0 +1,305 @@
+"""Server: everything put together, once; start, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import msgspec
+from aiohttp import web
+
+from .accounting import Ledger
+from .auth import Authenticators, User
+from .config import Config
+from .context import Context
+from .cors import Cors
+from .database import Database, read_secret
+from .dispatch import Dispatch
+from .errors import ConfigError
+from .health import Health
+from .loader import Loader
+from .models import Models
+from .operations import Operations
+from .people import SUPER_USER, People
+from .registry import Resources
+from .request import Request
+from .routing import Routes
+from .scope import Core, Scope
+from .tokens import Tokens
+from .wire import Wire
+
+SOCKET_NAME = "operations.sock"
+
+_DRAIN_SECONDS = 10.0
+_DEV_HOSTS = ("127.0.0.1", "::1")
+_RUN_HOSTS = ("0.0.0.0", "::")  # noqa: S104  # 'run' serves all interfaces, by contract
+_NO_SUCH_FAMILY = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}
+
+
+class FirstStart(msgspec.Struct, frozen=True):
+    """What a first start in dev made up, to be shown once."""
+
+    username: str
+    password: str
+    api_key: str
+
+
+class Server:
+    """One server on one data folder. Two may live in one process.
+
+    `directory` holds the application, `root` the data. `plugins` are modules (or any objects with
+    `handle_application`) to apply after those that the configuration names. `offline` servers
+    fetch nothing.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        directory: Path,
+        root: Path | None = None,
+        dev: bool = False,
+        environ: Mapping[str, str] | None = None,
+        plugins: Mapping[str, object] | None = None,
+        offline: bool = False,
+    ) -> None:
+        self._offline = offline
+        self._plugins = plugins or {}
+        self.config = config
+        self.directory = directory
+        self.root = root or Path(config.root_path or directory / ".harperpy")
+        self.dev = dev
+        self.health = Health()
+        self.first_start: FirstStart | None = None
+        self.http_port = self.operations_port = 0
+        self._environ = os.environ if environ is None else environ
+        self._lock: TextIO | None = None
+        self._runners: list[web.ServerRunner] = []
+
+    async def start(self) -> None:
+        """Listen, start the plugins, and be ready. Raises `ConfigError` in one sentence."""
+        try:
+            await self._open()
+            await self._listen()
+            await self._apply()
+            # After all that may fail: what is made up here is shown once, by who started it.
+            await self._meet_the_first()
+            await self.core.models.open()
+        except BaseException:
+            await self.stop()
+            raise
+        self.health.phase = "ready"
+
+    async def open(self) -> None:
+        """Start without ports, for the command line while no server runs."""
+        try:
+            await self._open()
+            await self._apply()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Take no more requests, let the running ones end within ten seconds, and close all."""
+        self.health.phase = "stopping"
+        await asyncio.gather(*(runner.cleanup() for runner in self._runners))
+        self._runners.clear()
+        if hasattr(self, "loader"):
+            await self.loader.close()
+            await self.core.models.close()
+            await self.core.database.close()
+        if self._lock is not None:
+            (self.root / SOCKET_NAME).unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+    async def operate(self, body: Mapping[str, Any]) -> Any:
+        """Run an operation as the local super user."""
+        request = Request("POST", "/", headers={}, trusted=True)
+        context = Context(request, self.core.models, await self.local_user())
+        return await self.core.operations.call(body, context)
+
+    async def local_user(self) -> User:
+        """Whom the local socket speaks for: the first super user."""
+        user = await self.core.people.first_super_user()
+        return user or User("operations.sock", SUPER_USER)
+
+    async def _open(self) -> None:
+        if self.config.http.workers != 1:
+            message = "config.yaml: http.workers: expected 1, more do not exist yet"
+            raise ConfigError(message)
+        _make_root(self.root)
+        self._lock = _lock(self.root)
+        secret = read_secret(self.root)
+        core = self._put_together(secret, int((self.root / "secret.key").stat().st_mtime))
+        await core.database.open()
+        await core.people.open()
+        self.core = core
+        self.loader = Loader(
+            self.config, self.directory, self.health, self._plugins, offline=self._offline
+        )
+
+    async def _meet_the_first(self) -> None:
+        """On the very first start, make the administrator."""
+        core = self.core
+        password = await core.people.first_start(self._environ, dev=self.dev)
+        if password is not None:
+            _, key = await core.tokens.add_key("HDB_ADMIN", "first")
+            self.first_start = FirstStart("HDB_ADMIN", password, key)
+
+    def _put_together(self, secret: bytes, created: int) -> Core:
+        authentication = self.config.authentication
+        authenticators = Authenticators(authentication.cache_ttl / 1000)
+        url = self.config.database.url
+        path = Path(url.removeprefix("sqlite:///")) if url else self.root / "system.db"
+        fsync = self.config.accounting.durability == "fsync"
+        database = Database(path, fsync=fsync)
+        people = People(database, authenticators.revoke)
+        ledger = Ledger()
+        self.routes = Routes(created)
+        return Core(
+            config=self.config,
+            directory=self.directory,
+            root=self.root,
+            resources=Resources(),
+            operations_resources=Resources(),
+            models=Models(self.routes, ledger),
+            operations=Operations(),
+            authenticators=authenticators,
+            ledger=ledger,
+            database=database,
+            people=people,
+            tokens=Tokens(
+                database,
+                people,
+                secret,
+                authenticators.revoke,
+                operation_seconds=authentication.operation_token_seconds,
+                refresh_seconds=authentication.refresh_token_seconds,
+            ),
+        )
+
+    async def _apply(self) -> None:
+        """Find and start the plugins, then freeze what they filled."""
+        loader, core = self.loader, self.core
+        loader.find()
+        loader.make_models(self.config, self.routes)
+        await loader.apply(self._scope)
+        loader.withdraw(core.resources, core.operations_resources)
+        for part in (core.resources, core.operations_resources, core.operations, self.routes):
+            part.freeze()
+
+    def _scope(self, name: str, options: Mapping[str, Any]) -> Scope:
+        return Scope(name, options, self.core)
+
+    async def _listen(self) -> None:
+        http, network = self.config.http, self.config.operations_api.network
+        rest = self._wire(self.core.resources, _origins(http, dev=self.dev))
+        hosts = _hosts(http.host, _DEV_HOSTS if self.dev else _RUN_HOSTS)
+        self.http_port = await self._serve(rest, hosts, http.port, "http.port")
+        origins = _origins(network, dev=self.dev)
+        operations = self._wire(self.core.operations_resources, origins)
+        hosts = _hosts(network.host, _DEV_HOSTS)
+        self.operations_port = await self._serve(
+            operations, hosts, network.port, "operationsApi.network.port"
+        )
+        local = self._wire(self.core.operations_resources, (), trusted=True)
+        await self._serve_socket(local)
+
+    def _wire(
+        self, resources: Resources, origins: tuple[str, ...], *, trusted: bool = False
+    ) -> Wire:
+        core = self.core
+        dispatch = Dispatch(
+            resources,
+            core.authenticators,
+            core.models,
+            self.health,
+            Cors(origins),
+            authorize_local=self.config.authentication.authorize_local,
+            local_user=self.local_user,
+        )
+        http = self.config.http
+        return Wire(
+            dispatch,
+            max_body=http.max_body_size,
+            body_seconds=http.timeout / 1000,
+            trusted=trusted,
+        )
+
+    async def _runner(self, wire: Wire) -> web.ServerRunner:
+        runner = web.ServerRunner(wire.server(), shutdown_timeout=_DRAIN_SECONDS)
+        await runner.setup()
+        self._runners.append(runner)
+        return runner
+
+    async def _serve(self, wire: Wire, hosts: tuple[str, ...], port: int, key: str) -> int:
+        """Listen on each host; a second one is left out where the machine lacks its family."""
+        runner = await self._runner(wire)
+        for host in hosts:
+            try:
+                await web.TCPSite(runner, host, port).start()
+            except OSError as error:
+                if error.errno in _NO_SUCH_FAMILY and host != hosts[0]:
+                    continue
+                reason = "is in use" if error.errno == errno.EADDRINUSE else f"fails: {error}"
+                message = f"cannot listen on {host}:{port} ({key}): the port {reason}"
+                raise ConfigError(message) from error
+            port = runner.addresses[0][1]
+        return port
+
+    async def _serve_socket(self, wire: Wire) -> None:
+        path = self.root / SOCKET_NAME
+        path.unlink(missing_ok=True)
+        runner = await self._runner(wire)
+        # Nobody else may connect, from the moment it exists.
+        before = os.umask(0o177)
+        try:
+            await web.UnixSite(runner, str(path)).start()
+        except OSError as error:
+            message = f"cannot listen on {path}: {error}"
+            raise ConfigError(message) from error
+        finally:
+            os.umask(before)
+
+
+def _hosts(given: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
+    return default if given is None else _DEV_HOSTS if given == "localhost" else (given,)
+
+
+def _origins(section: Any, *, dev: bool) -> tuple[str, ...]:
+    """The origins a port allows: its list where `cors` is on, any in dev unless it is off."""
+    enabled = dev if section.cors is None else section.cors
+    return tuple(section.cors_access_list or ("*",)) if enabled else ()
+
+
+def _make_root(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        root.chmod(0o700)
+    except OSError as error:
+        message = f"cannot use {root} as data folder: {error.strerror}"
+        raise ConfigError(message) from error
+
+
+def _lock(root: Path) -> TextIO:
+    """Hold the folder for this process; the lock ends with it, however it ends."""
+    lock = (root / "harperpy.lock").open("a+", encoding="utf-8")
+    os.fchmod(lock.fileno(), 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        message = f"another harperpy (process {holder}) already uses the data folder {root}"
+        raise ConfigError(message) from error
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock

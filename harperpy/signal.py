@@ -1,0 +1,155 @@
+"""AbortSignal: tells a running call that its caller is gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+from weakref import WeakSet
+
+from .errors import Aborted
+
+
+class AbortSignal:
+    """Fires once. `aborted` and `reason` say whether and why; many may wait for it."""
+
+    __slots__ = ("__weakref__", "_callbacks", "_dependents", "_sources", "reason")
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._dependents: WeakSet[AbortSignal] | None = None
+        self._sources: tuple[AbortSignal, ...] = ()
+
+    @property
+    def aborted(self) -> bool:
+        """True from the moment it fired."""
+        return self.reason is not None
+
+    def raise_if_aborted(self) -> None:
+        """Raise `Aborted` once the signal has fired."""
+        if self.reason is not None:
+            raise Aborted(self.reason)
+
+    def add_callback(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback` when the signal fires (at once if it has); returns its remover."""
+        if self.aborted:
+            callback()
+            return lambda: None
+        key = id(callback)
+        while key in self._callbacks:
+            key += 1
+        self._callbacks[key] = callback
+        return lambda: void(self._callbacks.pop(key, None))
+
+    async def wait(self) -> None:
+        """Return when the signal has fired."""
+        fired = asyncio.get_running_loop().create_future()
+
+        def end() -> None:
+            if not fired.done():
+                fired.set_result(None)
+
+        remove = self.add_callback(end)
+        try:
+            await fired
+        finally:
+            remove()
+
+    def guard(self) -> Guard:
+        """A `with` block that the signal ends: its task is cancelled and `Aborted` raised."""
+        return Guard(self)
+
+    @classmethod
+    def any_of(cls, *signals: AbortSignal | None) -> AbortSignal:
+        """A signal that fires with the first of these; costs nothing when only one is given."""
+        given = tuple({id(signal): signal for signal in signals if signal is not None}.values())
+        if len(given) == 1:
+            return given[0]
+        combined = cls()
+        # Held weakly by its sources: a long-lived signal must not keep each call it ever guarded.
+        combined._sources = given
+        for source in given:
+            if source.reason is not None:
+                combined._fire(source.reason)
+                break
+            source._depend(combined)  # noqa: SLF001  # its own class
+        return combined
+
+    @classmethod
+    def timeout(cls, seconds: float) -> AbortSignal:
+        """A signal that fires by itself after so many seconds of the running loop."""
+        signal = cls()
+        asyncio.get_running_loop().call_later(seconds, signal._fire, "timeout")
+        return signal
+
+    def _depend(self, signal: AbortSignal) -> None:
+        if self._dependents is None:
+            self._dependents = WeakSet()
+        self._dependents.add(signal)
+
+    def _fire(self, reason: str) -> None:
+        if self.reason is not None:
+            return
+        self.reason = reason
+        callbacks, self._callbacks = list(self._callbacks.values()), {}
+        for callback in callbacks:
+            callback()
+        for dependent in list(self._dependents or ()):
+            dependent._fire(reason)  # noqa: SLF001  # its own class
+
+
+class AbortController:
+    """Owns a signal and may fire it."""
+
+    __slots__ = ("signal",)
+
+    def __init__(self) -> None:
+        self.signal = AbortSignal()
+
+    def abort(self, reason: str = "aborted") -> None:
+        """Fire the signal; the first reason stays."""
+        self.signal._fire(reason)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # one unit
+
+
+class Guard:
+    """Ends its block when the signal fires, by the rules of `asyncio.timeout`."""
+
+    __slots__ = ("_before", "_fired", "_remove", "_signal", "_task")
+
+    def __init__(self, signal: AbortSignal) -> None:
+        self._signal = signal
+        self._fired = False
+
+    def __enter__(self) -> Self:
+        self._signal.raise_if_aborted()
+        task = asyncio.current_task()
+        if task is None:
+            message = "an AbortSignal guards a task; there is none here"
+            raise RuntimeError(message)
+        self._task = task
+        self._before = task.cancelling()
+        self._remove = self._signal.add_callback(self._fire)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._remove()
+        if not self._fired:
+            return
+        # Someone else cancelled this task too: then the cancellation is theirs to see.
+        if self._task.uncancel() <= self._before and kind is asyncio.CancelledError:
+            raise Aborted(self._signal.reason) from error
+
+    def _fire(self) -> None:
+        self._fired = True
+        self._task.cancel()
+
+
+def void(_: object) -> None:
+    """Drop a value where a callback must return nothing."""

@@ -1,0 +1,147 @@
+"""Server-sent events: one message, its bytes, and the parser for what others send.
+
+Framing follows the WHATWG HTML standard, section 9.2 "Server-sent events".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import msgspec
+
+from .errors import BackendError
+
+_LINE_ENDS = re.compile(r"\r\n|\r|\n")
+_EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+_BOM = b"\xef\xbb\xbf"
+
+encode_json = msgspec.json.Encoder(decimal_format="number").encode
+
+
+class SSE(msgspec.Struct, kw_only=True, gc=False):
+    """One event. Text in `data` goes out as it is, anything else as JSON; `retry` is in ms."""
+
+    data: Any = None
+    event: str | None = None
+    id: str | int | None = None
+    retry: int | None = None
+    comment: str | None = None
+
+
+def encode_sse(message: Any) -> bytes:
+    """The bytes of one event; nothing for None.
+
+    A mapping with `data` or `event` is an event, any other value is the data of one.
+    """
+    if isinstance(message, SSE):
+        named = message.event is not None or message.id is not None
+        framed = named or message.retry is not None or message.comment is not None
+        return _frame(message) if framed else _data_lines(message.data)
+    if message is None:
+        return b""
+    if not isinstance(message, Mapping):
+        return _data_lines(message)
+    fields = cast("Mapping[str, Any]", message)
+    if fields.get("data") is None and not fields.get("event"):
+        return _data_lines(fields)
+    retry = str(fields.get("retry", ""))
+    return _frame(
+        SSE(
+            data=fields.get("data"),
+            event=fields.get("event"),
+            id=fields.get("id"),
+            retry=int(retry) if retry.isdecimal() else None,
+        )
+    )
+
+
+def _frame(message: SSE) -> bytes:
+    head: list[str] = []
+    if message.comment is not None:
+        head += [f": {line}\n" for line in _LINE_ENDS.split(message.comment)]
+    if message.event:
+        head.append(f"event: {_one_line(str(message.event))}\n")
+    tail: list[str] = []
+    if message.id is not None:
+        tail.append(f"id: {_one_line(str(message.id))}\n")
+    if message.retry is not None:
+        tail.append(f"retry: {message.retry}\n")
+    data = b"" if message.data is None else _data_lines(message.data)[:-1]
+    return "".join(head).encode() + data + "".join(tail).encode() + b"\n"
+
+
+def _data_lines(data: Any) -> bytes:
+    if isinstance(data, (bytes, bytearray)):
+        data = data.decode(errors="replace")
+    if not isinstance(data, str):
+        return b"data: " + encode_json(data) + b"\n\n"
+    if "\n" not in data and "\r" not in data:
+        return b"data: " + data.encode() + b"\n\n"
+    return "".join(f"data: {line}\n" for line in _LINE_ENDS.split(data)).encode() + b"\n"
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\r", "").replace("\n", "").replace("\0", "")
+
+
+class SSEDecoder:
+    """Turns the bytes of an event stream into the `data` of its events.
+
+    Line ends may be LF, CR or CRLF and may fall anywhere between reads. More than `limit` bytes
+    without the end of an event raise `BackendError`.
+    """
+
+    __slots__ = ("_after_cr", "_limit", "_pending", "_started")
+
+    def __init__(self, limit: int = 1 << 20) -> None:
+        self._pending = b""
+        self._limit = limit
+        self._started = False
+        self._after_cr = False
+
+    def feed(self, read: bytes) -> Iterator[str]:
+        """The data of each event that this read completes."""
+        pending = self._pending + self._without_half_line_end(read)
+        if not self._started:
+            if _BOM.startswith(pending) and pending != _BOM:
+                self._pending = pending
+                return
+            pending = pending.removeprefix(_BOM)
+            self._started = True
+        start = 0
+        for end in _EVENT_END.finditer(pending):
+            if (data := _data_of(pending[start : end.start()])) is not None:
+                yield data
+            start = end.end()
+        self._after_cr = start == len(pending) and pending.endswith(b"\r")
+        self._pending = pending[start:]
+        if len(self._pending) > self._limit:
+            message = f"an event of more than {self._limit} bytes"
+            raise BackendError(message)
+
+    def end(self) -> Iterator[str]:
+        """The data of an event that the stream ended in the middle of, for senders that forget."""
+        rest, self._pending = self._pending, b""
+        if (data := _data_of(rest)) is not None:
+            yield data
+
+    def _without_half_line_end(self, read: bytes) -> bytes:
+        """An event that ended on a CR was told at once; the LF of the CRLF comes with this read."""
+        if self._after_cr and read:
+            self._after_cr = False
+            return read.removeprefix(b"\n")
+        return read
+
+
+def _data_of(event: bytes) -> str | None:
+    """The joined data lines of one event; None where it has none (a comment, a bare id)."""
+    if event.startswith(b"data: ") and b"\n" not in event and b"\r" not in event:
+        return event[6:].decode(errors="replace")
+    lines: list[str] = []
+    for line in _LINE_ENDS.split(event.decode(errors="replace")):
+        field, _, value = line.partition(":")
+        if field == "data":
+            lines.append(value.removeprefix(" "))
+    return "\n".join(lines) if lines else None

@@ -1,0 +1,1 @@
+"""The plugins that ship; each is found and applied like any other."""

@@ -1,0 +1,97 @@
+"""The `echo` backend: answers with the last user message, the same each time. For tests.
+
+`call NAME {"json": "arguments"}` as last user message calls that tool, if it was offered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import AsyncIterator, Callable
+from typing import Literal
+
+from harperpy import (
+    BackendFactory,
+    EmbedOpts,
+    EmbedResult,
+    GenerateChunk,
+    GenerateOpts,
+    ModelBackend,
+    ModelEntry,
+    Prompt,
+    TokenUsage,
+    ToolCallDelta,
+    estimate_tokens,
+)
+
+DIMENSIONS = 16
+_WORD = re.compile(r"\s*\S+|\s+$")
+_CALL = re.compile(r"\s*call\s+(?P<name>[\w-]+)\s*(?P<arguments>\{.*\})?\s*", re.DOTALL)
+
+
+def register_model_backends(register: Callable[[str, BackendFactory], None]) -> None:
+    """Offer the kind `echo`."""
+    register("echo", Echo)
+
+
+class Echo(ModelBackend):
+    """Answers with what it was asked, word by word; embeds by hashing words."""
+
+    name = "echo"
+    tools = True
+    about = "a parrot: it repeats what it is told"
+
+    def __init__(self, entry: ModelEntry) -> None:
+        self.provider_model = entry.settings.model or "echo"
+
+    async def embed(self, texts: list[str], opts: EmbedOpts) -> EmbedResult:
+        """Unit vectors of 16 numbers, or as many as `dimensions` says; like texts lie near."""
+        size = opts.dimensions or DIMENSIONS
+        tokens = sum(map(estimate_tokens, texts))
+        vectors = [_vector(text, size) for text in texts]
+        return EmbedResult(vectors=[*vectors], usage=TokenUsage(embedding_tokens=tokens))
+
+    async def generate_stream(
+        self, prompt: Prompt, opts: GenerateOpts
+    ) -> AsyncIterator[GenerateChunk]:
+        """One chunk a word, then the reason and the usage."""
+        asked = sum(estimate_tokens(message.text) for message in prompt.messages)
+        call = _tool_call(prompt, opts)
+        words = [] if call else _WORD.findall(prompt.text)
+        told = words[: opts.max_tokens]
+        if call:
+            yield GenerateChunk(delta_tool_calls=[call])
+        for word in told:
+            yield GenerateChunk(delta_content=word)
+        ended: Literal["tool_calls", "stop"] = "tool_calls" if call else "stop"
+        usage = TokenUsage(prompt_tokens=asked, completion_tokens=len(told) or (1 if call else 0))
+        reason = "length" if len(told) < len(words) else ended
+        yield GenerateChunk(finish_reason=reason, usage=usage)
+
+
+def _tool_call(prompt: Prompt, opts: GenerateOpts) -> ToolCallDelta | None:
+    """The call that the last user message or `tool_choice` asks for."""
+    names = [tool.name for tool in prompt.tools]
+    if not names or opts.tool_choice == "none" or prompt.messages[-1].role == "tool":
+        return None
+    asked = _CALL.fullmatch(prompt.text)
+    name = asked["name"] if asked else None
+    if opts.tool_choice in names:
+        name = opts.tool_choice
+    elif opts.tool_choice == "required" and name not in names:
+        name = names[0]
+    if name not in names:
+        return None
+    arguments = asked["arguments"] if asked else None
+    digest = hashlib.sha256(prompt.text.encode()).hexdigest()
+    return ToolCallDelta(index=0, id=f"call_{digest[:24]}", name=name, arguments=arguments or "{}")
+
+
+def _vector(text: str, size: int) -> list[float]:
+    sums = [0.0] * size
+    for word in text.lower().split() or [text]:
+        digest = hashlib.shake_128(word.encode()).digest(size)
+        sums = [total + byte - 127.5 for total, byte in zip(sums, digest, strict=True)]
+    length = math.sqrt(sum(number * number for number in sums)) or 1.0
+    return [number / length for number in sums]

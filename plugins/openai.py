@@ -1,0 +1,113 @@
+"""The `openai` backend: any provider that speaks OpenAI's protocol."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from harperpy import (
+    BackendError,
+    BackendFactory,
+    ConfigError,
+    EmbedOpts,
+    EmbedResult,
+    GenerateChunk,
+    GenerateOpts,
+    GenerateResult,
+    ModelBackend,
+    ModelConfig,
+    ModelEntry,
+    Prompt,
+    TokenUsage,
+)
+
+from .openai_protocol import Completion, Embeddings, chat_body, whole_answer
+from .openai_transport import Timeouts, Transport
+
+_OPENAI = "https://api.openai.com/v1"
+_OPENAI_HOST = "api.openai.com"
+# The total is the OpenAI clients' own: ten minutes.
+_TOTAL_MS, _CONNECT_MS, _FIRST_BYTE_MS, _IDLE_MS = 600_000, 10_000, 60_000, 120_000
+_RETRIES = 2
+
+
+def register_model_backends(register: Callable[[str, BackendFactory], None]) -> None:
+    """Offer the kind `openai`."""
+    register("openai", OpenAI)
+
+
+class OpenAI(ModelBackend):
+    """One entry of `models:` whose provider speaks OpenAI's protocol."""
+
+    name = "openai"
+    tools = True
+    structured_output = True
+    logprobs = True
+
+    def __init__(self, entry: ModelEntry) -> None:
+        config = entry.settings
+        base = config.base_url or _OPENAI
+        at_openai = urlsplit(base).hostname == _OPENAI_HOST
+        if at_openai and config.api_key is None:
+            message = f"{entry.where}.apiKey: expected a key for {_OPENAI_HOST}"
+            raise ConfigError(message)
+        self._limit_name = "max_completion_tokens" if at_openai else "max_tokens"
+        organization = config.organization
+        self._transport = Transport(
+            base,
+            secret=config.api_key.reveal() if config.api_key else None,
+            timeouts=timeouts(config),
+            headers={"OpenAI-Organization": organization} if organization else None,
+        )
+        # An entry's name is its model's, unless it stands for many or for none.
+        named = not entry.is_general
+        self.provider_model = config.model or (entry.name if named else None)
+        self.max_retries = _RETRIES if config.max_retries is None else config.max_retries
+
+    async def embed(self, texts: list[str], opts: EmbedOpts) -> EmbedResult:
+        """One request for all texts. Raises `BackendError` where a vector is missing."""
+        body: dict[str, Any] = {"model": opts.model, "input": texts, "encoding_format": "float"}
+        if opts.dimensions is not None:
+            body["dimensions"] = opts.dimensions
+        encoded = msgspec.json.encode(body)
+        answer = await self._transport.whole("/embeddings", encoded, Embeddings)
+        if len(answer.data) != len(texts):
+            message = f"{len(answer.data)} embeddings for {len(texts)} texts"
+            raise BackendError(message)
+        vectors = [one.embedding for one in sorted(answer.data, key=lambda one: one.index)]
+        told = answer.usage.tokens() if answer.usage else None
+        tokens = told.prompt_tokens if told else None
+        usage = None if tokens is None else TokenUsage(embedding_tokens=tokens)
+        return EmbedResult(vectors=[*vectors], usage=usage)
+
+    async def generate(self, prompt: Prompt, opts: GenerateOpts) -> GenerateResult:
+        """A whole answer."""
+        body = self._chat(prompt, opts, stream=False)
+        return whole_answer(await self._transport.whole("/chat/completions", body, Completion))
+
+    def generate_stream(self, prompt: Prompt, opts: GenerateOpts) -> AsyncIterator[GenerateChunk]:
+        """An answer as it comes; usage is always asked for."""
+        body = self._chat(prompt, opts, stream=True)
+        return self._transport.chunks("/chat/completions", body)
+
+    async def close(self) -> None:
+        """Close the pooled connections."""
+        await self._transport.close()
+
+    def _chat(self, prompt: Prompt, opts: GenerateOpts, *, stream: bool) -> bytes:
+        return chat_body(prompt, opts, model=opts.model, limit_name=self._limit_name, stream=stream)
+
+
+def timeouts(config: ModelConfig) -> Timeouts:
+    """An entry's time limits, in seconds."""
+    first_byte = config.first_byte_timeout_ms
+    return Timeouts(
+        total=(config.request_timeout_ms or _TOTAL_MS) / 1000,
+        connect=(config.connect_timeout_ms or _CONNECT_MS) / 1000,
+        first_byte=first_byte / 1000 if first_byte else None,
+        stream_first_byte=(first_byte or _FIRST_BYTE_MS) / 1000,
+        idle=(config.idle_timeout_ms or _IDLE_MS) / 1000,
+    )

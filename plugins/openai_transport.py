@@ -1,0 +1,165 @@
+"""Pooled HTTP to a provider that speaks OpenAI's protocol; its failures as harperpy's errors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import aiohttp
+import msgspec
+
+from harperpy import BackendError, BackendTimeout, GenerateChunk, SSEDecoder
+
+from .openai_protocol import ChunkReader, refusal
+
+T = TypeVar("T")
+
+_MOST_ANSWER = 256 << 20
+_MOST_ERROR = 256 << 10
+_STALE = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)
+_STALE_TRIES = 16
+
+
+class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds. `first_byte` counts to the answer's head, `idle` between two reads of it.
+
+    An answer that is not streamed begins when it is done: without `first_byte` it has `total`.
+    """
+
+    total: float
+    connect: float
+    first_byte: float | None
+    stream_first_byte: float
+    idle: float
+
+
+class Transport:
+    """One provider's pool of connections. `pooled=False` closes each after its answer."""
+
+    def __init__(
+        self,
+        base: str,
+        *,
+        secret: str | None,
+        timeouts: Timeouts,
+        headers: dict[str, str] | None = None,
+        pooled: bool = True,
+    ) -> None:
+        self._base = base.rstrip("/")
+        self._secret = secret
+        self._timeouts = timeouts
+        self._headers = {"Content-Type": "application/json", **(headers or {})}
+        if secret:
+            self._headers["Authorization"] = f"Bearer {secret}"
+        self._pooled = pooled
+        self._session: aiohttp.ClientSession | None = None
+
+    async def whole(self, path: str, body: bytes, kind: type[T]) -> T:
+        """The JSON answer to a post, as `kind`. Raises `BackendError` and what `refusal` makes."""
+        first_byte = self._timeouts.first_byte or self._timeouts.total
+        async with self._post(path, body, first_byte) as response:
+            data = await self._read_all(response, _MOST_ANSWER)
+        try:
+            return msgspec.json.decode(data, type=kind)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            message = f"the answer from {path} is not what it should be"
+            raise BackendError(message) from error
+
+    async def chunks(self, path: str, body: bytes) -> AsyncGenerator[GenerateChunk]:
+        """The chunks of a streamed answer. Raises `BackendError` for one that is cut off."""
+        events, reader = SSEDecoder(), ChunkReader()
+        async with self._post(path, body, self._timeouts.stream_first_byte) as response:
+            while not reader.ended and (read := await self._read(response)):
+                for data in events.feed(read):
+                    if (chunk := reader.read(data)) is not None:
+                        yield chunk
+            for data in events.end():
+                if (chunk := reader.read(data)) is not None:
+                    yield chunk
+        if (last := reader.finish()) is not None:
+            yield last
+
+    async def close(self) -> None:
+        """Close the pooled connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    @asynccontextmanager
+    async def _post(
+        self, path: str, body: bytes, first_byte: float
+    ) -> AsyncGenerator[aiohttp.ClientResponse]:
+        """A good answer's head, and its body to be read. Raises what `refusal` makes of others."""
+        try:
+            async with asyncio.timeout(first_byte):
+                response = await self._send(path, body)
+            try:
+                if response.status != 200:
+                    told = await self._read_all(response, _MOST_ERROR)
+                    raise refusal(response.status, told, response.headers, self._secret)
+                yield response
+            finally:
+                # Not read to its end, it cannot be used again: closing it tells the provider.
+                response.close()
+        except TimeoutError as error:
+            raise BackendTimeout from error
+        except (aiohttp.ClientError, OSError) as error:
+            failure = BackendError(f"{type(error).__name__}: {error}")
+            failure.retryable = isinstance(error, aiohttp.ClientConnectorError)
+            raise failure from error
+
+    async def _send(self, path: str, body: bytes) -> aiohttp.ClientResponse:
+        """Post; again if a pooled connection turns out to be closed without a byte of answer."""
+        for _ in range(_STALE_TRIES):
+            pooled = SimpleNamespace(reused=False)
+            try:
+                return await self._pool().post(
+                    self._base + path, data=body, allow_redirects=False, trace_request_ctx=pooled
+                )
+            except _STALE:
+                if not pooled.reused:
+                    raise
+        message = "every pooled connection was closed"
+        raise BackendError(message)
+
+    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+        async with asyncio.timeout(self._timeouts.idle):
+            return await response.content.readany()
+
+    async def _read_all(self, response: aiohttp.ClientResponse, most: int) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        while read := await self._read(response):
+            size += len(read)
+            if size > most:
+                message = f"an answer of more than {most} bytes"
+                raise BackendError(message)
+            parts.append(read)
+        return b"".join(parts)
+
+    def _pool(self) -> aiohttp.ClientSession:
+        """Made in the running loop, at first use."""
+        if self._session is None:
+            trace = aiohttp.TraceConfig()
+            trace.on_connection_reuseconn.append(_note_reuse)
+            connector = (
+                aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
+                if self._pooled
+                else aiohttp.TCPConnector(limit=0, force_close=True)
+            )
+            times = self._timeouts
+            self._session = aiohttp.ClientSession(
+                headers=self._headers,
+                connector=connector,
+                timeout=aiohttp.ClientTimeout(total=times.total, sock_connect=times.connect),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                skip_auto_headers=("User-Agent",),
+                trace_configs=[trace],
+            )
+        return self._session
+
+
+async def _note_reuse(_: Any, context: SimpleNamespace, __: Any) -> None:
+    context.trace_request_ctx.reused = True

@@ -1,0 +1,94 @@
+"""The operations port: `POST /` with `{"operation": name, …}`; and the operations on the server."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+
+from harperpy import (
+    Body,
+    ClientError,
+    Context,
+    HarperError,
+    NoParameters,
+    Operations,
+    RequestTarget,
+    Resource,
+    Response,
+    Scope,
+    json_response,
+    redacted,
+)
+
+
+class Sql(msgspec.Struct, forbid_unknown_fields=True):
+    """One SELECT over the system tables."""
+
+    sql: str
+
+
+def handle_application(scope: Scope) -> None:
+    """Mount the operations on their port, and add those on the server itself."""
+    endpoint = type("OperationsEndpoint", (OperationsResource,), {"operations": scope.operations})
+    scope.operations_resources.set("", endpoint)
+    own = ServerOperations(scope)
+    scope.operations.add("sql", own.sql, Sql)
+    scope.operations.add("get_configuration", own.get_configuration, NoParameters)
+
+
+class OperationsResource(Resource):
+    """Runs operations. Whoever is not known may run those open to anyone."""
+
+    operations: Operations
+    public = {"create"}  # noqa: RUF012  # as plugin authors write it; nobody changes it
+    settles_credentials = True
+
+    @classmethod
+    async def post(cls, target: RequestTarget, data: Body, context: Context) -> Any:
+        """The operation's result; text becomes a message."""
+        body = await data
+        if not isinstance(body, dict):
+            message = "Invalid JSON."
+            raise ClientError(message)
+        result = await cls.operations.call(cast("dict[str, Any]", body), context)
+        return {"message": result} if isinstance(result, str) else result
+
+    @staticmethod
+    def present_error(error: HarperError, context: Context) -> Response:
+        """`{"error": message}`, with the paths of what did not fit."""
+        body: dict[str, Any] = {"error": error.public_message}
+        if error.errors:
+            body["errors"] = error.errors
+        return json_response(error.status, body, error.headers)
+
+
+class ServerOperations:
+    """Operations on the server itself."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._config = scope.config
+        self._database = scope.database
+
+    async def sql(self, request: Sql) -> list[dict[str, Any]]:
+        """The rows of one read-only SELECT over the system tables."""
+        # sqlglot costs 0.1 s to import: only who uses it pays.
+        from .select import rewrite_select, run_select  # noqa: PLC0415
+
+        database = self._database
+        statement = rewrite_select(request.sql, tables=database.tables)
+        # What is on its way to the database is there before it is asked.
+        await database.run(lambda _: None)
+        return await asyncio.to_thread(
+            run_select,
+            Path(database.path),
+            statement,
+            boolean_columns=database.boolean_columns,
+            hidden_columns=database.hidden_columns,
+        )
+
+    async def get_configuration(self) -> dict[str, Any]:
+        """The configuration, its secrets redacted."""
+        return redacted(self._config)

@@ -1,0 +1,1 @@
+"""The Resource classes that ship."""

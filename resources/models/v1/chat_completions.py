@@ -1,0 +1,41 @@
+"""POST /v1/chat/completions: whole, or as an event stream where the body says `stream`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from harperpy import Body, Context, EventStream, RequestTarget, decode_json, openai_stream
+
+from .errors import OpenAIResource
+from .schema import ChatRequest
+from .translation import completion, to_opts, to_prompt
+
+_REQUEST = msgspec.json.Decoder(ChatRequest)
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+class V1ChatCompletions(OpenAIResource):
+    """OpenAI's chat completions, on any model."""
+
+    @staticmethod
+    async def post(target: RequestTarget, data: Body, context: Context) -> Any:
+        """A `chat.completion`, or a stream of its chunks."""
+        request = await data.decode(_REQUEST)
+        opts = to_opts(request, _extra(await data.bytes()))
+        prompt = to_prompt(request)
+        if not request.stream:
+            return completion(await context.models.generate(prompt, opts=opts), request.model)
+        chunks = context.models.generate_stream(prompt, opts=opts)
+        options = request.stream_options
+        usage = bool(options and options.include_usage)
+        model = request.model or "default"
+        return EventStream(openai_stream(chunks, model=model, include_usage=usage))
+
+
+def _extra(body: bytes) -> dict[str, Any]:
+    """The fields that OpenAI's schema does not know: options of the provider's own."""
+    fields = decode_json(body, _FIELDS)
+    unknown = fields.keys() - set(ChatRequest.__struct_fields__)
+    return {name: msgspec.json.decode(fields[name]) for name in unknown}

@@ -1,0 +1,488 @@
+"""Every refusal of the gateway is OpenAI's envelope, whatever the cause and the path."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import openai
+import pytest
+
+from harperpy import BackendError, GenerateChunk, Prompt, Scope
+from harperpy.testing import ECHO, RunningServer, running
+from helpers import HELLO, Answered, ask, basic, events, openai_client, operation
+
+CHAT, EMBEDDINGS, MODELS = "/v1/chat/completions", "/v1/embeddings", "/v1/models"
+INVALID = "invalid_request_error"
+USER: Any = {"role": "user", "content": "hi"}
+TOOL: Any = {"type": "function", "function": {"name": "f"}}
+TEXT = {"model": "echo", "input": "hi"}
+
+
+def told(answer: Answered) -> dict[str, Any]:
+    """The error object of an answer, which is JSON and holds nothing else."""
+    assert "application/json" == answer.headers["Content-Type"]
+    body = answer.json
+    assert {"error"} == set(body)
+    assert {"message", "type", "param", "code"} == set(body["error"])
+    assert body["error"]["message"]
+    return body["error"]
+
+
+def kind(answer: Answered) -> tuple[int, str, str | None, str | None]:
+    """Status, type, code and param of a refusal."""
+    error = told(answer)
+    return answer.status, error["type"], error["code"], error["param"]
+
+
+ROUTES = [
+    ("POST", CHAT, HELLO),
+    ("POST", EMBEDDINGS, TEXT),
+    ("GET", MODELS, None),
+    ("GET", f"{MODELS}/echo", None),
+    ("GET", "/v1/nothing", None),
+    ("POST", "/v1/nothing/at/all", {}),
+    ("POST", "/v1", {}),
+    ("DELETE", CHAT, None),
+    ("POST", MODELS, {}),
+    ("POST", CHAT, {"broken": True}),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ROUTES)
+async def test_without_credentials_every_path_says_so_first(
+    server: RunningServer, method: str, path: str, body: Any
+) -> None:
+    """401 comes before 404, 405 and 400: a stranger learns nothing."""
+    answer = await ask(server, method, path, key="", json=body)
+
+    assert (401, INVALID, None, None) == kind(answer)
+    assert "Bearer" in answer.headers["WWW-Authenticate"]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ROUTES)
+async def test_a_wrong_key_is_told_on_every_path(
+    server: RunningServer, method: str, path: str, body: Any
+) -> None:
+    """A key that is not ours is `invalid_api_key`."""
+    answer = await ask(server, method, path, key="hk_wrong", json=body)
+
+    assert (401, INVALID, "invalid_api_key", None) == kind(answer)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Bearer sk-of-openai",
+        "Bearer aaa.bbb.ccc",
+        "Bearer",
+        "Basic",
+        "Basic !!!",
+        "Basic bm9jb2xvbg==",
+        basic("HDB_ADMIN", "wrong"),
+        basic("nobody", "x"),
+        "Digest username=x",
+        "hk_without_a_scheme",
+    ],
+)
+async def test_malformed_credentials_are_told(server: RunningServer, header: str) -> None:
+    """What is no credential of ours is worded like a wrong key, never as a fault of ours."""
+    headers = {"Authorization": header}
+    answer = await ask(server, "POST", CHAT, key="", json=HELLO, headers=headers)
+
+    assert (401, INVALID, "invalid_api_key", None) == kind(answer)
+
+
+async def test_an_expired_token_is_told() -> None:
+    """A token past its time is refused, by name."""
+    config = f"{ECHO}\nauthentication: {{operationTokenTimeout: 1}}"
+    async with running(config) as server:
+        await server.key_for("ada")
+        body = {"operation": "create_authentication_tokens", "username": "ada", "password": "pw"}
+        _, tokens = await operation(server, body)
+        answer = await ask(server, "POST", CHAT, key=tokens["operation_token"], json=HELLO)
+
+    assert (401, INVALID, "invalid_api_key", None) == kind(answer)
+    assert "expired" in told(answer)["message"]
+
+
+async def test_a_key_that_was_dropped_is_told(server: RunningServer) -> None:
+    """A key ends at once, although it was used a moment ago."""
+    made = await server.operate("add_api_key", name="short")
+    before = await ask(server, "GET", MODELS, key=made["api_key"])
+    await server.operate("drop_api_key", id=made["id"])
+    after = await ask(server, "GET", MODELS, key=made["api_key"])
+
+    assert 200 == before.status
+    assert (401, INVALID, "invalid_api_key", None) == kind(after)
+
+
+async def test_a_role_without_the_grant_may_not(server: RunningServer) -> None:
+    """403 for what the role does not open; it may do what it does open."""
+    permission = {"resources": {"v1/models": ["read"]}}
+    await server.operate("add_role", role="lister", permission=permission)
+    key = await server.key_for("ada", role="lister")
+    for path, body in [(CHAT, HELLO), (EMBEDDINGS, TEXT)]:
+        answer = await ask(server, "POST", path, key=key, json=body)
+        assert (403, "permission_error", "insufficient_permissions", None) == kind(answer)
+
+    assert 200 == (await ask(server, "GET", MODELS, key=key)).status
+    assert [] == await server.rows()
+
+
+async def test_the_client_knows_the_classes_of_our_refusals(server: RunningServer) -> None:
+    """OpenAI's client raises its own exceptions, and finds code and param in them."""
+    messages = [USER]
+    async with openai_client(server, "hk_wrong") as client:
+        with pytest.raises(openai.AuthenticationError) as unknown:
+            await client.chat.completions.create(model="echo", messages=messages)
+    async with openai_client(server) as client:
+        with pytest.raises(openai.NotFoundError) as missing:
+            await client.chat.completions.create(model="gpt-9", messages=messages, stream=True)
+        with pytest.raises(openai.BadRequestError) as wrong:
+            await client.chat.completions.create(model="echo", messages=messages, temperature=9)
+
+    assert "invalid_api_key" == unknown.value.code
+    assert ("model_not_found", "model") == (missing.value.code, missing.value.param)
+    assert (INVALID, "temperature") == (wrong.value.type, wrong.value.param)
+
+
+@pytest.mark.parametrize("path", [CHAT, EMBEDDINGS])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_unknown_model_is_not_found(
+    server: RunningServer, path: str, *, stream: bool
+) -> None:
+    """`model_not_found` with a real status, even where a stream was asked for."""
+    body = {**HELLO, "input": "hi", "model": "gpt-9", "stream": stream}
+    answer = await ask(server, "POST", path, json=body)
+
+    assert (404, INVALID, "model_not_found", "model") == kind(answer)
+    assert "'gpt-9'" in told(answer)["message"]
+    (row,) = await server.rows()
+    assert ("unknown", "gpt-9", "backend_not_found", False) == (
+        row["backend"],
+        row["model"],
+        row["error_code"],
+        row["success"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": ["hi"]}, "messages[0]"),
+        ({"messages": [USER, {**USER, "role": "robot"}]}, "messages[1].role"),
+        ({"messages": [{**USER, "role": 1}]}, "messages[0].role"),
+        ({"messages": [{**USER, "content": 5}]}, "messages[0].content"),
+        ({"messages": [{**USER, "content": [{"type": "x"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{**USER, "tool_calls": {}}]}, "messages[0].tool_calls"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {}}}],
+                    }
+                ]
+            },
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        ({"model": 5}, "model"),
+        ({"model": ""}, "model"),
+        ({"stream": "true"}, "stream"),
+        ({"stream": 1}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        (
+            {"stream": True, "stream_options": {"include_usage": "yes"}},
+            "stream_options.include_usage",
+        ),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"stop": 1}, "stop"),
+        ({"seed": "x"}, "seed"),
+        ({"n": 0}, "n"),
+        ({"tools": {}}, "tools"),
+        ({"tools": [{**TOOL, "type": "retrieval"}]}, "tools[0].type"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "two words"}}]},
+            "tools[0].function.name",
+        ),
+        ({"tool_choice": "maybe"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "required", "tools": []}, "tool_choice"),
+        ({"tool_choice": {**TOOL, "function": {"name": "g"}}, "tools": [TOOL]}, "tool_choice"),
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+    ],
+)
+async def test_a_chat_that_does_not_fit_names_the_field(
+    server: RunningServer, fields: dict[str, Any], param: str
+) -> None:
+    """400 with the path of the first thing that is wrong; nothing is called."""
+    answer = await ask(server, "POST", CHAT, json={"model": "echo", "messages": [USER], **fields})
+
+    assert (400, INVALID, None, param) == kind(answer)
+    assert told(answer)["message"].startswith(param.partition(".")[0])
+    assert [] == await server.rows("success = 1")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"function_call": "auto"}, "function_call"),
+        ({"audio": {"voice": "alloy", "format": "wav"}}, "audio"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            "response_format",
+        ),
+        ({"logprobs": True}, "logprobs"),
+    ],
+)
+async def test_what_would_change_the_answer_is_refused_where_it_cannot_be_had(
+    server: RunningServer, fields: dict[str, Any], param: str
+) -> None:
+    """What nobody would honour is refused, by gateway or backend, and never ignored."""
+    answer = await ask(server, "POST", CHAT, json={"model": "echo", "messages": [USER], **fields})
+
+    assert (400, INVALID, "unsupported_parameter", param) == kind(answer)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"input": None}, None, "input"),
+        ({"input": ""}, None, "input"),
+        ({"input": []}, None, "input"),
+        ({"input": 5}, None, "input"),
+        ({"input": ["a", ""]}, None, "input[1]"),
+        ({"input": ["a", None]}, None, "input[1]"),
+        ({"input": ["a"] * 2049}, None, "input"),
+        ({"input": [1, 2]}, "unsupported_parameter", "input"),
+        ({"input": [[1], [2]]}, "unsupported_parameter", "input"),
+        ({"encoding_format": "hex"}, None, "encoding_format"),
+        ({"dimensions": 0}, None, "dimensions"),
+        ({"model": 1}, None, "model"),
+        ({"model": ""}, None, "model"),
+    ],
+)
+async def test_an_embedding_that_does_not_fit_names_the_field(
+    server: RunningServer, fields: dict[str, Any], code: str | None, param: str
+) -> None:
+    """400 with the path of what is wrong."""
+    answer = await ask(server, "POST", EMBEDDINGS, json={**TEXT, **fields})
+
+    assert (400, INVALID, code, param) == kind(answer)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({}, "messages"),
+        ({"messages": [{"content": "hi"}]}, "role"),
+        ({"messages": [USER], "tools": [{"type": "function"}]}, "function"),
+        ({"messages": [USER], "response_format": {}}, "type"),
+    ],
+)
+async def test_a_field_that_is_missing_is_named(
+    server: RunningServer, body: Any, field: str
+) -> None:
+    """The message says which field a client forgot."""
+    answer = await ask(server, "POST", CHAT, json=body)
+
+    assert 400 == answer.status
+    assert f"`{field}`" in told(answer)["message"]
+
+
+DEEP = '{"messages": [{"role": "user", "content": "hi"}], "x": ' + "[" * 100_000
+
+
+@pytest.mark.parametrize("path", [CHAT, EMBEDDINGS])
+@pytest.mark.parametrize(
+    ("content_type", "body"),
+    [
+        ("application/json", b"{"),
+        ("application/json", b"{} {}"),
+        ("application/json", b"\xff\xfe"),
+        ("application/json", b""),
+        ("application/json", b"null"),
+        ("application/json", b"5"),
+        ("application/json", b'"text"'),
+        ("application/json", b"[]"),
+        ("application/json; charset=utf-8", b"nonsense"),
+        ("application/json", DEEP.encode()),
+        ("text/plain", b'{"messages": [{"role": "user", "content": "hi"}], "input": "hi"}'),
+        ("application/x-www-form-urlencoded", b"messages=hi&input=hi"),
+        ("multipart/form-data; boundary=x", b"--x--"),
+    ],
+)
+async def test_what_is_no_json_object_is_refused(
+    server: RunningServer, path: str, content_type: str, body: bytes
+) -> None:
+    """Bad JSON, other shapes, other types and depth are the client's error, never a 500."""
+    headers = {"Content-Type": content_type}
+    answer = await ask(server, "POST", path, data=body, headers=headers)
+
+    # The decoder may miss a field before it sees what follows the object.
+    assert kind(answer) in [(400, INVALID, None, param) for param in (None, "messages", "input")]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_that_is_too_large_is_refused(*, chunked: bool) -> None:
+    """413 by the length that is announced, and by what really comes."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield b" " * 100
+
+    async with running(f"{ECHO}\nhttp: {{maxBodySize: 1000}}") as server:
+        body = pieces() if chunked else b" " * 2000
+        headers = {"Content-Type": "application/json"}
+        answer = await ask(server, "POST", CHAT, data=body, headers=headers)
+        small = await ask(server, "POST", CHAT, json={**HELLO, "model": "echo"})
+
+    assert (413, INVALID, "payload_too_large", None) == kind(answer)
+    assert "1000 bytes" in told(answer)["message"]
+    assert 200 == small.status
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE"])
+@pytest.mark.parametrize(
+    "path",
+    ["/v1", "/v1/", "/v1/responses", "/v1/chat", "/v1/chat/completions/x", "/v1/embeddings/a/b"],
+)
+async def test_an_unknown_url_is_told(server: RunningServer, method: str, path: str) -> None:
+    """Everything below /v1 that the gateway does not have is its own 404, which names the path."""
+    answer = await ask(server, method, path)
+
+    assert (404, INVALID, "unknown_url", None) == kind(answer)
+    assert f"{method} {path}" in told(answer)["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("GET", CHAT, "POST, OPTIONS"),
+        ("PUT", CHAT, "POST, OPTIONS"),
+        ("DELETE", EMBEDDINGS, "POST, OPTIONS"),
+        ("POST", MODELS, "GET, HEAD, OPTIONS"),
+        ("DELETE", f"{MODELS}/echo", "GET, HEAD, OPTIONS"),
+    ],
+)
+async def test_a_wrong_method_is_told(
+    server: RunningServer, method: str, path: str, allow: str
+) -> None:
+    """405 says which methods there are."""
+    answer = await ask(server, method, path)
+
+    assert (405, INVALID, "method_not_allowed", None) == kind(answer)
+    assert allow == answer.headers["Allow"]
+
+
+SECRET = "the database password is hunter2"
+
+
+def broken(scope: Scope) -> None:
+    """Models that fail as models do: at once, or in the middle of a stream."""
+
+    async def raises() -> str:
+        raise RuntimeError(SECRET)
+
+    async def embeds() -> list[list[float]]:
+        raise RuntimeError(SECRET)
+
+    async def begins() -> AsyncIterator[str]:
+        yield "one"
+        raise RuntimeError(SECRET)
+
+    async def never_begins(prompt: Prompt) -> AsyncIterator[str]:
+        if prompt.messages:
+            raise RuntimeError(SECRET)
+        yield ""
+
+    async def fails() -> AsyncIterator[GenerateChunk]:
+        yield GenerateChunk(delta_content="one")
+        raise BackendError(SECRET, upstream_status=500)
+
+    define = scope.models.define_backend
+    register = scope.models.register_backend
+    register("generative", "raises", define("raises", generate=raises))
+    register("generative", "begins", define("begins", generate_stream=begins))
+    register("generative", "fails", define("fails", generate_stream=fails))
+    register("generative", "never-begins", define("never", generate_stream=never_begins))
+    register("embedding", "raises", define("raises", embed=embeds))
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"model": "raises"}),
+        (CHAT, {"model": "begins"}),
+        (CHAT, {"model": "never-begins"}),
+        (CHAT, {"model": "never-begins", "stream": True}),
+        (EMBEDDINGS, {"model": "raises", "input": "hi"}),
+    ],
+)
+async def test_an_exception_never_tells_its_text(path: str, body: dict[str, Any]) -> None:
+    """What nobody foresaw is a 500 that says no more than that; its row says `backend_error`."""
+    async with running(handle_application=broken) as server:
+        answer = await ask(server, "POST", path, json={**HELLO, **body})
+        rows = await server.rows()
+
+    assert (500, "server_error", None, None) == kind(answer)
+    assert SECRET not in answer.text
+    assert [("backend_error", False)] == [(row["error_code"], row["success"]) for row in rows]
+
+
+@pytest.mark.parametrize("model", ["begins", "fails"])
+async def test_a_failure_in_mid_stream_is_told_in_band(model: str) -> None:
+    """The stream ends with an error, without `[DONE]`, and without the exception's text."""
+    async with running(handle_application=broken) as server:
+        body = {**HELLO, "model": model, "stream": True}
+        answer = await ask(server, "POST", CHAT, json=body)
+        async with openai_client(server) as client:
+            stream = await client.chat.completions.create(model=model, messages=[USER], stream=True)
+            assert "one" == (await anext(stream)).choices[0].delta.content
+            with pytest.raises(openai.APIError) as caught:
+                await anext(stream)
+
+    first, last = events(answer.text)
+    assert "one" == first["choices"][0]["delta"]["content"]
+    assert {"error"} == set(last)
+    assert {"type": "server_error", "param": None, "code": None} == {
+        name: value for name, value in last["error"].items() if name != "message"
+    }
+    assert last["error"]["message"] == caught.value.message
+    assert SECRET not in answer.text
+
+
+async def test_a_gateway_that_did_not_start_says_so() -> None:
+    """The mounts of a plugin that failed keep its wording, and tell nothing of the cause."""
+
+    def fail(scope: Scope) -> None:
+        from harperpy.resources.models.v1 import V1Models  # noqa: PLC0415
+
+        scope.resources.set("v1/models", V1Models)
+        raise RuntimeError(SECRET)
+
+    config = f"{ECHO}\nplugins: {{models_gateway: false}}"
+    async with running(config, handle_application=fail) as server:
+        answer = await ask(server, "GET", MODELS)
+
+    assert (500, "server_error", None, None) == kind(answer)
+    assert "plugin test did not start" in told(answer)["message"]
+    assert SECRET not in answer.text
