@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import secrets
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
@@ -23,7 +24,8 @@ _TYPES = {
 
 def completion_id() -> str:
     """A fresh id for one completion."""
-    return f"chatcmpl-{secrets.token_hex(16)}"
+    # No secret: the system's generator would let go of the interpreter at each call.
+    return f"chatcmpl-{random.getrandbits(128):032x}"
 
 
 def openai_error(error: BaseException) -> dict[str, Any]:
