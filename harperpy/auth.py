@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from .errors import InvalidBody, InvalidCredentials
+from .errors import InvalidCredentials
 
 Verb: TypeAlias = Literal["read", "create", "update", "delete"]
 
@@ -181,12 +181,3 @@ class Authenticators:
                     raise InvalidCredentials(message)
                 return verified
         raise refusal or InvalidCredentials
-
-
-def read_permission(value: object) -> Permission:
-    """A permission from its JSON form. Raises `InvalidBody` naming what does not fit."""
-    try:
-        return msgspec.convert(value, Permission)
-    except msgspec.ValidationError as error:
-        message = f"permission: {error}"
-        raise InvalidBody(message, param="permission") from error

@@ -27,11 +27,6 @@ class Operation(msgspec.Struct, frozen=True):
     open_to: str
     parameters: int
 
-    @property
-    def summary(self) -> str:
-        """The first line of the function's docstring."""
-        return (self.function.__doc__ or "").strip().partition("\n")[0]
-
 
 class Operations:
     """The operations of a server; open until it starts, then frozen."""

@@ -154,7 +154,7 @@ class Server:
 
     def _put_together(self, secret: bytes, created: int) -> Core:
         authentication = self.config.authentication
-        authenticators = Authenticators(authentication.cache_ttl / 1000)
+        authenticators = Authenticators(authentication.cache_seconds)
         url = self.config.database.url
         path = Path(url.removeprefix("sqlite:///")) if url else self.root / "system.db"
         fsync = self.config.accounting.durability == "fsync"
@@ -228,7 +228,7 @@ class Server:
         return Wire(
             dispatch,
             max_body=http.max_body_size,
-            body_seconds=http.timeout / 1000,
+            body_seconds=http.timeout_seconds,
             trusted=trusted,
         )
 

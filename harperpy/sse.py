@@ -93,17 +93,16 @@ class SSEDecoder:
     without the end of an event raise `BackendError`.
     """
 
-    __slots__ = ("_after_cr", "_limit", "_pending", "_started")
+    __slots__ = ("_limit", "_pending", "_started")
 
     def __init__(self, limit: int = 1 << 20) -> None:
         self._pending = b""
         self._limit = limit
         self._started = False
-        self._after_cr = False
 
     def feed(self, read: bytes) -> Iterator[str]:
         """The data of each event that this read completes."""
-        pending = self._pending + self._without_half_line_end(read)
+        pending = self._pending + read
         if not self._started:
             if _BOM.startswith(pending) and pending != _BOM:
                 self._pending = pending
@@ -115,7 +114,6 @@ class SSEDecoder:
             if (data := _data_of(pending[start : end.start()])) is not None:
                 yield data
             start = end.end()
-        self._after_cr = start == len(pending) and pending.endswith(b"\r")
         self._pending = pending[start:]
         if len(self._pending) > self._limit:
             message = f"an event of more than {self._limit} bytes"
@@ -126,13 +124,6 @@ class SSEDecoder:
         rest, self._pending = self._pending, b""
         if (data := _data_of(rest)) is not None:
             yield data
-
-    def _without_half_line_end(self, read: bytes) -> bytes:
-        """An event that ended on a CR was told at once; the LF of the CRLF comes with this read."""
-        if self._after_cr and read:
-            self._after_cr = False
-            return read.removeprefix(b"\n")
-        return read
 
 
 def _data_of(event: bytes) -> str | None:

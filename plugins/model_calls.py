@@ -30,7 +30,7 @@ def handle_application(scope: Scope) -> None:
     writer = CallWriter(scope)
     scope.ledger.subscribe(writer.add)
     scope.on_close(writer.flush)
-    scope.create_task(writer.clean(scope.config.accounting.retention), name="retention")
+    scope.create_task(writer.clean(scope.config.accounting.retention_seconds), name="retention")
 
 
 class CallWriter:
@@ -53,11 +53,11 @@ class CallWriter:
         """Return when every call taken so far is written. Raises what the database raises."""
         await asyncio.wrap_future(self._submit())
 
-    async def clean(self, retention_ms: float) -> None:
+    async def clean(self, retention_seconds: float) -> None:
         """Once an hour, remove the rows older than the retention; a busy database is left be."""
         while True:
             try:
-                await self._forget(time.time() * 1000 - retention_ms)
+                await self._forget((time.time() - retention_seconds) * 1000)
             except HarperError as error:
                 self._logger.warning("old model calls stay for another hour: %s", error)
             await asyncio.sleep(_CLEANING_SECONDS)

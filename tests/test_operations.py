@@ -13,7 +13,7 @@ import aiohttp
 import jwt
 import pytest
 
-from harperpy.testing import RunningServer, ScriptedUpstream, running
+from harperpy.testing import ECHO, RunningServer, ScriptedUpstream, running
 from helpers import HELLO, ask, basic, operation, provider
 
 ACCEPTANCE = (
@@ -662,3 +662,22 @@ async def test_rows_are_written_before_the_server_ends(
                 await heard.wait()
     async with running(root=tmp_path) as server:
         assert sent == {row["request_id"] for row in await server.rows()}
+
+
+async def test_rows_older_than_the_retention_go(tmp_path: Path) -> None:
+    """Calls older than `accounting.retention` are removed when a server starts; others stay."""
+    async with running(root=tmp_path) as server, server.session() as session:
+        for _ in range(2):
+            await chat(session)
+        newest, oldest = await server.rows()
+    with closing(sqlite3.connect(tmp_path / "system.db")) as database, database:
+        database.execute(
+            "UPDATE hdb_model_calls SET __createdtime__ = __createdtime__ - 2 * 86400000 "
+            "WHERE id = ?",
+            [oldest["id"]],
+        )
+    config = f"{ECHO}\naccounting: {{retention: 1d}}"
+    async with running(config, root=tmp_path) as server:
+        async with asyncio.timeout(10):
+            while [newest["id"]] != [row["id"] for row in await server.rows()]:  # noqa: ASYNC110  # no event tells
+                await asyncio.sleep(0)
