@@ -58,7 +58,7 @@ def version() -> None:
     click.echo(_version())
 
 
-@main.command()
+@main.command(short_help="Serve DIR on this machine only.")
 @_DIRECTORY
 @_ROOT
 @_OFFLINE
@@ -82,7 +82,7 @@ def run(directory: Path, root: Path | None, *, offline: bool) -> None:
     _serve(directory, root, dev=False, offline=offline)
 
 
-@main.command()
+@main.command(short_help="Write a new project into the folder NAME.")
 @click.argument("name", type=click.Path(path_type=Path))
 def init(name: Path) -> None:
     """Write a new project into the folder NAME: config, a resource, a plugin, their tests."""
@@ -90,7 +90,7 @@ def init(name: Path) -> None:
     click.echo(f"Wrote {name}. Next: harperpy dev {name}")
 
 
-@main.command()
+@main.command(short_help="Load DIR, and say what is wrong with it.")
 @_DIRECTORY
 def check(directory: Path) -> None:
     """Load DIR as a server would, without serving it, and say what is wrong."""
@@ -248,7 +248,7 @@ def models_rm(name: str | None) -> None:
     _on_files("remove_model_file", name)
 
 
-@main.command()
+@main.command(short_help="Run one SELECT over the system tables.")
 @click.argument("select")
 @_targeted
 def sql(select: str, **where: Any) -> None:
