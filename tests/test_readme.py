@@ -23,6 +23,7 @@ class Newcomer:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.environ = {**os.environ, "PATH": path, "OPENAI_API_KEY": "made-up"}
         self.server: subprocess.Popen[str] | None = None
+        self.data = folder
         self.printed: list[str] = []
 
     def follow(self, language: str, text: str) -> str:
@@ -35,9 +36,13 @@ class Newcomer:
             return self.write(first[2:], text)
         if language == "python":
             return self.run([sys.executable, "-c", text])
-        command = text.replace("make run", f"harperpy dev {REPOSITORY} --root here").strip()
+        command = text.strip()
+        if "make run" in command:
+            # As it stands, but for where the data goes.
+            data = self.folder / "here"
+            return self.serve(f"cd {REPOSITORY} && HARPERPY_ROOT={data} {command}", data)
         if re.search(r"harperpy (dev|run) ", command):
-            return self.serve(command)
+            return self.serve(command, self.folder / "demo" / ".harperpy")
         return self.run(["bash", "-ec", command])
 
     def write(self, name: str, text: str) -> str:
@@ -56,16 +61,17 @@ class Newcomer:
         assert '"error"' not in done.stdout, done.stdout
         return done.stdout
 
-    def serve(self, command: str) -> str:
+    def serve(self, command: str, data: Path) -> str:
         """Start a server in place of the last one, and wait until it is ready."""
         self.leave()
         self.server = subprocess.Popen(
-            ["bash", "-c", re.sub(r"\bharperpy ", "exec harperpy ", command)],
+            ["bash", "-c", command],
             cwd=self.folder,
             env=self.environ,
             stdout=subprocess.PIPE,
             text=True,
         )
+        self.data = data
         assert self.server.stdout is not None
         printed = ""
         for line in self.server.stdout:
@@ -81,7 +87,8 @@ class Newcomer:
     def leave(self) -> None:
         """Stop the server."""
         if self.server is not None:
-            self.server.send_signal(signal.SIGTERM)
+            # To the server itself, whatever started it.
+            os.kill(int((self.data / "harperpy.lock").read_text()), signal.SIGTERM)
             self.server.communicate(timeout=20)
             assert 0 == self.server.returncode
             self.server = None
