@@ -112,7 +112,7 @@ class Runner:
                 try:
                     return self.file or await self._fetched()
                 except FetchError as error:
-                    lack = str(error)
+                    lack = f"is not there: {error}"
                     logger.error("the local model: %s", error)  # noqa: TRY400  # one sentence
                     pause = min(pause * 2, 60.0)
             self._tell(lack)
@@ -134,7 +134,7 @@ class Runner:
         if await asyncio.to_thread(cache.holds, source):
             return cache.path(source)
         if self._offline:
-            message = "is not fetched and the server is offline. Then: harperpy models pull"
+            message = "it is not fetched and the server is offline. Then: harperpy models pull"
             raise FetchError(message)
         logger.warning("%s", source.notice)
         return await asyncio.to_thread(cache.fetch, source, self._progress, self._stop)

@@ -203,7 +203,8 @@ def _percent(folder: Path, whole: int) -> int:
 def _download_failed(source: Source, errors: IO[bytes]) -> FetchError:
     errors.seek(0)
     lines = errors.read()[-4000:].decode(errors="replace").strip().splitlines()
-    told = [line for line in lines if "ERROR" in line or "No module" in line] or lines
+    # Where pip breaks off with a trace, its last line is the reason.
+    told = [line for line in lines if "ERROR" in line or "No module" in line] or lines[-1:]
     reason = told[0].removeprefix("ERROR: ")[:300] if told else "pip said nothing"
     message = (
         f"pip could not download {source.requirement} ({reason}). Check the network and that "
