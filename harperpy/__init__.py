@@ -33,7 +33,8 @@ from .errors import (
 )
 from .hookspecs import BackendFactory, ModelEntry, hookimpl
 from .messages import (
-    ContentPart,
+    Capability,
+    Choice,
     EmbedOpts,
     EmbedResult,
     GenerateChunk,
@@ -47,11 +48,24 @@ from .messages import (
     ToolCall,
     ToolCallDelta,
     ToolDef,
+    ToolType,
     TopLogprob,
     estimate_tokens,
 )
 from .models import Models
 from .operations import NoParameters, Operations
+from .parts import (
+    AudioPart,
+    ContentPart,
+    FilePart,
+    ImagePart,
+    ImageURL,
+    InputAudio,
+    InputFile,
+    RefusalPart,
+    TextPart,
+)
+from .prompts import paired
 from .registry import Resources
 from .request import Request, RequestTarget
 from .resource import Resource
@@ -64,6 +78,7 @@ from .sse import SSE, SSEDecoder, encode_sse
 from .streaming import (
     completion_id,
     openai_error,
+    openai_finish_reason,
     openai_logprobs,
     openai_stream,
     openai_usage,
@@ -74,11 +89,14 @@ __all__ = [
     "AbortSignal",
     "Aborted",
     "AccessViolation",
+    "AudioPart",
     "BackendError",
     "BackendFactory",
     "BackendTimeout",
     "Body",
+    "Capability",
     "CapabilityError",
+    "Choice",
     "ClientError",
     "Config",
     "ConfigError",
@@ -89,10 +107,15 @@ __all__ = [
     "EmbedOpts",
     "EmbedResult",
     "EventStream",
+    "FilePart",
     "GenerateChunk",
     "GenerateOpts",
     "GenerateResult",
     "HarperError",
+    "ImagePart",
+    "ImageURL",
+    "InputAudio",
+    "InputFile",
     "InvalidBody",
     "InvalidCredentials",
     "JSONSchemaFormat",
@@ -113,6 +136,7 @@ __all__ = [
     "Options",
     "Permission",
     "Prompt",
+    "RefusalPart",
     "RegistrationError",
     "Request",
     "RequestTarget",
@@ -129,11 +153,13 @@ __all__ = [
     "ServerError",
     "ServiceUnavailable",
     "SetupError",
+    "TextPart",
     "TokenLogprob",
     "TokenUsage",
     "ToolCall",
     "ToolCallDelta",
     "ToolDef",
+    "ToolType",
     "TopLogprob",
     "UpstreamAuthError",
     "UpstreamRejected",
@@ -151,8 +177,10 @@ __all__ = [
     "load_config",
     "mask",
     "openai_error",
+    "openai_finish_reason",
     "openai_logprobs",
     "openai_stream",
     "openai_usage",
+    "paired",
     "redacted",
 ]

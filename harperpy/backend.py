@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 from .errors import RegistrationError
 from .messages import (
     Capability,
+    Choice,
     EmbedOpts,
     EmbedResult,
     GenerateChunk,
@@ -39,7 +40,8 @@ class ModelBackend:
     the model it asks for, if it has one; `opts.model` is the provider's name to use for this call.
     `opts.signal` tells that the caller has left; the task is cancelled as well. `state` is one
     word or sentence for people: `ready`, or what is wrong; `about` what they should know of it.
-    `max_retries` counts further attempts after errors that say `retryable`.
+    `max_retries` counts further attempts after errors that say `retryable`. `features` names what
+    else it can do; a call that needs what is not there is refused before the backend sees it.
     """
 
     name: str = ""
@@ -47,13 +49,14 @@ class ModelBackend:
     tools: ClassVar[bool] = False
     structured_output: ClassVar[bool] = False
     logprobs: ClassVar[bool] = False
+    features: frozenset[Capability] = frozenset()
     about: str | None = None
     max_retries: int = 0
     state: str = "ready"
 
     def capabilities(self) -> frozenset[Capability]:
         """What this backend can do: the methods it has and the flags it sets."""
-        found: set[Capability] = set()
+        found: set[Capability] = set(self.features)
         if hasattr(self, "embed"):
             found.add("embed")
         if hasattr(self, "generate_stream"):
@@ -110,6 +113,7 @@ def define_backend(
     generate_stream: Streamer | None = None,
     tools: bool = False,
     structured_output: bool = False,
+    features: Iterable[Capability] = (),
 ) -> ModelBackend:
     """A backend from plain functions `(prompt, opts)`, which may take fewer arguments.
 
@@ -122,7 +126,11 @@ def define_backend(
     if not name or not functions:
         message = "define_backend: give it a name and one of embed, generate, generate_stream"
         raise RegistrationError(message)
-    body: dict[str, Any] = {"tools": tools, "structured_output": structured_output}
+    body: dict[str, Any] = {
+        "tools": tools,
+        "structured_output": structured_output,
+        "features": frozenset(features),
+    }
     if embed:
         body["embed"] = staticmethod(_embedder(embed))
     if generate:
@@ -217,43 +225,58 @@ async def aclose(items: AsyncIterator[Any]) -> None:
         await close()
 
 
+_TEXTS = ("content", "refusal", "reasoning_content")
+_TOLD = ("usage", "system_fingerprint", "service_tier", "moderation")
+
+
 class Assembly:
     """Puts the chunks of a stream together into one `GenerateResult`."""
 
-    __slots__ = ("_calls", "_text", "result")
+    __slots__ = ("_calls", "_choices", "_texts", "result")
 
     def __init__(self) -> None:
         self.result = GenerateResult()
-        self._text: list[str] = []
-        self._calls: dict[int, ToolCall] = {}
+        self._choices: dict[int, Choice] = {0: self.result}
+        self._texts: dict[tuple[int, str], list[str]] = {}
+        self._calls: dict[int, dict[int, ToolCall]] = {}
 
     def add(self, chunk: GenerateChunk) -> None:
         """Take one chunk in."""
-        if chunk.delta_content:
-            self._text.append(chunk.delta_content)
+        index = chunk.index
+        choice = self._choices.setdefault(index, Choice())
+        for field in _TEXTS:
+            if text := getattr(chunk, f"delta_{field}"):
+                self._texts.setdefault((index, field), []).append(text)
         for delta in chunk.delta_tool_calls or ():
-            self._add_call(delta)
+            _add_call(self._calls.setdefault(index, {}), delta)
         if chunk.logprobs:
-            self.result.logprobs = [*(self.result.logprobs or ()), *chunk.logprobs]
-        if chunk.delta_refusal:
-            self.result.refusal = (self.result.refusal or "") + chunk.delta_refusal
+            choice.logprobs = [*(choice.logprobs or ()), *chunk.logprobs]
+        if chunk.delta_annotations:
+            choice.annotations = [*(choice.annotations or ()), *chunk.delta_annotations]
         if chunk.finish_reason:
-            self.result.finish_reason = chunk.finish_reason
-        elif self._calls and self.result.finish_reason == "stop":
-            self.result.finish_reason = "tool_calls"
-        if chunk.usage:
-            self.result.usage = chunk.usage
+            choice.finish_reason = chunk.finish_reason
+        elif index in self._calls and choice.finish_reason == "stop":
+            choice.finish_reason = "tool_calls"
+        for field in _TOLD:
+            if (told := getattr(chunk, field)) is not None:
+                setattr(self.result, field, told)
 
     def finish(self) -> GenerateResult:
         """The whole answer so far."""
-        self.result.content = "".join(self._text)
-        self.result.tool_calls = list(self._calls.values()) or None
+        for (index, field), texts in self._texts.items():
+            setattr(self._choices[index], field, "".join(texts))
+        for index, calls in self._calls.items():
+            self._choices[index].tool_calls = list(calls.values())
+        self.result.others = [self._choices[index] for index in sorted(self._choices) if index]
         return self.result
 
-    def _add_call(self, delta: ToolCallDelta | ToolCall) -> None:
-        index = delta.index if isinstance(delta, ToolCallDelta) else None
-        if index is None:
-            index = len(self._calls)
-        call = self._calls.setdefault(index, ToolCall(id=delta.id or f"call_{index}", name=""))
-        call.name = call.name or delta.name or ""
-        call.arguments = call.arguments_text() + as_json_text(delta.arguments)
+
+def _add_call(calls: dict[int, ToolCall], delta: ToolCallDelta | ToolCall) -> None:
+    index = delta.index if isinstance(delta, ToolCallDelta) else None
+    if index is None:
+        index = len(calls)
+    if index not in calls:
+        calls[index] = ToolCall(id=delta.id or f"call_{index}", name="", type=delta.type)
+    call = calls[index]
+    call.name = call.name or delta.name or ""
+    call.arguments = call.arguments_text() + as_json_text(delta.arguments)

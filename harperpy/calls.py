@@ -31,6 +31,14 @@ _FALLS_BACK = frozenset({401, 403, 404, 408, 409, 429})
 # Longer waits are the caller's to make: it learns of them by Retry-After.
 _LONGEST_WAIT = 2.0
 _MOST_COUNTED = 2**53
+_COUNTED = (
+    "prompt_tokens",
+    "completion_tokens",
+    "embedding_tokens",
+    "cached_tokens",
+    "reasoning_tokens",
+    "gpu_ms",
+)
 _END = GenerateChunk()
 
 
@@ -62,7 +70,7 @@ class Recorder:
 
     def count(self, usage: TokenUsage) -> None:
         """Note the tokens a provider reported; what no database could hold is left out."""
-        for field in usage.__struct_fields__:
+        for field in _COUNTED:
             value = getattr(usage, field)
             if isinstance(value, int | float) and 0 <= value < _MOST_COUNTED:
                 setattr(self.call, field, value)
@@ -127,6 +135,20 @@ class Call:
             self._opts, model=candidate.provider_model, signal=self.signal
         )
 
+    def prompt_for(self, candidate: Candidate, prompt: Prompt) -> Prompt:
+        """The prompt with the tools that may be called, where a backend cannot be told which."""
+        opts = self._opts
+        allowed = opts.allowed_tools if isinstance(opts, GenerateOpts) else None
+        if allowed is None or "allowed_tools" in candidate.backend.features:
+            return prompt
+        tools = [tool for tool in prompt.tools if tool.name in allowed]
+        return msgspec.structs.replace(prompt, tools=tools)
+
+    @property
+    def gives_many(self) -> bool:
+        """Whether whoever answers can give `n` answers at once."""
+        return all("n" in candidate.backend.features for candidate in self._plan)
+
     async def whole(self, attempt: Callable[[Candidate, Recorder], Awaitable[T]]) -> T:
         """Run attempts until one answers."""
 
@@ -172,7 +194,8 @@ class Call:
         backend = cast("Streams", candidate.backend)
         chunks: AsyncIterator[GenerateChunk] | None = None
         try:
-            chunks = backend.generate_stream(prompt, self.opts_for(candidate))
+            asked = self.prompt_for(candidate, prompt)
+            chunks = backend.generate_stream(asked, self.opts_for(candidate))
             with self.signal.guard():
                 first = await anext(chunks, _END)
         except BaseException as error:

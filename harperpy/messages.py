@@ -4,30 +4,54 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, TypeGuard, TypeVar, cast
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
 from .errors import InvalidBody
+from .parts import ContentPart, TextPart
 from .signal import AbortSignal
 
 Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool", "function"]
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter"]
+ToolType: TypeAlias = Literal["function", "custom"]
 Capability: TypeAlias = Literal[
-    "embed", "generate", "stream", "tools", "structured_output", "logprobs"
+    "embed",
+    "generate",
+    "stream",
+    "tools",
+    "structured_output",
+    "logprobs",
+    "custom_tools",
+    "allowed_tools",
+    "n",
+    "image_url",
+    "input_audio",
+    "file",
+    "audio",
+    "logit_bias",
+    "reasoning_effort",
+    "verbosity",
+    "web_search_options",
+    "moderation",
+    "service_tier",
+    "store",
 ]
-
-T = TypeVar("T")
+"""What a backend may be able to do; those for an option or a part of a message bear its name."""
 
 _PIECE = re.compile(r"[A-Za-z]{1,8}|\d{1,3}|[^\sA-Za-z\d]")
 
 
 class ToolCall(msgspec.Struct, kw_only=True):
-    """A finished call of a tool: `arguments` as an object, or as the model's own JSON text."""
+    """A finished call of a tool: `arguments` as an object, or as the model's own JSON text.
+
+    A custom tool's `arguments` are its input: text in whatever form the tool takes.
+    """
 
     id: str
     name: str
     arguments: dict[str, Any] | str = ""
+    type: ToolType = "function"
 
     def arguments_text(self) -> str:
         """The arguments as JSON text; the model's own bytes where they were kept."""
@@ -51,41 +75,41 @@ class ToolCallDelta(msgspec.Struct, kw_only=True, gc=False):
     id: str | None = None
     name: str | None = None
     arguments: dict[str, Any] | str | None = None
-
-
-class ContentPart(msgspec.Struct, kw_only=True):
-    """One part of a message that is more than text; `data` is the part as the client sent it."""
-
-    type: str
-    text: str | None = None
-    data: dict[str, Any] | None = None
+    type: ToolType = "function"
 
 
 class Message(msgspec.Struct, kw_only=True):
     """One turn. `content` is text, or parts where a turn holds more than text."""
 
     role: Role
-    content: str | list[ContentPart] = ""
+    content: str | Sequence[ContentPart] = ""
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+    reasoning_content: str | None = None
+    audio: dict[str, Any] | None = None
 
     @property
     def text(self) -> str:
-        """The turn's text, its parts joined."""
+        """The turn's text, that of its parts joined."""
         if isinstance(self.content, str):
             return self.content
-        return "".join(part.text or "" for part in self.content)
+        return "".join(part.text for part in self.content if isinstance(part, TextPart))
 
 
 class ToolDef(msgspec.Struct, kw_only=True):
-    """A tool a model may call; `parameters` is a JSON Schema."""
+    """A tool a model may call: a function whose `parameters` are a JSON Schema.
+
+    A custom tool takes text; `format` is the grammar it keeps to, as OpenAI writes it.
+    """
 
     name: str
     description: str = ""
     parameters: dict[str, Any] = {}
     strict: bool | None = None
+    type: ToolType = "function"
+    format: dict[str, Any] | None = None
 
 
 class Prompt(msgspec.Struct, kw_only=True):
@@ -121,8 +145,9 @@ ResponseFormat: TypeAlias = Literal["text", "json"] | JSONSchemaFormat
 class GenerateOpts(msgspec.Struct, kw_only=True):
     """How to generate. `model` is a logical name; it never reaches a backend.
 
-    `tool_choice` is `auto`, `none`, `required` or a tool's name. `provider_options` go upstream
-    as they are.
+    `tool_choice` is `auto`, `none`, `required` or a tool's name; `allowed_tools` names those that
+    may be called, all if None. `n` answers are asked for at once. `provider_options` go upstream
+    as they are. The rest bears OpenAI's names and means what OpenAI says.
     """
 
     model: str | None = None
@@ -140,9 +165,21 @@ class GenerateOpts(msgspec.Struct, kw_only=True):
     response_format: ResponseFormat | None = None
     tool_mode: Literal["return", "auto"] = "return"
     tool_choice: str | None = None
+    allowed_tools: list[str] | None = None
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    n: int | None = None
+    logit_bias: dict[str, float] | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    modalities: list[str] | None = None
+    audio: dict[str, Any] | None = None
+    prediction: dict[str, Any] | None = None
+    web_search_options: dict[str, Any] | None = None
+    moderation: dict[str, Any] | None = None
+    service_tier: str | None = None
+    store: bool | None = None
     provider_options: dict[str, Any] = {}
 
 
@@ -157,7 +194,10 @@ class EmbedOpts(msgspec.Struct, kw_only=True):
 
 
 class TokenUsage(msgspec.Struct, kw_only=True, gc=False):
-    """Tokens as the provider counted them; absent where it did not say."""
+    """Tokens as the provider counted them; absent where it did not say.
+
+    The two `_details` hold its further counts, by OpenAI's names.
+    """
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -165,6 +205,8 @@ class TokenUsage(msgspec.Struct, kw_only=True, gc=False):
     cached_tokens: int | None = None
     reasoning_tokens: int | None = None
     gpu_ms: float | None = None
+    prompt_details: dict[str, int] | None = None
+    completion_details: dict[str, int] | None = None
 
 
 class TopLogprob(msgspec.Struct, kw_only=True, gc=False):
@@ -181,19 +223,31 @@ class TokenLogprob(TopLogprob, kw_only=True, gc=False):
     top_logprobs: list[TopLogprob] = []
 
 
-class GenerateResult(msgspec.Struct, kw_only=True):
-    """A whole answer."""
+class Choice(msgspec.Struct, kw_only=True):
+    """One whole answer; `reasoning_content` is what a model thought before it, where it tells."""
 
     content: str = ""
     tool_calls: list[ToolCall] | None = None
     finish_reason: FinishReason = "stop"
-    usage: TokenUsage | None = None
     refusal: str | None = None
     logprobs: list[TokenLogprob] | None = None
+    reasoning_content: str | None = None
+    annotations: list[Any] | None = None
+    audio: dict[str, Any] | None = None
+
+
+class GenerateResult(Choice, kw_only=True):
+    """A whole answer and what it cost; `others` are the further ones where `n` asked for more."""
+
+    usage: TokenUsage | None = None
+    others: list[Choice] = []
+    system_fingerprint: str | None = None
+    service_tier: str | None = None
+    moderation: dict[str, Any] | None = None
 
 
 class GenerateChunk(msgspec.Struct, kw_only=True, gc=False):
-    """A piece of an answer; `finish_reason` and `usage` on the last ones only."""
+    """A piece of the answer `index`; `finish_reason` and `usage` on the last ones only."""
 
     delta_content: str | None = None
     delta_tool_calls: list[ToolCallDelta] | list[ToolCall] | None = None
@@ -201,6 +255,13 @@ class GenerateChunk(msgspec.Struct, kw_only=True, gc=False):
     usage: TokenUsage | None = None
     delta_refusal: str | None = None
     logprobs: list[TokenLogprob] | None = None
+    index: int = 0
+    delta_reasoning_content: str | None = None
+    delta_annotations: list[Any] | None = None
+    delta_audio: dict[str, Any] | None = None
+    system_fingerprint: str | None = None
+    service_tier: str | None = None
+    moderation: dict[str, Any] | None = None
 
 
 class EmbedResult(msgspec.Struct, kw_only=True):
@@ -215,115 +276,6 @@ def as_json_text(value: dict[str, Any] | str | None) -> str:
     if value is None:
         return ""
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
-
-
-def to_prompt(given: GenerateInput) -> Prompt:
-    """Read a str, a list of messages, or `{messages, tools?, system?}` (an OpenAI body will do).
-
-    Raises `InvalidBody` with the path of what does not fit.
-    """
-    if isinstance(given, Prompt):
-        return given
-    if isinstance(given, str):
-        return Prompt(messages=[Message(role="user", content=given)])
-    if isinstance(given, Mapping):
-        messages = [_message(item, at) for at, item in enumerate(given.get("messages") or ())]
-        if system := given.get("system"):
-            messages.insert(0, Message(role="system", content=system))
-        tools = [_tool(item, at) for at, item in enumerate(given.get("tools") or ())]
-    else:
-        messages, tools = [_message(item, at) for at, item in enumerate(given)], []
-    if not messages:
-        message = "messages: expected at least one message"
-        raise InvalidBody(message, param="messages")
-    return Prompt(messages=messages, tools=tools)
-
-
-def _message(item: Any, at: int) -> Message:
-    if isinstance(item, Message):
-        return item
-    if not _is_object(item):
-        message = f"messages[{at}]: expected an object with role and content"
-        raise InvalidBody(message, param=f"messages[{at}]")
-    fields: dict[str, Any] = {key: value for key, value in item.items() if value is not None}
-    if isinstance(parts := fields.get("content"), list):
-        fields["content"] = [_part(part) for part in cast("Sequence[Any]", parts)]
-    if calls := fields.get("tool_calls"):
-        fields["tool_calls"] = [_call(call) for call in calls]
-    return _convert(fields, Message, f"messages[{at}]")
-
-
-def _part(part: Any) -> Any:
-    if _is_object(part) and "data" not in part:
-        return {"type": part.get("type"), "text": part.get("text"), "data": dict(part)}
-    return part
-
-
-def _call(call: Any) -> Any:
-    """OpenAI nests name and arguments under `function`; Harper does not."""
-    if _is_object(call) and _is_object(function := call.get("function")):
-        return {"id": call.get("id"), **function}
-    return call
-
-
-def _tool(item: Any, at: int) -> ToolDef:
-    if isinstance(item, ToolDef):
-        return item
-    if _is_object(item) and _is_object(function := item.get("function")):
-        item = {key: value for key, value in function.items() if value is not None}
-    return _convert(item, ToolDef, f"tools[{at}]")
-
-
-def _is_object(value: Any) -> TypeGuard[Mapping[str, Any]]:
-    return isinstance(value, Mapping)
-
-
-def _convert(value: Any, kind: type[T], path: str) -> T:
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        text, _, where = str(error).partition(" - at `$")
-        path = (path + where.rstrip("`")).lstrip(".")
-        message = f"{path}: {text}"
-        raise InvalidBody(message, param=path) from error
-
-
-class _BodyOptions(msgspec.Struct, omit_defaults=True):
-    """The options that an OpenAI body carries under the names that ours have too."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    stop: list[str] | str | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    parallel_tool_calls: bool | None = None
-    tool_choice: dict[str, Any] | str | None = None
-    response_format: dict[str, Any] | None = None
-
-
-def options_in(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of an OpenAI body as fields of `GenerateOpts`. Raises `InvalidBody`."""
-    asked = _convert(dict(body), _BodyOptions, "")
-    found: dict[str, Any] = msgspec.to_builtins(asked)
-    if (most := found.pop("max_completion_tokens", None)) is not None:
-        found["max_tokens"] = most
-    if isinstance(asked.stop, str):
-        found["stop"] = [asked.stop]
-    if isinstance(choice := asked.tool_choice, dict):
-        found["tool_choice"] = choice.get("function", {}).get("name")
-    if (wanted := found.pop("response_format", None)) is not None:
-        found["response_format"] = _format_in(wanted)
-    return found
-
-
-def _format_in(wanted: dict[str, Any]) -> ResponseFormat | None:
-    kind = wanted.get("type")
-    if kind == "json_schema":
-        return _convert(wanted.get(kind), JSONSchemaFormat, f"response_format.{kind}")
-    return "json" if kind == "json_object" else None
 
 
 def estimate_tokens(text: str) -> int:

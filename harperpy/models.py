@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar, cast
 
+import msgspec
+
 from .accounting import Caller, Ledger, Method, current_caller
 from .backend import (
     Assembly,
@@ -18,6 +20,7 @@ from .backend import (
 )
 from .calls import Call, Opts, Recorder
 from .errors import NotImplementedYet
+from .fanout import all_of, interleaved, joined
 from .messages import (
     Capability,
     EmbedOpts,
@@ -29,10 +32,24 @@ from .messages import (
     Prompt,
     TokenUsage,
     estimate_tokens,
-    options_in,
-    to_prompt,
 )
+from .parts import ContentPart, part_type
+from .prompts import options_in, to_prompt
 from .routing import Candidate, Kind, ModelInfo, Registration, Routes
+
+# Options that need a capability of their name, and the values that everyone honours.
+_IDLE: dict[Capability, tuple[Any, ...]] = {
+    "logprobs": (False,),
+    "logit_bias": ({},),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "moderation": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "audio": (),
+}
+_EVERYONES_PARTS = ("text", "refusal")
 
 OptsType = TypeVar("OptsType", GenerateOpts, EmbedOpts)
 Vectors: TypeAlias = list[Sequence[float]]
@@ -79,7 +96,7 @@ class Models:
         """As `embed`, with the tokens it took."""
         settings = _settings(EmbedOpts, opts, options)
         given = [texts] if isinstance(texts, str) else [*texts]
-        call = self._call("embedding", "embed", settings, ["embed"])
+        call = self._call("embedding", "embed", settings, {"embed": "model"})
 
         async def attempt(candidate: Candidate, recorder: Recorder) -> EmbedResult:
             backend = cast("Embeds", candidate.backend)
@@ -97,26 +114,33 @@ class Models:
     ) -> GenerateResult:
         """A whole answer; `options` are the fields of `GenerateOpts`."""
         prompt, settings = _ask(given, opts, options)
-        requires = _requires("generate", prompt, settings)
-        call = self._call("generative", "generate", settings, requires)
+        calls = self._calls("generate", prompt, settings)
 
-        async def attempt(candidate: Candidate, recorder: Recorder) -> GenerateResult:
-            result = await _answer(candidate.backend, prompt, call.opts_for(candidate))
-            if result.usage is None:
-                result.usage = recorder.estimate(prompt, estimate_tokens(result.content))
-            recorder.count(result.usage)
-            recorder.call.finish_reason = result.finish_reason
-            return result
+        async def answer(call: Call) -> GenerateResult:
+            async def attempt(candidate: Candidate, recorder: Recorder) -> GenerateResult:
+                asked = call.prompt_for(candidate, prompt)
+                result = await _answer(candidate.backend, asked, call.opts_for(candidate))
+                if result.usage is None:
+                    told = [result.content, *(other.content for other in result.others)]
+                    tokens = sum(map(estimate_tokens, told))
+                    result.usage = recorder.estimate(prompt, tokens)
+                recorder.call.finish_reason = result.finish_reason
+                recorder.count(result.usage)
+                return result
 
-        return await call.whole(attempt)
+            return await call.whole(attempt)
+
+        if len(calls) == 1:
+            return await answer(calls[0])
+        return joined(await all_of([answer(call) for call in calls]))
 
     def generate_stream(
         self, given: GenerateInput, *, opts: GenerateOpts | None = None, **options: Any
     ) -> AsyncIterator[GenerateChunk]:
         """An answer piece by piece; an unknown model or a missing capability raises right here."""
         prompt, settings = _ask(given, opts, options)
-        requires = _requires("stream", prompt, settings)
-        return self._call("generative", "generateStream", settings, requires).stream(prompt)
+        streams = [call.stream(prompt) for call in self._calls("generateStream", prompt, settings)]
+        return streams[0] if len(streams) == 1 else interleaved(streams)
 
     async def open(self) -> None:
         """Let every backend begin its own preparations; called once when the server starts."""
@@ -130,9 +154,25 @@ class Models:
     def _backends(self) -> Iterable[ModelBackend]:
         return {id(one.backend): one.backend for one in self._routes}.values()
 
-    def _call(self, kind: Kind, method: Method, opts: Opts, requires: Sequence[Capability]) -> Call:
+    def _calls(self, method: Method, prompt: Prompt, opts: GenerateOpts) -> Sequence[Call]:
+        """One call; `n` of them where several answers are asked of who gives one at a time."""
+        base: Capability = "generate" if method == "generate" else "stream"
+        requires = _requires(base, prompt, opts)
+        call = self._call("generative", method, opts, requires)
+        count = opts.n or 1
+        if count == 1 or call.gives_many:
+            return [call]
+        return [
+            self._call("generative", method, _one_of(opts, index), requires)
+            for index in range(count)
+        ]
+
+    def _call(
+        self, kind: Kind, method: Method, opts: Opts, requires: Mapping[Capability, str]
+    ) -> Call:
         call = Call(self._ledger, method, opts, current_caller.get() or Caller())
-        call.resolve(lambda: self._routes.candidates(kind, opts.model, [*requires, *opts.requires]))
+        needs: dict[Capability, str] = {**dict.fromkeys(opts.requires, "model"), **requires}
+        call.resolve(lambda: self._routes.candidates(kind, opts.model, needs))
         return call
 
 
@@ -171,12 +211,36 @@ def _settings(kind: type[OptsType], opts: OptsType | None, options: dict[str, An
     return opts
 
 
-def _requires(base: Capability, prompt: Prompt, opts: GenerateOpts) -> list[Capability]:
-    needs: list[Capability] = [base]
+def _one_of(opts: GenerateOpts, index: int) -> GenerateOpts:
+    """The options of one of `n` calls: the same seed would give the same answer."""
+    seed = None if opts.seed is None else opts.seed + index
+    return msgspec.structs.replace(opts, n=None, seed=seed)
+
+
+def _requires(base: Capability, prompt: Prompt, opts: GenerateOpts) -> dict[Capability, str]:
+    """What a call needs, and the field that asks for it."""
+    needs: dict[Capability, str] = {base: "stream" if base == "stream" else "model"}
     if prompt.tools and opts.tool_choice != "none":
-        needs.append("tools")
+        kinds = {tool.type for tool in prompt.tools}
+        needs |= {"tools": "tools"} if "function" in kinds else {}
+        needs |= {"custom_tools": "tools"} if "custom" in kinds else {}
     if opts.response_format not in (None, "text"):
-        needs.append("structured_output")
-    if opts.logprobs:
-        needs.append("logprobs")
+        needs["structured_output"] = "response_format"
+    for option, idle in _IDLE.items():
+        if (value := getattr(opts, option)) is not None and value not in idle:
+            needs[option] = option
+    if opts.modalities and "audio" in opts.modalities:
+        needs["audio"] = "modalities"
+    for at, message in enumerate(prompt.messages):
+        if not isinstance(message.content, str):
+            needs |= _parts_needed(message.content, f"messages[{at}].content")
     return needs
+
+
+def _parts_needed(parts: Sequence[ContentPart], path: str) -> dict[Capability, str]:
+    kinds = ((at, part_type(part)) for at, part in enumerate(parts))
+    return {
+        cast("Capability", kind): f"{path}[{at}].type"
+        for at, kind in kinds
+        if kind not in _EVERYONES_PARTS
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias
 
@@ -16,15 +16,6 @@ Kind: TypeAlias = Literal["generative", "embedding"]
 
 DEFAULT = "default"
 
-# The request field that asks for a capability, as a refusal names it.
-_ASKED_BY: dict[Capability, str] = {
-    "embed": "model",
-    "generate": "model",
-    "stream": "stream",
-    "tools": "tools",
-    "structured_output": "response_format",
-    "logprobs": "logprobs",
-}
 _BASE: dict[Kind, frozenset[Capability]] = {
     "generative": frozenset({"generate", "stream"}),
     "embedding": frozenset({"embed"}),
@@ -124,12 +115,12 @@ class Routes:
         names = self._by_name[kind]
         if name is None:
             if DEFAULT not in names:
-                message = f"model: expected a model name; there is no default {kind} model"
+                message = f"Missing 'model': expected a name, there is no default {kind} model."
                 raise ClientError(message, param="model")
             return _candidate(names[DEFAULT], DEFAULT)
         # It may come from a body that nobody has checked.
         if not isinstance(name, str) or not name:  # pyright: ignore[reportUnnecessaryIsInstance]
-            message = f"model: expected a model name, got {name!r}"
+            message = f"Invalid 'model': expected a model name, got {name!r}."
             raise ClientError(message, param="model")
         if exact := names.get(name):
             return _candidate(exact, name)
@@ -143,15 +134,19 @@ class Routes:
         raise ModelNotFound(message)
 
     def candidates(
-        self, kind: Kind, name: str | None, requires: Sequence[Capability]
+        self, kind: Kind, name: str | None, requires: Mapping[Capability, str]
     ) -> list[Candidate]:
-        """Those that may serve, in order. Raises as `find`, or `CapabilityError` if none can."""
+        """Those that may serve, in order. Raises as `find`, or `CapabilityError` if none can.
+
+        `requires` says for each capability which field of the request asked for it.
+        """
         first = self.find(kind, name)
         others = [self._by_name[kind][other] for other in first.registration.fallback]
         everyone = [first, *(_candidate(other, other.name) for other in others)]
         able = [one for one in everyone if not missing(one.backend, requires)]
         if not able:
-            raise _incapable(first, missing(first.backend, requires)[0])
+            lacking = missing(first.backend, requires)[0]
+            raise _incapable(first, lacking, requires[lacking])
         first_of = {id(one.backend): one for one in reversed(able)}
         return [one for one in able if first_of[id(one.backend)] is one]
 
@@ -177,7 +172,7 @@ class Routes:
         return list(found.values())
 
 
-def missing(backend: ModelBackend, requires: Sequence[Capability]) -> list[Capability]:
+def missing(backend: ModelBackend, requires: Iterable[Capability]) -> list[Capability]:
     """The required capabilities that a backend lacks, in the order given."""
     able = backend.capabilities()
     return [capability for capability in requires if capability not in able]
@@ -190,7 +185,10 @@ def _candidate(registration: Registration, asked: str) -> Candidate:
     return Candidate(registration, provider_model)
 
 
-def _incapable(candidate: Candidate, capability: Capability) -> CapabilityError:
+def _incapable(candidate: Candidate, capability: Capability, param: str) -> CapabilityError:
     name, backend = candidate.registration.name, candidate.backend.name
-    message = f"The model {name!r} (backend {backend!r}) does not support {capability}."
-    return CapabilityError(message, param=_ASKED_BY.get(capability))
+    message = (
+        f"Unsupported parameter: {param!r} is not supported with this model: "
+        f"{name!r} (backend {backend!r}) does not support {capability}."
+    )
+    return CapabilityError(message, param=param)

@@ -16,6 +16,9 @@ from .sse import SSE, encode_json
 
 logger = logging.getLogger("harperpy.streaming")
 
+# Pieces of an answer besides its text, and what is said of it as a whole.
+_SAID = ("refusal", "reasoning_content", "annotations", "audio")
+_OF_THE_WHOLE = ("system_fingerprint", "service_tier", "moderation")
 _TYPES = {
     403: "permission_error",
     429: "rate_limit_error",
@@ -53,11 +56,27 @@ def openai_usage(usage: TokenUsage) -> dict[str, Any]:
         "completion_tokens": answered,
         "total_tokens": asked + answered,
     }
+    of_prompt = dict(usage.prompt_details or {})
     if usage.cached_tokens is not None:
-        body["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
+        of_prompt["cached_tokens"] = usage.cached_tokens
+    of_completion = dict(usage.completion_details or {})
     if usage.reasoning_tokens is not None:
-        body["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
+        of_completion["reasoning_tokens"] = usage.reasoning_tokens
+    if of_prompt:
+        body["prompt_tokens_details"] = of_prompt
+    if of_completion:
+        body["completion_tokens_details"] = of_completion
     return body
+
+
+def openai_finish_reason(reason: str | None, *, calls: bool, functions: bool = False) -> str:
+    """Why an answer ended, in agreement with whether it holds calls.
+
+    Providers say `stop` after calls they were told to make, and clients then make none.
+    """
+    if calls and reason in (None, "stop", "tool_calls"):
+        return "function_call" if functions else "tool_calls"
+    return "stop" if reason in (None, "tool_calls") else reason
 
 
 def openai_logprobs(tokens: list[TokenLogprob] | None) -> dict[str, Any] | None:
@@ -71,20 +90,25 @@ async def openai_stream(
     model: str,
     id: str | None = None,  # noqa: A002
     include_usage: bool = False,
+    functions: bool = False,
 ) -> AsyncIterator[SSE]:
     """`SSE` messages whose data are `chat.completion.chunk` objects, then `[DONE]`.
 
     An error before the first message is raised, so that it can still become a status. A later one
     ends the stream with an error message and no `[DONE]`. With `include_usage` the last chunk
-    carries the usage and no choice.
+    carries the usage and no choice. `functions` words calls in the old protocol, as the
+    `function_call` of who sent `functions`.
     """
-    encoder = _ChunkEncoder(model, id or completion_id(), include_usage=include_usage)
+    encoder = _ChunkEncoder(
+        model, id or completion_id(), include_usage=include_usage, functions=functions
+    )
     source = aiterate(tokens)
     try:
         async for token in source:
             for delta in encoder.deltas(token):
                 yield SSE(data=delta)
-        yield SSE(data=encoder.finish())
+        for last in encoder.finish():
+            yield SSE(data=last)
         if include_usage and encoder.usage is not None:
             yield SSE(data=encoder.usage_chunk(encoder.usage))
         yield SSE(data="[DONE]")
@@ -97,79 +121,127 @@ async def openai_stream(
         await aclose(source)
 
 
+class _Choice:
+    """What has been said of one answer of a stream."""
+
+    __slots__ = ("calls", "index", "reason", "started")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.started = False
+        self.reason: str | None = None
+        self.calls: dict[str | int, int] = {}
+
+
 class _ChunkEncoder:
     """The envelope is encoded once; each delta is spliced into it."""
 
-    def __init__(self, model: str, completion: str, *, include_usage: bool) -> None:
-        envelope = {
+    def __init__(
+        self, model: str, completion: str, *, include_usage: bool, functions: bool
+    ) -> None:
+        self._envelope: dict[str, Any] = {
             "id": completion,
             "object": "chat.completion.chunk",
             "created": int(time.time()),
             "model": model,
         }
-        self._head = encode_json(envelope).decode()[:-1]
+        self._head = encode_json(self._envelope).decode()[:-1]
         self._usage_field = ',"usage":null' if include_usage else ""
-        self._calls: dict[str | int, int] = {}
-        self._reason: str | None = None
+        self._functions = functions
+        self._choices: dict[int, _Choice] = {}
         self.started = False
         self.usage: TokenUsage | None = None
 
     def deltas(self, token: GenerateChunk | str) -> list[str]:
         """The chunks for one token: its text, its refusal, its pieces of tool calls."""
         if isinstance(token, str):
-            return [self._chunk({"content": token})]
+            return [self._chunk(self._choice(0), {"content": token})]
         if token.usage is not None:
             self.usage = token.usage
+        self._tell(token)
+        choice = self._choice(token.index)
         if token.finish_reason is not None:
-            self._reason = token.finish_reason
+            choice.reason = token.finish_reason
         chunks: list[str] = []
         if token.delta_content is not None:
-            chunks.append(self._chunk({"content": token.delta_content}, logprobs=token.logprobs))
-        if token.delta_refusal is not None:
-            chunks.append(self._chunk({"refusal": token.delta_refusal}))
+            said = {"content": token.delta_content}
+            chunks.append(self._chunk(choice, said, logprobs=token.logprobs))
+        pieces = ((name, getattr(token, f"delta_{name}")) for name in _SAID)
+        chunks.extend(self._chunk(choice, {name: one}) for name, one in pieces if one is not None)
         if token.delta_tool_calls:
-            calls = [self._call(delta) for delta in token.delta_tool_calls]
-            chunks.append(self._chunk({"tool_calls": calls}))
+            chunks.append(self._chunk(choice, self._calls(choice, token.delta_tool_calls)))
         return chunks
 
-    def finish(self) -> str:
-        """The last chunk with a choice: nothing new, and why it ended."""
-        reason = self._reason or ("tool_calls" if self._calls else "stop")
-        return self._chunk({}, reason)
+    def finish(self) -> list[str]:
+        """The last chunk of each choice: nothing new, and why it ended."""
+        choices = [self._choices[index] for index in sorted(self._choices)] or [self._choice(0)]
+        return [
+            self._chunk(
+                one,
+                {},
+                openai_finish_reason(one.reason, calls=bool(one.calls), functions=self._functions),
+            )
+            for one in choices
+        ]
 
     def usage_chunk(self, usage: TokenUsage) -> str:
         """The chunk with the usage and no choice."""
         tail = encode_json({"choices": [], "usage": openai_usage(usage)}).decode()
         return f"{self._head},{tail[1:]}"
 
+    def _choice(self, index: int) -> _Choice:
+        choice = self._choices.get(index)
+        if choice is None:
+            choice = self._choices[index] = _Choice(index)
+        return choice
+
+    def _tell(self, token: GenerateChunk) -> None:
+        """Take into the envelope what a provider says of the whole answer."""
+        for name in _OF_THE_WHOLE:
+            told = getattr(token, name)
+            if told is not None and told != self._envelope.get(name):
+                self._envelope[name] = told
+                self._head = encode_json(self._envelope).decode()[:-1]
+
     def _chunk(
         self,
+        choice: _Choice,
         delta: dict[str, Any],
         reason: str | None = None,
         logprobs: list[TokenLogprob] | None = None,
     ) -> str:
-        if not self.started:
-            self.started = True
+        if not choice.started:
+            choice.started = self.started = True
             delta = {"role": "assistant", **delta}
         body = encode_json(delta).decode()
         ended = f'"{reason}"' if reason else "null"
         likely = encode_json(openai_logprobs(logprobs)).decode() if logprobs else "null"
         return (
-            f'{self._head},"choices":[{{"index":0,"delta":{body},"logprobs":{likely},'
-            f'"finish_reason":{ended}}}]{self._usage_field}}}'
+            f'{self._head},"choices":[{{"index":{choice.index},"delta":{body},'
+            f'"logprobs":{likely},"finish_reason":{ended}}}]{self._usage_field}}}'
         )
 
-    def _call(self, delta: ToolCallDelta | ToolCall) -> dict[str, Any]:
-        """Index on every piece; id, type and name on the first of a call only."""
-        index = delta.index if isinstance(delta, ToolCallDelta) else None
-        key = delta.id if index is None else index
-        if key is None:
-            key = next(reversed(self._calls), 0)
-        known = key in self._calls
-        index = self._calls.setdefault(key, len(self._calls))
-        function: dict[str, Any] = {"arguments": as_json_text(delta.arguments)}
-        if known:
-            return {"index": index, "function": function}
-        function = {"name": delta.name or "", **function}
-        call_id = delta.id or f"call_{secrets.token_hex(12)}"
-        return {"index": index, "id": call_id, "type": "function", "function": function}
+    def _calls(self, choice: _Choice, deltas: Iterable[ToolCallDelta | ToolCall]) -> dict[str, Any]:
+        calls = [_call(choice, delta) for delta in deltas]
+        if not self._functions:
+            return {"tool_calls": calls}
+        # The old protocol has room for one call.
+        first = (call["function"] for call in calls if call["index"] == 0)
+        return {"function_call": call} if (call := next(first, None)) else {}
+
+
+def _call(choice: _Choice, delta: ToolCallDelta | ToolCall) -> dict[str, Any]:
+    """Index on every piece; id, type and name on the first of a call only."""
+    index = delta.index if isinstance(delta, ToolCallDelta) else None
+    key = delta.id if index is None else index
+    if key is None:
+        key = next(reversed(choice.calls), 0)
+    known = key in choice.calls
+    index = choice.calls.setdefault(key, len(choice.calls))
+    text = "input" if delta.type == "custom" else "arguments"
+    told: dict[str, Any] = {text: as_json_text(delta.arguments)}
+    if known:
+        return {"index": index, delta.type: told}
+    call_id = delta.id or f"call_{secrets.token_hex(12)}"
+    told = {"name": delta.name or "", **told}
+    return {"index": index, "id": call_id, "type": delta.type, delta.type: told}

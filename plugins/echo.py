@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Literal
 
 from harperpy import (
@@ -58,7 +58,8 @@ class Echo(ModelBackend):
         """One chunk a word, then the reason and the usage."""
         asked = sum(estimate_tokens(message.text) for message in prompt.messages)
         call = _tool_call(prompt, opts)
-        words = [] if call else _WORD.findall(prompt.text)
+        said = _before(prompt.text, opts.stop or ())
+        words = [] if call else _WORD.findall(said)
         told = words[: opts.max_tokens]
         if call:
             yield GenerateChunk(delta_tool_calls=[call])
@@ -68,6 +69,12 @@ class Echo(ModelBackend):
         usage = TokenUsage(prompt_tokens=asked, completion_tokens=len(told) or (1 if call else 0))
         reason = "length" if len(told) < len(words) else ended
         yield GenerateChunk(finish_reason=reason, usage=usage)
+
+
+def _before(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of the words that end it."""
+    found = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
+    return text[: min(found)] if found else text
 
 
 def _tool_call(prompt: Prompt, opts: GenerateOpts) -> ToolCallDelta | None:

@@ -20,6 +20,7 @@ from harperpy import (
     BackendError,
     BackendFactory,
     BackendTimeout,
+    Capability,
     ClientError,
     EmbedOpts,
     EmbedResult,
@@ -165,6 +166,7 @@ class LocalChat(ModelBackend):
     tools = True
     structured_output = True
     logprobs = True
+    features = frozenset[Capability]({"logit_bias"})
     max_retries = 2
     about = DEMO
 

@@ -11,6 +11,7 @@ import msgspec
 from harperpy import (
     BackendError,
     BackendFactory,
+    Capability,
     ConfigError,
     EmbedOpts,
     EmbedResult,
@@ -24,7 +25,8 @@ from harperpy import (
     TokenUsage,
 )
 
-from .openai_protocol import Completion, Embeddings, chat_body, whole_answer
+from .openai_answers import Completion, Embeddings, whole_answer
+from .openai_protocol import chat_body
 from .openai_transport import Timeouts, Transport
 
 _OPENAI = "https://api.openai.com/v1"
@@ -32,6 +34,26 @@ _OPENAI_HOST = "api.openai.com"
 # The total is the OpenAI clients' own: ten minutes.
 _TOTAL_MS, _CONNECT_MS, _FIRST_BYTE_MS, _IDLE_MS = 600_000, 10_000, 60_000, 120_000
 _RETRIES = 2
+# What the provider cannot do of these it says itself.
+_FEATURES = frozenset[Capability](
+    {
+        "custom_tools",
+        "n",
+        "image_url",
+        "input_audio",
+        "file",
+        "audio",
+        "logit_bias",
+        "reasoning_effort",
+        "verbosity",
+        "web_search_options",
+        "moderation",
+        "service_tier",
+        "store",
+    }
+)
+# Servers that speak OpenAI's protocol seldom know it: they get the allowed tools only.
+_AT_OPENAI = frozenset[Capability]({*_FEATURES, "allowed_tools"})
 
 
 def register_model_backends(register: Callable[[str, BackendFactory], None]) -> None:
@@ -54,6 +76,7 @@ class OpenAI(ModelBackend):
         if at_openai and config.api_key is None:
             message = f"{entry.where}.apiKey: expected a key for {_OPENAI_HOST}"
             raise ConfigError(message)
+        self.features = _AT_OPENAI if at_openai else _FEATURES
         self._limit_name = "max_completion_tokens" if at_openai else "max_tokens"
         organization = config.organization
         self._transport = Transport(
@@ -86,12 +109,13 @@ class OpenAI(ModelBackend):
     async def generate(self, prompt: Prompt, opts: GenerateOpts) -> GenerateResult:
         """A whole answer."""
         body = self._chat(prompt, opts, stream=False)
-        return whole_answer(await self._transport.whole("/chat/completions", body, Completion))
+        answer = await self._transport.whole("/chat/completions", body, Completion)
+        return whole_answer(answer, opts.n)
 
     def generate_stream(self, prompt: Prompt, opts: GenerateOpts) -> AsyncIterator[GenerateChunk]:
         """An answer as it comes; usage is always asked for."""
         body = self._chat(prompt, opts, stream=True)
-        return self._transport.chunks("/chat/completions", body)
+        return self._transport.chunks("/chat/completions", body, opts.n)
 
     async def close(self) -> None:
         """Close the pooled connections."""

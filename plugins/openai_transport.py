@@ -13,7 +13,8 @@ import msgspec
 
 from harperpy import BackendError, BackendTimeout, GenerateChunk, SSEDecoder
 
-from .openai_protocol import ChunkReader, refusal
+from .openai_answers import ChunkReader
+from .openai_refusals import refusal
 
 T = TypeVar("T")
 
@@ -68,19 +69,21 @@ class Transport:
             message = f"the answer from {path} is not what it should be"
             raise BackendError(message) from error
 
-    async def chunks(self, path: str, body: bytes) -> AsyncGenerator[GenerateChunk]:
-        """The chunks of a streamed answer. Raises `BackendError` for one that is cut off."""
-        events, reader = SSEDecoder(), ChunkReader()
+    async def chunks(
+        self, path: str, body: bytes, n: int | None = None
+    ) -> AsyncGenerator[GenerateChunk]:
+        """The chunks of `n` streamed answers. Raises `BackendError` for one that is cut off."""
+        events, reader = SSEDecoder(), ChunkReader(n)
         async with self._post(path, body, self._timeouts.stream_first_byte) as response:
             while not reader.ended and (read := await self._read(response)):
                 for data in events.feed(read):
-                    if (chunk := reader.read(data)) is not None:
+                    for chunk in reader.read(data):
                         yield chunk
             for data in events.end():
-                if (chunk := reader.read(data)) is not None:
+                for chunk in reader.read(data):
                     yield chunk
-        if (last := reader.finish()) is not None:
-            yield last
+        for chunk in reader.finish():
+            yield chunk
 
     async def close(self) -> None:
         """Close the pooled connections."""

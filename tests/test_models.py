@@ -415,7 +415,7 @@ async def test_what_cannot_be_served_raises_from_the_call_itself() -> None:
         models.generate_stream("hi", model="parrot")
         rows = await server.rows()
 
-    assert ["stream", "response_format", "response_format"] == [
+    assert ["stream", "response_format", "model"] == [
         caught.value.param for caught in (no_stream, no_format, no_embedding)
     ]
     missing = ("generateStream", "unknown", "capability_unsupported")

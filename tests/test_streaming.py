@@ -861,7 +861,8 @@ ANSWERS: dict[str, tuple[list[Any], Deltas]] = {
         [
             ({"role": "assistant", "content": "a"}, None),
             ({"tool_calls": [call(0, "c1", "f", "{}")]}, None),
-            ({}, "stop"),
+            # Calls are there to be made, whatever the reason says.
+            ({}, "tool_calls"),
         ],
     ),
 }

@@ -8,9 +8,11 @@ import msgspec
 
 from harperpy import Body, Context, EventStream, RequestTarget, decode_json, openai_stream
 
+from .answers import completion
 from .errors import OpenAIResource
 from .schema import ChatRequest
-from .translation import completion, to_opts, to_prompt
+from .translation import to_opts, to_prompt
+from .wording import read
 
 _REQUEST = msgspec.json.Decoder(ChatRequest)
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -22,16 +24,21 @@ class V1ChatCompletions(OpenAIResource):
     @staticmethod
     async def post(target: RequestTarget, data: Body, context: Context) -> Any:
         """A `chat.completion`, or a stream of its chunks."""
-        request = await data.decode(_REQUEST)
+        request = await read(data, _REQUEST)
         opts = to_opts(request, _extra(await data.bytes()))
         prompt = to_prompt(request)
         if not request.stream:
-            return completion(await context.models.generate(prompt, opts=opts), request.model)
+            return completion(await context.models.generate(prompt, opts=opts), request)
         chunks = context.models.generate_stream(prompt, opts=opts)
         options = request.stream_options
         usage = bool(options and options.include_usage)
-        model = request.model or "default"
-        return EventStream(openai_stream(chunks, model=model, include_usage=usage))
+        events = openai_stream(
+            chunks,
+            model=request.model or "default",
+            include_usage=usage,
+            functions=bool(request.functions),
+        )
+        return EventStream(events)
 
 
 def _extra(body: bytes) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import msgspec
 
 from harperpy import Body, Context, RequestTarget
 
+from .answers import embedding_list, texts
 from .errors import OpenAIResource
 from .schema import EmbeddingRequest
-from .translation import embedding_list, texts
+from .wording import read
 
 _REQUEST = msgspec.json.Decoder(EmbeddingRequest)
 
@@ -21,7 +22,7 @@ class V1Embeddings(OpenAIResource):
     @staticmethod
     async def post(target: RequestTarget, data: Body, context: Context) -> dict[str, Any]:
         """A list of embeddings, in the order of the inputs."""
-        request = await data.decode(_REQUEST)
+        request = await read(data, _REQUEST)
         result = await context.models.embed_with_usage(
             texts(request), model=request.model, dimensions=request.dimensions
         )

@@ -7,46 +7,106 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from harperpy import (
+    AudioPart,
+    FilePart,
+    ImagePart,
+    RefusalPart,
+    TextPart,
+)
+
 Name: TypeAlias = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
+Bias: TypeAlias = Annotated[float, Meta(ge=-100, le=100)]
 Count: TypeAlias = Annotated[int, Meta(ge=1)]
-
-
-class ContentPartIn(msgspec.Struct, omit_defaults=True):
-    """A part of a message's content."""
-
-    type: Literal["text", "image_url", "input_audio", "file", "refusal"]
-    text: str | None = None
-    refusal: str | None = None
-    image_url: dict[str, Any] | None = None
-    input_audio: dict[str, Any] | None = None
-    file: dict[str, Any] | None = None
+Seed: TypeAlias = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Text: TypeAlias = str | Annotated[list[TextPart], Meta(min_length=1)]
+Label: TypeAlias = Annotated[str, Meta(max_length=512)]
 
 
 class FunctionCallIn(msgspec.Struct):
-    """The function a tool call names; `arguments` is JSON text, as the model wrote it."""
+    """The function that was called; `arguments` is JSON text, as the model wrote it."""
 
     name: str
     arguments: str
 
 
-class ToolCallIn(msgspec.Struct):
-    """A tool call that an assistant message repeats."""
+class CustomCallIn(msgspec.Struct):
+    """The custom tool that was called, and the text it was given."""
+
+    name: str
+    input: str
+
+
+class FunctionToolCallIn(msgspec.Struct, tag_field="type", tag="function"):
+    """A call of a function that an assistant message repeats."""
 
     id: str
     function: FunctionCallIn
-    type: Literal["function"] = "function"
 
 
-class MessageIn(msgspec.Struct):
-    """A message of any role."""
+class CustomToolCallIn(msgspec.Struct, tag_field="type", tag="custom"):
+    """A call of a custom tool that an assistant message repeats."""
 
-    role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: str | list[ContentPartIn] | None = None
+    id: str
+    custom: CustomCallIn
+
+
+class DeveloperMessageIn(msgspec.Struct, tag_field="role", tag="developer"):
+    """What the model is to keep to, from whoever built the application."""
+
+    content: Text
     name: str | None = None
-    tool_calls: list[ToolCallIn] | None = None
-    tool_call_id: str | None = None
+
+
+class SystemMessageIn(msgspec.Struct, tag_field="role", tag="system"):
+    """The same by its older name."""
+
+    content: Text
+    name: str | None = None
+
+
+class UserMessageIn(msgspec.Struct, tag_field="role", tag="user"):
+    """What the user says, shows or plays."""
+
+    content: str | Annotated[list[TextPart | ImagePart | AudioPart | FilePart], Meta(min_length=1)]
+    name: str | None = None
+
+
+class AssistantMessageIn(msgspec.Struct, tag_field="role", tag="assistant"):
+    """What the model said, called or refused before."""
+
+    content: str | Annotated[list[TextPart | RefusalPart], Meta(min_length=1)] | None = None
+    name: str | None = None
     refusal: str | None = None
+    tool_calls: list[FunctionToolCallIn | CustomToolCallIn] | None = None
+    function_call: FunctionCallIn | None = None
+    audio: dict[str, Any] | None = None
+    reasoning_content: str | None = None
+
+
+class ToolMessageIn(msgspec.Struct, tag_field="role", tag="tool"):
+    """What a tool returned."""
+
+    tool_call_id: str
+    content: Text
+
+
+class FunctionMessageIn(msgspec.Struct, tag_field="role", tag="function"):
+    """What a function of the old protocol returned."""
+
+    name: str
+    content: str | None = None
+
+
+MessageIn: TypeAlias = (
+    DeveloperMessageIn
+    | SystemMessageIn
+    | UserMessageIn
+    | AssistantMessageIn
+    | ToolMessageIn
+    | FunctionMessageIn
+)
 
 
 class FunctionIn(msgspec.Struct):
@@ -58,24 +118,61 @@ class FunctionIn(msgspec.Struct):
     strict: bool | None = None
 
 
-class ToolIn(msgspec.Struct):
-    """A tool that the model may call."""
+class CustomIn(msgspec.Struct):
+    """A tool that takes text; `format` says which text."""
 
-    type: Literal["function"]
+    name: Name
+    description: str | None = None
+    format: dict[str, Any] | None = None
+
+
+class FunctionToolIn(msgspec.Struct, tag_field="type", tag="function"):
+    """A function as a tool."""
+
     function: FunctionIn
 
 
-class FunctionName(msgspec.Struct):
-    """The name of a function."""
+class CustomToolIn(msgspec.Struct, tag_field="type", tag="custom"):
+    """A custom tool."""
+
+    custom: CustomIn
+
+
+ToolIn: TypeAlias = FunctionToolIn | CustomToolIn
+
+
+class Named(msgspec.Struct):
+    """A tool's name."""
 
     name: str
 
 
-class NamedToolChoice(msgspec.Struct):
-    """The one tool that the model must call."""
+class FunctionChoice(msgspec.Struct, tag_field="type", tag="function"):
+    """The one function that the model must call."""
 
-    type: Literal["function"]
-    function: FunctionName
+    function: Named
+
+
+class CustomChoice(msgspec.Struct, tag_field="type", tag="custom"):
+    """The one custom tool that the model must call."""
+
+    custom: Named
+
+
+class AllowedTools(msgspec.Struct):
+    """The tools that the model may or must choose from."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[FunctionChoice | CustomChoice], Meta(min_length=1)]
+
+
+class AllowedToolsChoice(msgspec.Struct, tag_field="type", tag="allowed_tools"):
+    """A choice among some of the tools."""
+
+    allowed_tools: AllowedTools
+
+
+ToolChoice: TypeAlias = FunctionChoice | CustomChoice | AllowedToolsChoice
 
 
 class JSONSchemaIn(msgspec.Struct):
@@ -101,6 +198,20 @@ class StreamOptions(msgspec.Struct):
     include_obfuscation: bool | None = None
 
 
+class AudioOut(msgspec.Struct):
+    """How a spoken answer sounds; `voice` is a name or `{id}`."""
+
+    format: Literal["wav", "aac", "mp3", "flac", "opus", "pcm16"]
+    voice: str | dict[str, Any]
+
+
+class Prediction(msgspec.Struct):
+    """What most of the answer is likely to be."""
+
+    type: Literal["content"]
+    content: str | list[TextPart]
+
+
 class ChatRequest(msgspec.Struct):
     """The body of POST /v1/chat/completions."""
 
@@ -108,32 +219,41 @@ class ChatRequest(msgspec.Struct):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    tools: list[ToolIn] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    tools: Annotated[list[ToolIn], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    functions: Annotated[list[FunctionIn], Meta(min_length=1, max_length=128)] | None = None
+    function_call: Literal["none", "auto"] | Named | None = None
     response_format: ResponseFormatIn | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     stop: str | Annotated[list[str], Meta(max_length=4)] | None = None
-    seed: int | None = None
+    seed: Seed | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, Bias] | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    audio: dict[str, Any] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
+    verbosity: Literal["low", "medium", "high"] | None = None
     modalities: list[Literal["text", "audio"]] | None = None
-    functions: list[dict[str, Any]] | None = None
-    function_call: str | dict[str, Any] | None = None
+    audio: AudioOut | None = None
+    prediction: Prediction | None = None
     web_search_options: dict[str, Any] | None = None
-    # Without effect here, by their own contract: labels for the provider's books.
-    user: str | None = None
-    metadata: dict[str, str] | None = None
+    moderation: dict[str, Any] | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
     store: bool | None = None
-    safety_identifier: str | None = None
+    user: str | None = None
+    metadata: Annotated[dict[str, Label], Meta(max_length=16)] | None = None
+    safety_identifier: Annotated[str, Meta(max_length=64)] | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
 
 
 class EmbeddingRequest(msgspec.Struct):

@@ -1,159 +1,145 @@
-"""OpenAI's shapes into harperpy's and back."""
+"""OpenAI's chat request as harperpy's prompt and options."""
 
 from __future__ import annotations
 
-import sys
-import time
-from array import array
-from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from harperpy import (
-    CapabilityError,
-    ContentPart,
-    EmbedResult,
     GenerateOpts,
-    GenerateResult,
     InvalidBody,
     JSONSchemaFormat,
     Message,
     Prompt,
-    TokenUsage,
     ToolCall,
     ToolDef,
-    completion_id,
-    openai_logprobs,
-    openai_usage,
+    paired,
 )
 
 from .schema import (
+    AllowedToolsChoice,
+    AssistantMessageIn,
     ChatRequest,
-    ContentPartIn,
-    EmbeddingRequest,
+    CustomChoice,
+    CustomToolCallIn,
+    FunctionChoice,
+    FunctionIn,
+    FunctionMessageIn,
+    FunctionToolCallIn,
+    FunctionToolIn,
     MessageIn,
-    NamedToolChoice,
+    Named,
     ResponseFormatIn,
     ToolIn,
+    ToolMessageIn,
 )
 
-_REFUSED = ("audio", "functions", "function_call", "web_search_options")
+# Options whose name and value are ours too.
+_SAME = (
+    "model",
+    "temperature",
+    "top_p",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "n",
+    "logprobs",
+    "top_logprobs",
+    "parallel_tool_calls",
+    "reasoning_effort",
+    "verbosity",
+    "modalities",
+    "web_search_options",
+    "moderation",
+    "service_tier",
+    "store",
+)
+# Without effect on the answer, by their own contract: a provider may want them for its books.
+LABELS = (
+    "user",
+    "metadata",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+)
 
 
 def to_prompt(request: ChatRequest) -> Prompt:
-    """The messages and tools of a request."""
+    """The messages and tools of a request. Raises `InvalidBody` for calls without their results."""
+    _check_calls(request.messages)
+    functions = request.functions or ()
     return Prompt(
-        messages=[_message(message) for message in request.messages],
-        tools=[_tool(tool) for tool in request.tools or ()],
+        messages=paired(_message(message) for message in request.messages),
+        tools=[
+            *(_tool(tool) for tool in request.tools or ()),
+            *(_function(function) for function in functions),
+        ],
     )
 
 
 def to_opts(request: ChatRequest, extra: Mapping[str, Any]) -> GenerateOpts:
     """The options of a request; `extra` fields go to the provider as they are.
 
-    Raises `CapabilityError` for parameters that nothing here honours yet, `InvalidBody` for
-    combinations that make no sense.
+    Raises `InvalidBody` for combinations that make no sense.
     """
-    _refuse_unsupported(request)
-    if request.stream_options and not request.stream:
-        message = "stream_options: only allowed when 'stream' is true"
-        raise InvalidBody(message, param="stream_options")
-    if request.top_logprobs is not None and not request.logprobs:
-        message = "top_logprobs: only allowed when 'logprobs' is true"
-        raise InvalidBody(message, param="top_logprobs")
-    return GenerateOpts(
-        model=request.model,
-        temperature=request.temperature,
-        top_p=request.top_p,
+    _check_together(request)
+    labels = {name: getattr(request, name) for name in LABELS}
+    told = {name: value for name, value in labels.items() if value is not None}
+    opts = GenerateOpts(
         max_tokens=request.max_completion_tokens or request.max_tokens,
         stop=[request.stop] if isinstance(request.stop, str) else request.stop,
-        seed=request.seed,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
         response_format=_response_format(request.response_format),
         tool_mode="return",
-        tool_choice=_tool_choice(request),
-        parallel_tool_calls=request.parallel_tool_calls,
-        logprobs=request.logprobs,
-        top_logprobs=request.top_logprobs,
-        provider_options=dict(extra),
+        provider_options={**extra, **told},
+        **{name: getattr(request, name) for name in _SAME},
     )
-
-
-def completion(result: GenerateResult, model: str | None) -> dict[str, Any]:
-    """A `chat.completion` object."""
-    message: dict[str, Any] = {
-        "role": "assistant",
-        "content": result.content or (None if result.tool_calls or result.refusal else ""),
-        "refusal": result.refusal,
-    }
-    if result.tool_calls:
-        message["tool_calls"] = [_call(call) for call in result.tool_calls]
-    choice = {
-        "index": 0,
-        "message": message,
-        "logprobs": openai_logprobs(result.logprobs),
-        "finish_reason": result.finish_reason,
-    }
-    return {
-        "id": completion_id(),
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": model or "default",
-        "choices": [choice],
-        "usage": openai_usage(result.usage or TokenUsage()),
-    }
-
-
-def texts(request: EmbeddingRequest) -> list[str]:
-    """The texts to embed. Raises `CapabilityError` for arrays of token numbers."""
-    given = [request.input] if isinstance(request.input, str) else request.input
-    found = [text for text in given if isinstance(text, str)]
-    if len(found) != len(given):
-        message = "input: arrays of token numbers are not supported, send text"
-        raise CapabilityError(message, param="input")
-    return found
-
-
-def embedding_list(request: EmbeddingRequest, result: EmbedResult) -> dict[str, Any]:
-    """OpenAI's list of embeddings, floats or base64 as asked."""
-    encode = _base64 if request.encoding_format == "base64" else list
-    tokens = result.usage.embedding_tokens or 0 if result.usage else 0
-    return {
-        "object": "list",
-        "data": [
-            {"object": "embedding", "index": index, "embedding": encode(vector)}
-            for index, vector in enumerate(result.vectors)
-        ],
-        "model": request.model or "default",
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-    }
+    if request.audio is not None:
+        opts.audio = msgspec.to_builtins(request.audio)
+    if request.prediction is not None:
+        opts.prediction = msgspec.to_builtins(request.prediction)
+    _choose(opts, request)
+    return opts
 
 
 def _message(message: MessageIn) -> Message:
-    content = message.content or ""
-    return Message(
-        role=message.role,
-        content=content if isinstance(content, str) else [_part(part) for part in content],
-        name=message.name,
-        tool_calls=[
-            ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments)
-            for call in message.tool_calls or ()
-        ]
-        or None,
-        tool_call_id=message.tool_call_id,
-        refusal=message.refusal,
-    )
+    role: Any = message.__struct_config__.tag
+    told = Message(role=role, content=message.content or "")
+    if isinstance(message, ToolMessageIn):
+        told.tool_call_id = message.tool_call_id
+        return told
+    told.name = message.name
+    if isinstance(message, AssistantMessageIn):
+        calls = [_call(call) for call in message.tool_calls or ()]
+        if message.function_call is not None:
+            # Without an id: the old protocol had none.
+            old = message.function_call
+            calls.append(ToolCall(id="", name=old.name, arguments=old.arguments))
+        told.tool_calls = calls or None
+        for field in ("refusal", "audio", "reasoning_content"):
+            setattr(told, field, getattr(message, field))
+    return told
 
 
-def _part(part: ContentPartIn) -> ContentPart:
-    return ContentPart(type=part.type, text=part.text, data=msgspec.to_builtins(part))
+def _call(call: FunctionToolCallIn | CustomToolCallIn) -> ToolCall:
+    if isinstance(call, CustomToolCallIn):
+        custom = call.custom
+        return ToolCall(id=call.id, type="custom", name=custom.name, arguments=custom.input)
+    return ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments)
 
 
 def _tool(tool: ToolIn) -> ToolDef:
-    function = tool.function
+    if isinstance(tool, FunctionToolIn):
+        return _function(tool.function)
+    custom = tool.custom
+    description = custom.description or ""
+    return ToolDef(type="custom", name=custom.name, description=description, format=custom.format)
+
+
+def _function(function: FunctionIn) -> ToolDef:
     return ToolDef(
         name=function.name,
         description=function.description or "",
@@ -162,25 +148,59 @@ def _tool(tool: ToolIn) -> ToolDef:
     )
 
 
-def _call(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments_text()}
-    return {"id": call.id, "type": "function", "function": function}
+def _choose(opts: GenerateOpts, request: ChatRequest) -> None:
+    """Set the choice of tools. Raises `InvalidBody` for a tool that is not there."""
+    old = request.tool_choice is None
+    choice = request.function_call if old else request.tool_choice
+    path = "function_call" if old else "tool_choice"
+    names = _names(request)
+    if isinstance(choice, AllowedToolsChoice):
+        allowed = choice.allowed_tools
+        for at, tool in enumerate(allowed.tools):
+            _check_known(tool, names, f"tool_choice.allowed_tools.tools[{at}]")
+        opts.tool_choice = allowed.mode
+        opts.allowed_tools = [_chosen(tool) for tool in allowed.tools]
+    elif choice is None or isinstance(choice, str):
+        if choice == "required" and not names:
+            message = "'tool_choice' is only allowed when 'tools' are specified."
+            raise InvalidBody(message, param=path)
+        opts.tool_choice = choice
+    else:
+        _check_known(choice, names, path)
+        opts.tool_choice = _chosen(choice)
 
 
-def _tool_choice(request: ChatRequest) -> str | None:
-    """The choice as a word or a tool's name. Raises `InvalidBody` for a tool that is not there."""
-    choice = request.tool_choice
-    names = {tool.function.name for tool in request.tools or ()}
-    if choice == "required" and not names:
-        message = "tool_choice: 'required' is only allowed with tools"
-        raise InvalidBody(message, param="tool_choice")
-    if not isinstance(choice, NamedToolChoice):
-        return choice
-    name = choice.function.name
+def _chosen(choice: FunctionChoice | CustomChoice | Named) -> str:
+    if isinstance(choice, Named):
+        return choice.name
+    return choice.function.name if isinstance(choice, FunctionChoice) else choice.custom.name
+
+
+def _check_known(
+    choice: FunctionChoice | CustomChoice | Named, names: dict[str, str], path: str
+) -> None:
+    name = _chosen(choice)
     if name not in names:
-        message = f"tool_choice: {name!r} is not the name of one of the tools"
-        raise InvalidBody(message, param="tool_choice")
-    return name
+        message = f"Invalid value for '{path}': {name!r} is not the name of one of the tools."
+        raise InvalidBody(message, param=path)
+
+
+def _names(request: ChatRequest) -> dict[str, str]:
+    """The names of all tools, and where each stands. Raises `InvalidBody` for one given twice."""
+    names: dict[str, str] = {}
+    for at, tool in enumerate(request.tools or ()):
+        kind = "function" if isinstance(tool, FunctionToolIn) else "custom"
+        _add_name(names, getattr(tool, kind).name, f"tools[{at}].{kind}.name")
+    for at, function in enumerate(request.functions or ()):
+        _add_name(names, function.name, f"functions[{at}].name")
+    return names
+
+
+def _add_name(names: dict[str, str], name: str, path: str) -> None:
+    if name in names:
+        message = f"Invalid '{path}': {name!r} is the name of another tool too, {names[name]}."
+        raise InvalidBody(message, param=path, code="invalid_value")
+    names[name] = path
 
 
 def _response_format(given: ResponseFormatIn | None) -> Any:
@@ -189,8 +209,9 @@ def _response_format(given: ResponseFormatIn | None) -> Any:
     if given.type == "json_object":
         return "json"
     if given.json_schema is None:
-        message = "response_format.json_schema: required when type is 'json_schema'"
-        raise InvalidBody(message, param="response_format.json_schema")
+        path = "response_format.json_schema"
+        message = f"Missing required parameter: '{path}'."
+        raise InvalidBody(message, param=path, code="missing_required_parameter")
     wanted = given.json_schema
     return JSONSchemaFormat(
         schema=wanted.schema or {},
@@ -200,21 +221,69 @@ def _response_format(given: ResponseFormatIn | None) -> Any:
     )
 
 
-def _refuse_unsupported(request: ChatRequest) -> None:
-    """A parameter that would change the answer is honoured or refused, never ignored."""
-    asked = [name for name in _REFUSED if getattr(request, name) is not None]
-    if request.n not in (None, 1):
-        asked.append("n")
-    if request.modalities and "audio" in request.modalities:
-        asked.append("modalities")
-    if asked:
-        message = f"Unsupported parameter: '{asked[0]}' is not supported with this model."
-        raise CapabilityError(message, param=asked[0])
+def _check_together(request: ChatRequest) -> None:
+    """Parameters that are only allowed beside others, or instead of them."""
+    if request.stream_options and not request.stream:
+        message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+        raise InvalidBody(message, param="stream_options")
+    if request.top_logprobs is not None and not request.logprobs:
+        message = "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled."
+        raise InvalidBody(message, param="top_logprobs")
+    if request.tools and request.functions:
+        message = "The 'functions' parameter is not allowed beside 'tools', which replaced it."
+        raise InvalidBody(message, param="functions")
+    if request.modalities and "audio" in request.modalities and request.audio is None:
+        message = "The 'audio' parameter is required when 'modalities' asks for audio."
+        raise InvalidBody(message, param="audio", code="missing_required_parameter")
 
 
-def _base64(vector: Sequence[float]) -> str:
-    """Little-endian float32s, as OpenAI's clients read them."""
-    floats = array("f", vector)
-    if sys.byteorder == "big":
-        floats.byteswap()
-    return b64encode(floats.tobytes()).decode()
+def _check_calls(messages: list[MessageIn]) -> None:
+    """Each result of a tool answers a call right before it, and each call is answered."""
+    waiting: dict[str, str] = {}
+    called: set[str] = set()
+    has_function_call = False
+    for at, message in enumerate(messages):
+        path = f"messages[{at}]"
+        if isinstance(message, ToolMessageIn):
+            _check_result(message, path, called)
+            waiting.pop(message.tool_call_id, None)
+            continue
+        _check_answered(waiting)
+        called = set()
+        if isinstance(message, AssistantMessageIn):
+            called = {call.id for call in message.tool_calls or ()}
+            has_function_call = has_function_call or message.function_call is not None
+        elif isinstance(message, FunctionMessageIn) and not has_function_call:
+            raise _no_response(message, path)
+        waiting = dict.fromkeys(called, path)
+    _check_answered(waiting)
+
+
+def _check_result(message: ToolMessageIn, path: str, called: set[str]) -> None:
+    if not called:
+        raise _no_response(message, path)
+    if message.tool_call_id not in called:
+        told = (
+            f"Invalid parameter: 'tool_call_id' of {message.tool_call_id!r} not found in "
+            "'tool_calls' of the preceding message."
+        )
+        raise InvalidBody(told, param=f"{path}.tool_call_id")
+
+
+def _no_response(message: ToolMessageIn | FunctionMessageIn, path: str) -> InvalidBody:
+    role = message.__struct_config__.tag
+    calls = "tool_calls" if role == "tool" else "function_call"
+    told = (
+        f"Invalid parameter: messages with role '{role}' must be a response to a preceding "
+        f"message with '{calls}'."
+    )
+    return InvalidBody(told, param=f"{path}.role")
+
+
+def _check_answered(waiting: dict[str, str]) -> None:
+    for call, path in waiting.items():
+        told = (
+            "An assistant message with 'tool_calls' must be followed by tool messages responding "
+            f"to each 'tool_call_id'. {call!r} has no response."
+        )
+        raise InvalidBody(told, param=f"{path}.tool_calls")

@@ -1,0 +1,311 @@
+"""What the answers of an OpenAI-compatible provider mean."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Any, cast
+
+import msgspec
+
+from harperpy import (
+    BackendError,
+    Choice,
+    GenerateChunk,
+    GenerateResult,
+    TokenLogprob,
+    TokenUsage,
+    ToolCall,
+    ToolCallDelta,
+    ToolType,
+)
+
+_TEXTS = ("text_tokens", "audio_tokens", "image_tokens")
+_OF_PROMPT = (*_TEXTS, "cache_write_tokens")
+_OF_COMPLETION = (*_TEXTS, "accepted_prediction_tokens", "rejected_prediction_tokens")
+_OF_THE_WHOLE = (("system_fingerprint", str), ("service_tier", str), ("moderation", dict))
+_MOST_CALLS = 128
+_MOST_TOKENS = 2**53
+_MOST_ARGUMENTS = 8 << 20
+
+
+class _Struct(msgspec.Struct, gc=False):
+    """A part of a provider's answer; what we do not know in it is passed over."""
+
+
+class Usage(_Struct):
+    """A provider's usage; whatever in it is no count of tokens is passed over."""
+
+    prompt_tokens: Any = None
+    completion_tokens: Any = None
+    prompt_tokens_details: dict[str, Any] | None = None
+    completion_tokens_details: dict[str, Any] | None = None
+
+    def tokens(self) -> TokenUsage | None:
+        """As harperpy counts; None where it says neither what was asked nor what was answered."""
+        asked, answered = _count(self.prompt_tokens), _count(self.completion_tokens)
+        if asked is None and answered is None:
+            return None
+        return TokenUsage(
+            prompt_tokens=asked,
+            completion_tokens=answered,
+            cached_tokens=_count((self.prompt_tokens_details or {}).get("cached_tokens")),
+            reasoning_tokens=_count((self.completion_tokens_details or {}).get("reasoning_tokens")),
+            prompt_details=_counts(self.prompt_tokens_details, _OF_PROMPT),
+            completion_details=_counts(self.completion_tokens_details, _OF_COMPLETION),
+        )
+
+
+def _counts(details: dict[str, Any] | None, names: tuple[str, ...]) -> dict[str, int] | None:
+    found = ((name, _count((details or {}).get(name))) for name in names)
+    return {name: count for name, count in found if count is not None} or None
+
+
+def _count(value: Any) -> int | None:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if type(value) is int and 0 <= value < _MOST_TOKENS else None
+
+
+class _Function(_Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _Custom(_Struct):
+    name: str | None = None
+    input: str | None = None
+
+
+class _Call(_Struct):
+    index: int | None = None
+    id: str | None = None
+    function: _Function | None = None
+    custom: _Custom | None = None
+
+    @property
+    def told(self) -> tuple[ToolType, str | None, str | None]:
+        """What kind of tool is called, its name, and what it is given."""
+        if self.custom is not None:
+            return "custom", self.custom.name, self.custom.input
+        function = self.function or _Function()
+        return "function", function.name, function.arguments
+
+
+class _Said(_Struct):
+    content: str | None = None
+    refusal: str | None = None
+    tool_calls: list[_Call] | None = None
+    reasoning_content: str | None = None
+    # Another word for the same.
+    reasoning: Any = None
+    annotations: list[Any] | None = None
+    audio: dict[str, Any] | None = None
+
+    @property
+    def thought(self) -> str | None:
+        """What the model thought before it answered."""
+        told = self.reasoning_content or self.reasoning
+        return told if isinstance(told, str) and told else None
+
+
+class _Logprobs(_Struct):
+    content: list[TokenLogprob] | None = None
+
+
+class _Choice(_Struct):
+    index: int = 0
+    logprobs: _Logprobs | None = None
+    message: _Said | None = None
+    delta: _Said | None = None
+    finish_reason: str | None = None
+
+
+class _Whole(_Struct):
+    """What is said of an answer as a whole."""
+
+    usage: Usage | None = None
+    system_fingerprint: Any = None
+    service_tier: Any = None
+    moderation: Any = None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """All of it that is what it should be, by harperpy's names."""
+        found: dict[str, Any] = {}
+        if self.usage is not None and (usage := self.usage.tokens()) is not None:
+            found["usage"] = usage
+        for name, kind in _OF_THE_WHOLE:
+            if isinstance(value := getattr(self, name), kind):
+                found[name] = value
+        return found
+
+
+class Completion(_Whole):
+    """A whole answer."""
+
+    choices: list[_Choice] = []
+
+
+class _Chunk(_Whole):
+    choices: list[_Choice] | None = None
+    error: Any = None
+
+
+class _Vector(_Struct):
+    embedding: list[float]
+    index: int = 0
+
+
+class Embeddings(_Struct):
+    """A provider's embeddings."""
+
+    data: list[_Vector]
+    usage: Usage | None = None
+
+
+_CHUNK = msgspec.json.Decoder(_Chunk)
+
+
+def whole_answer(completion: Completion, n: int | None) -> GenerateResult:
+    """An answer's choices, as many as were asked for. Raises `BackendError` where there is none."""
+    given = sorted(completion.choices, key=lambda choice: choice.index)
+    choices = [_whole_choice(choice) for choice in given[: n or 1]]
+    if not choices:
+        message = "an answer without a choice"
+        raise BackendError(message)
+    result = GenerateResult(**choices[0], **completion.told)
+    result.others = [Choice(**other) for other in choices[1:]]
+    return result
+
+
+def _whole_choice(choice: _Choice) -> dict[str, Any]:
+    said = choice.message
+    if said is None:
+        message = "a choice without a message"
+        raise BackendError(message)
+    calls = [_whole_call(call) for call in said.tool_calls or ()]
+    return {
+        "content": said.content or "",
+        "refusal": said.refusal,
+        "tool_calls": calls or None,
+        "finish_reason": finish_reason(choice.finish_reason or "stop", calls=bool(calls)),
+        "logprobs": choice.logprobs.content if choice.logprobs else None,
+        "reasoning_content": said.thought,
+        "annotations": said.annotations,
+        "audio": said.audio,
+    }
+
+
+def _whole_call(call: _Call) -> ToolCall:
+    kind, name, arguments = call.told
+    return ToolCall(
+        id=call.id or f"call_{secrets.token_hex(12)}",
+        type=kind,
+        name=name or "",
+        arguments=arguments or ("{}" if kind == "function" else ""),
+    )
+
+
+def finish_reason(given: str, *, calls: bool) -> Any:
+    """The standard reason for a provider's own word, in agreement with what the answer holds."""
+    if given in ("length", "content_filter"):
+        return given
+    return "tool_calls" if calls else "stop"
+
+
+class ChunkReader:
+    """Turns a stream's events into chunks, and knows whether it came to its end.
+
+    Of choices that nobody asked for it says nothing.
+    """
+
+    __slots__ = ("_arguments", "_calls", "_n", "ended", "reasons")
+
+    def __init__(self, n: int | None = None) -> None:
+        self._n = n or 1
+        self._calls: dict[int, set[int]] = {}
+        self._arguments = 0
+        self.reasons: set[int] = set()
+        self.ended = False
+
+    def read(self, data: str) -> Sequence[GenerateChunk]:
+        """The chunks of one event, none for one that brings nothing. Raises `BackendError`."""
+        if self.ended or data == "[DONE]":
+            self.ended = True
+            return ()
+        try:
+            event = _CHUNK.decode(data)
+        except msgspec.DecodeError as error:
+            message = "an event of the stream is not what it should be"
+            raise BackendError(message) from error
+        if event.error is not None:
+            raise _stream_error(event.error)
+        told = event.told
+        chunks = [
+            chunk for choice in event.choices or () if (chunk := self._chunk(choice)) is not None
+        ]
+        if told and not chunks:
+            chunks = [GenerateChunk()]
+        for name, value in told.items():
+            setattr(chunks[0], name, value)
+        return chunks
+
+    def finish(self) -> Sequence[GenerateChunk]:
+        """The reasons that a whole stream kept to itself. Raises `BackendError` for a cut one."""
+        silent = (set(self._calls) or {0}) - self.reasons
+        if silent and not self.ended:
+            message = "the stream ended before the answer did"
+            raise BackendError(message)
+        return [
+            GenerateChunk(index=at, finish_reason="tool_calls" if self._calls.get(at) else "stop")
+            for at in sorted(silent)
+        ]
+
+    def _chunk(self, choice: _Choice) -> GenerateChunk | None:
+        index, reason, said = choice.index, choice.finish_reason, choice.delta or _Said()
+        if not 0 <= index < self._n:
+            return None
+        calls = self._calls.setdefault(index, set())
+        deltas = self._deltas(calls, said.tool_calls) if said.tool_calls else None
+        pieces = (said.content, said.refusal, deltas, said.thought, said.annotations, said.audio)
+        if reason:
+            self.reasons.add(index)
+        elif not any(pieces):
+            return None
+        return GenerateChunk(
+            index=index,
+            delta_content=said.content or None,
+            delta_refusal=said.refusal or None,
+            delta_tool_calls=deltas,
+            delta_reasoning_content=said.thought,
+            delta_annotations=said.annotations or None,
+            delta_audio=said.audio or None,
+            finish_reason=finish_reason(reason, calls=bool(calls)) if reason else None,
+            logprobs=choice.logprobs.content if choice.logprobs else None,
+        )
+
+    def _deltas(self, known: set[int], calls: list[_Call]) -> list[ToolCallDelta]:
+        deltas: list[ToolCallDelta] = []
+        for call in calls:
+            index = call.index
+            if index is None:
+                # Some leave it out: a piece without an id then goes on with the last call.
+                index = len(known) - (not call.id and bool(known))
+            kind, name, arguments = call.told
+            known.add(index)
+            self._arguments += len(arguments or "")
+            if len(known) > _MOST_CALLS or self._arguments > _MOST_ARGUMENTS:
+                message = "the stream holds more tool calls than anyone can use"
+                raise BackendError(message)
+            deltas.append(
+                ToolCallDelta(index=index, id=call.id, type=kind, name=name, arguments=arguments)
+            )
+        return deltas
+
+
+def _stream_error(told: Any) -> BackendError:
+    code = cast("dict[str, Any]", told).get("code") if isinstance(told, dict) else None
+    status = code if isinstance(code, int) and 400 <= code <= 599 else None
+    message = "the provider reported an error in its stream"
+    return BackendError(message, upstream_status=status)

@@ -1,0 +1,108 @@
+"""harperpy's results in OpenAI's shapes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from array import array
+from base64 import b64encode
+from collections.abc import Sequence
+from typing import Any
+
+from harperpy import (
+    CapabilityError,
+    Choice,
+    EmbedResult,
+    GenerateResult,
+    TokenUsage,
+    ToolCall,
+    completion_id,
+    openai_finish_reason,
+    openai_logprobs,
+    openai_usage,
+)
+
+from .schema import ChatRequest, EmbeddingRequest
+
+# Given only where a provider gave them.
+_OF_THE_WHOLE = ("system_fingerprint", "service_tier", "moderation")
+_OF_A_MESSAGE = ("reasoning_content", "annotations", "audio")
+
+
+def completion(result: GenerateResult, request: ChatRequest) -> dict[str, Any]:
+    """A `chat.completion` object."""
+    functions = bool(request.functions)
+    choices = [result, *result.others]
+    body = {
+        "id": completion_id(),
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": request.model or "default",
+        "choices": [_choice(at, one, functions=functions) for at, one in enumerate(choices)],
+        "usage": openai_usage(result.usage or TokenUsage()),
+    }
+    return body | _told(result, _OF_THE_WHOLE)
+
+
+def texts(request: EmbeddingRequest) -> list[str]:
+    """The texts to embed. Raises `CapabilityError` for arrays of token numbers."""
+    given = [request.input] if isinstance(request.input, str) else request.input
+    found = [text for text in given if isinstance(text, str)]
+    if len(found) != len(given):
+        message = "input: arrays of token numbers are not supported, send text"
+        raise CapabilityError(message, param="input")
+    return found
+
+
+def embedding_list(request: EmbeddingRequest, result: EmbedResult) -> dict[str, Any]:
+    """OpenAI's list of embeddings, floats or base64 as asked."""
+    encode = _base64 if request.encoding_format == "base64" else list
+    tokens = result.usage.embedding_tokens or 0 if result.usage else 0
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": encode(vector)}
+            for index, vector in enumerate(result.vectors)
+        ],
+        "model": request.model or "default",
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+
+
+def _choice(index: int, choice: Choice, *, functions: bool) -> dict[str, Any]:
+    calls = choice.tool_calls or []
+    silent = calls or choice.refusal or choice.audio
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": choice.content or (None if silent else ""),
+        "refusal": choice.refusal,
+    }
+    if calls and functions:
+        message["function_call"] = _call(calls[0])["function"]
+    elif calls:
+        message["tool_calls"] = [_call(call) for call in calls]
+    reason = openai_finish_reason(choice.finish_reason, calls=bool(calls), functions=functions)
+    return {
+        "index": index,
+        "message": message | _told(choice, _OF_A_MESSAGE),
+        "logprobs": openai_logprobs(choice.logprobs),
+        "finish_reason": reason,
+    }
+
+
+def _told(given: Choice, names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(given, name)) is not None}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    text = "input" if call.type == "custom" else "arguments"
+    told = {"name": call.name, text: call.arguments_text()}
+    return {"id": call.id, "type": call.type, call.type: told}
+
+
+def _base64(vector: Sequence[float]) -> str:
+    """Little-endian float32s, as OpenAI's clients read them."""
+    floats = array("f", vector)
+    if sys.byteorder == "big":
+        floats.byteswap()
+    return b64encode(floats.tobytes()).decode()
