@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from multidict import CIMultiDict
@@ -23,14 +24,24 @@ class Context(Caller):
 
     `signal` fires when the client leaves before the answer is complete, never when it is.
     `status` and `response_headers` apply to plain return values and to streams, until the head is
-    sent. `rejection` is the refused credential of a resource that settles credentials itself.
+    sent. `started` is when it began, by `time.perf_counter()`. `rejection` is the refused
+    credential of a resource that settles credentials itself.
     """
 
-    __slots__ = ("_controller", "models", "rejection", "request", "response_headers", "status")
+    __slots__ = (
+        "_controller",
+        "models",
+        "rejection",
+        "request",
+        "response_headers",
+        "started",
+        "status",
+    )
 
     def __init__(self, request: Request, models: Models, user: User | None = None) -> None:
         self._controller = AbortController()
         super().__init__(user=user, request_id=request.id, signal=self._controller.signal)
+        self.started = time.perf_counter()
         self.request = request
         self.models = models
         self.response_headers: CIMultiDict[str] = CIMultiDict()

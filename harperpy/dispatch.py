@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from multidict import CIMultiDict
 
@@ -78,7 +78,7 @@ class Dispatch:
         found = self._resources.match(request.path, request.query)
 
         def begin(reply: Reply) -> None:
-            self._mark(reply, request)
+            self._mark(reply, found, context)
             early(reply)
 
         try:
@@ -86,11 +86,15 @@ class Dispatch:
         except Exception as error:  # noqa: BLE001  # every error becomes an answer here
             reply = self._refusal(error, found, context)
         if not reply.committed:
-            self._mark(reply, request)
+            self._mark(reply, found, context)
         return reply
 
-    def _mark(self, reply: Reply, request: Request) -> None:
-        """What every head carries: the request's id, and what a page of another origin needs."""
+    def _mark(self, reply: Reply, found: Found | None, context: Context) -> None:
+        """What every head carries: the resource's, the request's id, what other origins need."""
+        if found is not None:
+            for name, value in _own_headers(found[0].resource, context).items():
+                reply.headers.setdefault(name, value)
+        request = context.request
         headers = self._cors.headers(request)
         vary = reply.headers.get("Vary")
         if vary and vary != headers.get("Vary", vary):
@@ -188,6 +192,15 @@ async def _authorise(
         verdict = False
     if verdict is not True:
         raise context.rejection or AccessViolation(context.user)
+
+
+def _own_headers(resource: type[Resource], context: Context) -> Mapping[str, str]:
+    """The headers that a resource puts on each answer; none if it fails to say."""
+    try:
+        return resource.present_headers(context)
+    except Exception:
+        logger.exception("present_headers of %s failed", resource.__name__)
+        return {}
 
 
 def _is_local(request: Request) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from http import HTTPStatus
 from typing import Any, ClassVar, Literal
 
@@ -23,6 +23,7 @@ METHOD_VERBS: dict[str, tuple[str, Verb]] = {
 }
 """HTTP method → the verb a resource defines, and the permission it takes."""
 
+_NO_HEADERS: Mapping[str, str] = {}
 WITHOUT_BODY = frozenset({"get", "delete"})
 
 
@@ -70,6 +71,11 @@ class Resource:
     def allow_delete(user: User | None, target: RequestTarget, context: Context) -> Any:
         """Whether this user may delete; may be async."""
         return granted(user, context, "delete")
+
+    @staticmethod
+    def present_headers(context: Context) -> Mapping[str, str]:
+        """Headers of each answer, refusals too, unless it has them; asked as the head is sent."""
+        return _NO_HEADERS
 
     @staticmethod
     def present_error(error: HarperError, context: Context) -> Response:

@@ -389,7 +389,7 @@ async def test_a_wrong_method_is_told(
     """405 says which methods there are."""
     answer = await ask(server, method, path)
 
-    assert (405, INVALID, "method_not_allowed", None) == kind(answer)
+    assert (405, INVALID, "method_not_supported", None) == kind(answer)
     assert allow == answer.headers["Allow"]
 
 

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from typing import Any
 
 from harperpy import SSE, Context, HarperError, Resource, Response, json_response, openai_error
+
+# The version of the API that OpenAI's answers have named since its beginning.
+_VERSION = "2020-10-01"
 
 
 class OpenAIResource(Resource):
     """A Resource whose refusals OpenAI clients understand."""
 
     @staticmethod
+    def present_headers(context: Context) -> Mapping[str, str]:
+        """The API's version, and the milliseconds until the head of this answer."""
+        taken = (time.perf_counter() - context.started) * 1000
+        return {"openai-version": _VERSION, "openai-processing-ms": str(round(taken))}
+
+    @staticmethod
     def present_error(error: HarperError, context: Context) -> Response:
         """`{"error": {message, type, param, code}}` with the error's own status."""
+        if error.status == 405:
+            error.code = "method_not_supported"
         return json_response(error.status, openai_error(error), error.headers)
 
     @staticmethod

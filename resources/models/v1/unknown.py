@@ -8,6 +8,17 @@ from harperpy import Context, NotFound, RequestTarget, User
 
 from .errors import OpenAIResource
 
+_CHAT = (
+    "use chat completions instead: openai.chat(model) in the AI SDK, "
+    "ChatOpenAI(use_responses_api=False) in LangChain, OpenAIChatModel in Pydantic AI, "
+    "set_default_openai_api('chat_completions') in the Agents SDK, "
+    "client.chat.completions in OpenAI's own."
+)
+_MISSING = {
+    "/v1/responses": f"The Responses API does not exist here yet; {_CHAT}",
+    "/v1/completions": f"The legacy Completions API does not exist here; {_CHAT}",
+}
+
 
 class V1Unknown(OpenAIResource):
     """Says which URL it does not know."""
@@ -18,6 +29,9 @@ class V1Unknown(OpenAIResource):
     def get(target: RequestTarget, context: Context) -> NoReturn:
         """Refuse."""
         message = f"Unknown request URL: {context.method} {context.path}."
+        for path, instead in _MISSING.items():
+            if f"{context.path}/".startswith(f"{path}/"):
+                message += f" {instead}"
         raise NotFound(message, code="unknown_url")
 
     @staticmethod
