@@ -68,6 +68,7 @@ class OpenAI(ModelBackend):
     tools = True
     structured_output = True
     logprobs = True
+    features = _FEATURES
 
     def __init__(self, entry: ModelEntry) -> None:
         config = entry.settings
@@ -76,7 +77,8 @@ class OpenAI(ModelBackend):
         if at_openai and config.api_key is None:
             message = f"{entry.where}.apiKey: expected a key for {_OPENAI_HOST}"
             raise ConfigError(message)
-        self.features = _AT_OPENAI if at_openai else _FEATURES
+        if at_openai:
+            self.features = _AT_OPENAI
         self._limit_name = "max_completion_tokens" if at_openai else "max_tokens"
         organization = config.organization
         self._transport = Transport(
