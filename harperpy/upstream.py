@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
@@ -40,7 +40,7 @@ class Asked(msgspec.Struct):
 
 
 class ScriptedUpstream:
-    """Speaks OpenAI's protocol at `url`. Without a script it answers sensibly.
+    """Speaks OpenAI's protocol at `url`. Without a script it answers by `usual(path, body)`.
 
     `requests` are those that came; `asked` and `left` are set when one comes, and when a client
     leaves before its answer is complete.
@@ -51,6 +51,7 @@ class ScriptedUpstream:
         self.requests: list[Asked] = []
         self.asked = asyncio.Event()
         self.left = asyncio.Event()
+        self.usual: Callable[[str, Any], Answer] = usual_answer
         self._script: deque[Answer] = deque()
 
     def script(self, *answers: Answer) -> None:
@@ -63,7 +64,7 @@ class ScriptedUpstream:
         body = msgspec.json.decode(sent) if sent else None
         self.requests.append(Asked(raw.path, raw.headers.copy(), body))
         self.asked.set()
-        answer = self._script.popleft() if self._script else usual_answer(raw.path, body)
+        answer = self._script.popleft() if self._script else self.usual(raw.path, body)
         try:
             return await self._answer(raw, answer)
         except asyncio.CancelledError:
