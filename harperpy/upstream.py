@@ -32,11 +32,12 @@ class Answer(msgspec.Struct, kw_only=True):
 
 
 class Asked(msgspec.Struct):
-    """A request that came in."""
+    """A request that came in; `left` once its client is gone before its answer was complete."""
 
     path: str
     headers: Mapping[str, str]
     body: Any
+    left: bool = False
 
 
 class ScriptedUpstream:
@@ -62,12 +63,14 @@ class ScriptedUpstream:
         """Answer one request by the script."""
         sent = await raw.read()
         body = msgspec.json.decode(sent) if sent else None
-        self.requests.append(Asked(raw.path, raw.headers.copy(), body))
+        asked = Asked(raw.path, raw.headers.copy(), body)
+        self.requests.append(asked)
         self.asked.set()
         answer = self._script.popleft() if self._script else self.usual(raw.path, body)
         try:
             return await self._answer(raw, answer)
         except asyncio.CancelledError:
+            asked.left = True
             self.left.set()
             raise
 
