@@ -38,6 +38,20 @@ test("a whole answer", async () => {
   assert.deepEqual([answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens], [2, 4, 6]);
 });
 
+test("several choices", async () => {
+  const { choices } = await chat.create({ model, messages: user("hello"), n: 2 });
+  assert.deepEqual(choices.map((choice) => [choice.index, choice.message.content]), [[0, "You said: hello"], [1, "You said: hello"]]);
+});
+
+test("several choices, streamed side by side", async () => {
+  const said = ["", ""];
+  const options = { n: 2, stream: true, stream_options: { include_usage: true } };
+  for await (const { choices } of await chat.create({ model, messages: user("hello"), ...options })) {
+    for (const { index, delta } of choices) said[index] += delta.content ?? "";
+  }
+  assert.deepEqual(said, ["You said: hello", "You said: hello"]);
+});
+
 test("a stream, with its usage last", async () => {
   const chunks = [];
   const options = { stream: true, stream_options: { include_usage: true } };
