@@ -17,6 +17,8 @@ from harperpy import (
 
 _PASSED_ON = frozenset({400, 404, 409, 413, 422, 429})
 _LONGEST_MESSAGE = 500
+# What another harperpy calls its own faults: behind a chain of them it looks like one.
+_OUR_CODES = frozenset({"upstream_auth_error", "timeout", "model_unavailable", "aborted"})
 _KEY = re.compile(r"\b(?:sk|hk|pk|gsk|xai)[-_][\w-]{6,}|(?i:bearer)\s+\S+")
 
 
@@ -58,7 +60,9 @@ def refusal(
     else:
         ours = status if 500 <= status <= 599 else 502
         said = f"the provider answered {status}"
-        error = BackendError(said, status=ours, upstream_status=status, headers=passing)
+        error = BackendError(
+            said, status=ours, code=_our_code(body), upstream_status=status, headers=passing
+        )
     error.retryable = status in (408, 429) or status >= 500
     error.retry_after = _seconds(retry_after)
     return error
@@ -70,6 +74,11 @@ def _told(body: bytes) -> _Error:
     except msgspec.DecodeError:
         return _Error()
     return told if isinstance(told, _Error) else _Error(message=told)
+
+
+def _our_code(body: bytes) -> str | None:
+    code = _told(body).code
+    return code if isinstance(code, str) and code in _OUR_CODES else None
 
 
 def _masked(message: str, secret: str | None) -> str:
