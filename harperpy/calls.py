@@ -131,18 +131,25 @@ class Call:
 
     def opts_for(self, candidate: Candidate) -> Any:
         """The options as this candidate's backend sees them: its own model's name, one signal."""
-        return msgspec.structs.replace(
+        opts = msgspec.structs.replace(
             self._opts, model=candidate.provider_model, signal=self.signal
         )
+        if isinstance(opts, GenerateOpts) and self._narrows(candidate):
+            opts.allowed_tools = None
+        return opts
 
     def prompt_for(self, candidate: Candidate, prompt: Prompt) -> Prompt:
         """The prompt with the tools that may be called, where a backend cannot be told which."""
-        opts = self._opts
-        allowed = opts.allowed_tools if isinstance(opts, GenerateOpts) else None
-        if allowed is None or "allowed_tools" in candidate.backend.features:
+        if not isinstance(self._opts, GenerateOpts) or not self._narrows(candidate):
             return prompt
+        allowed = self._opts.allowed_tools or ()
         tools = [tool for tool in prompt.tools if tool.name in allowed]
         return msgspec.structs.replace(prompt, tools=tools)
+
+    def _narrows(self, candidate: Candidate) -> bool:
+        opts = self._opts
+        allowed = opts.allowed_tools if isinstance(opts, GenerateOpts) else None
+        return allowed is not None and "allowed_tools" not in candidate.backend.features
 
     @property
     def gives_many(self) -> bool:

@@ -40,33 +40,37 @@ async def interleaved(
     Each stream is stepped and closed by a task of its own, as generators want it. The first
     failure ends the others and is raised.
     """
-    came: asyncio.Queue[GenerateChunk | BaseException | None] = asyncio.Queue(len(streams))
+    came: asyncio.Queue[GenerateChunk | Exception | None] = asyncio.Queue()
+    # One chunk of each stream at a time: one that never waits would leave the others no room.
+    turns = [asyncio.Semaphore(1) for _ in streams]
     usages: list[TokenUsage | None] = []
 
     async def pump(index: int, stream: AsyncIterator[GenerateChunk]) -> None:
-        ended: BaseException | None = None
+        ended: Exception | None = None
         try:
             async for chunk in stream:
                 usages.append(chunk.usage)
                 chunk.index, chunk.usage = index, None
-                await came.put(chunk)
+                await turns[index].acquire()
+                came.put_nowait(chunk)
         except Exception as error:  # noqa: BLE001  # raised by who reads the queue
             ended = error
         finally:
             await aclose(stream)
-        await came.put(ended)
+        came.put_nowait(ended)
 
     tasks = [asyncio.create_task(pump(*one), name="one of n") for one in enumerate(streams)]
     try:
         left = len(tasks)
         while left:
             item = await came.get()
-            if isinstance(item, BaseException):
+            if isinstance(item, Exception):
                 raise item
             if item is None:
                 left -= 1
             else:
                 yield item
+                turns[item.index].release()
         yield GenerateChunk(usage=total(usages))
     finally:
         await _ended(tasks)

@@ -41,7 +41,7 @@ def _reworded(error: InvalidBody, kind: Any) -> InvalidBody:
     for pattern, word in _WORDS:
         if found := pattern.fullmatch(told):
             code, message = word(found, path)
-            values = list(_supported(inspect.type_info(kind), _STEP.findall(path)))
+            values = dict.fromkeys(_supported(inspect.type_info(kind), _STEP.findall(path)))
             if values and code == "invalid_value":
                 message += f" Supported values are: {', '.join(map(repr, values))}."
             return InvalidBody(message, param=path or None, code=code, errors=error.errors)
