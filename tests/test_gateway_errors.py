@@ -1,4 +1,4 @@
-"""Every refusal of the gateway is OpenAI's envelope, whatever the cause and the path."""
+"""What the gateway refuses, field by field; the other causes: test_error_table.py."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 
 from harperpy import BackendError, GenerateChunk, Prompt, Scope
 from harperpy.testing import ECHO, RunningServer, running
-from helpers import HELLO, Answered, ask, basic, events, openai_client, operation
+from helpers import HELLO, Answered, ask, events, openai_client
 
 CHAT, EMBEDDINGS, MODELS = "/v1/chat/completions", "/v1/embeddings", "/v1/models"
 INVALID = "invalid_request_error"
@@ -33,101 +33,6 @@ def kind(answer: Answered) -> tuple[int, str, str | None, str | None]:
     return answer.status, error["type"], error["code"], error["param"]
 
 
-ROUTES = [
-    ("POST", CHAT, HELLO),
-    ("POST", EMBEDDINGS, TEXT),
-    ("GET", MODELS, None),
-    ("GET", f"{MODELS}/echo", None),
-    ("GET", "/v1/nothing", None),
-    ("POST", "/v1/nothing/at/all", {}),
-    ("POST", "/v1", {}),
-    ("DELETE", CHAT, None),
-    ("POST", MODELS, {}),
-    ("POST", CHAT, {"broken": True}),
-]
-
-
-@pytest.mark.parametrize(("method", "path", "body"), ROUTES)
-async def test_without_credentials_every_path_says_so_first(
-    server: RunningServer, method: str, path: str, body: Any
-) -> None:
-    """401 comes before 404, 405 and 400: a stranger learns nothing."""
-    answer = await ask(server, method, path, key="", json=body)
-
-    assert (401, INVALID, None, None) == kind(answer)
-    assert "Bearer" in answer.headers["WWW-Authenticate"]
-
-
-@pytest.mark.parametrize(("method", "path", "body"), ROUTES)
-async def test_a_wrong_key_is_told_on_every_path(
-    server: RunningServer, method: str, path: str, body: Any
-) -> None:
-    """A key that is not ours is `invalid_api_key`."""
-    answer = await ask(server, method, path, key="hk_wrong", json=body)
-
-    assert (401, INVALID, "invalid_api_key", None) == kind(answer)
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        "Bearer sk-of-openai",
-        "Bearer aaa.bbb.ccc",
-        "Bearer",
-        "Basic",
-        "Basic !!!",
-        "Basic bm9jb2xvbg==",
-        basic("HDB_ADMIN", "wrong"),
-        basic("nobody", "x"),
-        "Digest username=x",
-        "hk_without_a_scheme",
-    ],
-)
-async def test_malformed_credentials_are_told(server: RunningServer, header: str) -> None:
-    """What is no credential of ours is worded like a wrong key, never as a fault of ours."""
-    headers = {"Authorization": header}
-    answer = await ask(server, "POST", CHAT, key="", json=HELLO, headers=headers)
-
-    assert (401, INVALID, "invalid_api_key", None) == kind(answer)
-
-
-async def test_an_expired_token_is_told() -> None:
-    """A token past its time is refused, by name."""
-    config = f"{ECHO}\nauthentication: {{operationTokenTimeout: 1}}"
-    async with running(config) as server:
-        await server.key_for("ada")
-        body = {"operation": "create_authentication_tokens", "username": "ada", "password": "pw"}
-        _, tokens = await operation(server, body)
-        answer = await ask(server, "POST", CHAT, key=tokens["operation_token"], json=HELLO)
-
-    assert (401, INVALID, "invalid_api_key", None) == kind(answer)
-    assert "expired" in told(answer)["message"]
-
-
-async def test_a_key_that_was_dropped_is_told(server: RunningServer) -> None:
-    """A key ends at once, although it was used a moment ago."""
-    made = await server.operate("add_api_key", name="short")
-    before = await ask(server, "GET", MODELS, key=made["api_key"])
-    await server.operate("drop_api_key", id=made["id"])
-    after = await ask(server, "GET", MODELS, key=made["api_key"])
-
-    assert 200 == before.status
-    assert (401, INVALID, "invalid_api_key", None) == kind(after)
-
-
-async def test_a_role_without_the_grant_may_not(server: RunningServer) -> None:
-    """403 for what the role does not open; it may do what it does open."""
-    permission = {"resources": {"v1/models": ["read"]}}
-    await server.operate("add_role", role="lister", permission=permission)
-    key = await server.key_for("ada", role="lister")
-    for path, body in [(CHAT, HELLO), (EMBEDDINGS, TEXT)]:
-        answer = await ask(server, "POST", path, key=key, json=body)
-        assert (403, "permission_error", "insufficient_permissions", None) == kind(answer)
-
-    assert 200 == (await ask(server, "GET", MODELS, key=key)).status
-    assert [] == await server.rows()
-
-
 async def test_the_client_knows_the_classes_of_our_refusals(server: RunningServer) -> None:
     """OpenAI's client raises its own exceptions, and finds code and param in them."""
     messages = [USER]
@@ -143,26 +48,6 @@ async def test_the_client_knows_the_classes_of_our_refusals(server: RunningServe
     assert "invalid_api_key" == unknown.value.code
     assert ("model_not_found", "model") == (missing.value.code, missing.value.param)
     assert (INVALID, "temperature") == (wrong.value.type, wrong.value.param)
-
-
-@pytest.mark.parametrize("path", [CHAT, EMBEDDINGS])
-@pytest.mark.parametrize("stream", [False, True])
-async def test_an_unknown_model_is_not_found(
-    server: RunningServer, path: str, *, stream: bool
-) -> None:
-    """`model_not_found` with a real status, even where a stream was asked for."""
-    body = {**HELLO, "input": "hi", "model": "gpt-9", "stream": stream}
-    answer = await ask(server, "POST", path, json=body)
-
-    assert (404, INVALID, "model_not_found", "model") == kind(answer)
-    assert "'gpt-9'" in told(answer)["message"]
-    (row,) = await server.rows()
-    assert ("unknown", "gpt-9", "backend_not_found", False) == (
-        row["backend"],
-        row["model"],
-        row["error_code"],
-        row["success"],
-    )
 
 
 @pytest.mark.parametrize(
@@ -304,93 +189,6 @@ async def test_a_field_that_is_missing_is_named(
 
     assert (400, INVALID, "missing_required_parameter", field) == kind(answer)
     assert f"Missing required parameter: '{field}'." == told(answer)["message"]
-
-
-DEEP = '{"messages": [{"role": "user", "content": "hi"}], "x": ' + "[" * 100_000
-
-
-@pytest.mark.parametrize("path", [CHAT, EMBEDDINGS])
-@pytest.mark.parametrize(
-    ("content_type", "body"),
-    [
-        ("application/json", b"{"),
-        ("application/json", b"{} {}"),
-        ("application/json", b"\xff\xfe"),
-        ("application/json", b""),
-        ("application/json", b"null"),
-        ("application/json", b"5"),
-        ("application/json", b'"text"'),
-        ("application/json", b"[]"),
-        ("application/json; charset=utf-8", b"nonsense"),
-        ("application/json", DEEP.encode()),
-        ("text/plain", b'{"messages": [{"role": "user", "content": "hi"}], "input": "hi"}'),
-        ("application/x-www-form-urlencoded", b"messages=hi&input=hi"),
-        ("multipart/form-data; boundary=x", b"--x--"),
-    ],
-)
-async def test_what_is_no_json_object_is_refused(
-    server: RunningServer, path: str, content_type: str, body: bytes
-) -> None:
-    """Bad JSON, other shapes, other types and depth are the client's error, never a 500."""
-    headers = {"Content-Type": content_type}
-    answer = await ask(server, "POST", path, data=body, headers=headers)
-
-    # The decoder may miss a field before it sees what follows the object.
-    missing = [(400, INVALID, "missing_required_parameter", one) for one in ("messages", "input")]
-    no_object = [(400, INVALID, code, None) for code in (None, "invalid_type")]
-    assert kind(answer) in [*missing, *no_object]
-
-
-@pytest.mark.parametrize("chunked", [False, True])
-async def test_a_body_that_is_too_large_is_refused(*, chunked: bool) -> None:
-    """413 by the length that is announced, and by what really comes."""
-
-    async def pieces() -> AsyncIterator[bytes]:
-        for _ in range(20):
-            yield b" " * 100
-
-    async with running(f"{ECHO}\nhttp: {{maxBodySize: 1000}}") as server:
-        body = pieces() if chunked else b" " * 2000
-        headers = {"Content-Type": "application/json"}
-        answer = await ask(server, "POST", CHAT, data=body, headers=headers)
-        small = await ask(server, "POST", CHAT, json={**HELLO, "model": "echo"})
-
-    assert (413, INVALID, "payload_too_large", None) == kind(answer)
-    assert "1000 bytes" in told(answer)["message"]
-    assert 200 == small.status
-
-
-@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE"])
-@pytest.mark.parametrize(
-    "path",
-    ["/v1", "/v1/", "/v1/responses", "/v1/chat", "/v1/chat/completions/x", "/v1/embeddings/a/b"],
-)
-async def test_an_unknown_url_is_told(server: RunningServer, method: str, path: str) -> None:
-    """Everything below /v1 that the gateway does not have is its own 404, which names the path."""
-    answer = await ask(server, method, path)
-
-    assert (404, INVALID, "unknown_url", None) == kind(answer)
-    assert f"{method} {path}" in told(answer)["message"]
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "allow"),
-    [
-        ("GET", CHAT, "POST, OPTIONS"),
-        ("PUT", CHAT, "POST, OPTIONS"),
-        ("DELETE", EMBEDDINGS, "POST, OPTIONS"),
-        ("POST", MODELS, "GET, HEAD, OPTIONS"),
-        ("DELETE", f"{MODELS}/echo", "GET, HEAD, OPTIONS"),
-    ],
-)
-async def test_a_wrong_method_is_told(
-    server: RunningServer, method: str, path: str, allow: str
-) -> None:
-    """405 says which methods there are."""
-    answer = await ask(server, method, path)
-
-    assert (405, INVALID, "method_not_supported", None) == kind(answer)
-    assert allow == answer.headers["Allow"]
 
 
 SECRET = "the database password is hunter2"
