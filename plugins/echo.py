@@ -17,6 +17,7 @@ from harperpy import (
     EmbedResult,
     GenerateChunk,
     GenerateOpts,
+    InvalidBody,
     ModelBackend,
     ModelEntry,
     Prompt,
@@ -26,6 +27,7 @@ from harperpy import (
 )
 
 DIMENSIONS = 16
+MOST_DIMENSIONS = 4096
 _WORD = re.compile(r"\s*\S+|\s+$")
 _CALL = re.compile(r"\s*call\s+(?P<name>[\w-]+)\s*(?P<arguments>\{.*\})?\s*", re.DOTALL)
 
@@ -48,6 +50,9 @@ class Echo(ModelBackend):
     async def embed(self, texts: list[str], opts: EmbedOpts) -> EmbedResult:
         """Unit vectors of 16 numbers, or as many as `dimensions` says; like texts lie near."""
         size = opts.dimensions or DIMENSIONS
+        if size > MOST_DIMENSIONS:
+            message = f"dimensions: expected at most {MOST_DIMENSIONS} for this model"
+            raise InvalidBody(message, param="dimensions")
         tokens = sum(map(estimate_tokens, texts))
         vectors = [_vector(text, size) for text in texts]
         return EmbedResult(vectors=[*vectors], usage=TokenUsage(embedding_tokens=tokens))

@@ -159,6 +159,8 @@ async def test_what_would_change_the_answer_is_refused_where_it_cannot_be_had(
         ({"input": [[1], [2]]}, "unsupported_parameter", "input"),
         ({"encoding_format": "hex"}, "invalid_value", "encoding_format"),
         ({"dimensions": 0}, "integer_below_min_value", "dimensions"),
+        ({"dimensions": 4097}, None, "dimensions"),
+        ({"dimensions": 2**62}, None, "dimensions"),
         ({"model": 1}, "invalid_type", "model"),
         ({"model": ""}, None, "model"),
     ],
