@@ -16,6 +16,7 @@ from .wording import read
 
 _REQUEST = msgspec.json.Decoder(ChatRequest)
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_VALUE = msgspec.json.Decoder()
 
 
 class V1ChatCompletions(OpenAIResource):
@@ -45,4 +46,4 @@ def _extra(body: bytes) -> dict[str, Any]:
     """The fields that OpenAI's schema does not know: options of the provider's own."""
     fields = decode_json(body, _FIELDS)
     unknown = fields.keys() - set(ChatRequest.__struct_fields__)
-    return {name: msgspec.json.decode(fields[name]) for name in unknown}
+    return {name: decode_json(fields[name], _VALUE) for name in unknown}
