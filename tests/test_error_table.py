@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import re
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -62,6 +63,19 @@ class Case(NamedTuple):
     rows: list[dict[str, Any]]
 
 
+HEADERS = {
+    "x-request-id": r"[A-Za-z0-9._-]{1,64}",
+    "openai-version": r"\d{4}-\d\d-\d\d",
+    "openai-processing-ms": r"\d+",
+}
+
+
+def check_headers(answer: Answered) -> None:
+    """The head names the call, the version of the API, and how long it took."""
+    for name, form in HEADERS.items():
+        assert re.fullmatch(form, answer.headers.get(name, "")), name
+
+
 def check(answer: Answered, told: Told, retry_after: str | None = None) -> dict[str, Any]:
     """The error object of a refusal that says just that, in the envelope and in the head."""
     body = answer.json
@@ -74,6 +88,7 @@ def check(answer: Answered, told: Told, retry_after: str | None = None) -> dict[
         assert told.message == error["message"]
     assert "application/json" == answer.headers["Content-Type"]
     assert retry_after == answer.headers.get("Retry-After")
+    check_headers(answer)
     challenge = answer.headers.get("WWW-Authenticate", "")
     assert ("Bearer" in challenge) is bool(challenge) is (told.status == 401)
     return error
@@ -386,7 +401,10 @@ async def test_a_stranger_learns_nothing(
 
 async def test_a_role_may_do_what_it_may(ours: Ours) -> None:
     """The key that is refused elsewhere lists the models."""
-    assert 200 == (await ask(ours.server, "GET", MODELS, key=ours.keys["lister"])).status
+    answer = await ask(ours.server, "GET", MODELS, key=ours.keys["lister"])
+
+    assert 200 == answer.status
+    check_headers(answer)
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE"])
@@ -461,6 +479,16 @@ def chain(one_chain: Chain) -> Iterator[Chain]:
     one_chain.upstream.asked.clear()
     yield one_chain
     one_chain.upstream._script.clear()
+
+
+@every_call
+async def test_a_good_answer_has_the_same_head(chain: Chain, call: str) -> None:
+    """What the table asks of refusals holds for answers, whole or streamed."""
+    case = await make(chain.server, call)
+
+    assert 200 == case.answer.status
+    check_headers(case.answer)
+    assert "Retry-After" not in case.answer.headers
 
 
 THEIRS = {"message": "They say no.", "type": "their_type", "param": "messages[0].content",
@@ -706,6 +734,7 @@ BREAKS: dict[str, Answer] = {
 def check_in_band(case: Case, told: Told) -> None:
     """A good head, what was said until then, one frame with the error, and no `[DONE]`."""
     first, *_, last = events(case.answer.text)
+    check_headers(case.answer)
     assert 200 == case.answer.status
     assert "one" == first["choices"][0]["delta"]["content"]
     error = {"type": told.type, "code": told.code, "param": told.param, "message": told.message}
