@@ -10,6 +10,7 @@ from collections.abc import (
     Callable,
     Generator,
     Iterable,
+    Sequence,
 )
 from typing import Any, ClassVar, Protocol, TypeAlias
 
@@ -70,6 +71,13 @@ class ModelBackend:
         if self.logprobs:
             found.add("logprobs")
         return frozenset(found)
+
+    def served(self) -> Sequence[str]:
+        """The models its provider serves, as far as it knows now: what a pattern is listed by.
+
+        Must answer at once. Whoever has to ask a provider does so in the background.
+        """
+        return ()
 
     async def open(self) -> None:
         """Begin what takes time, in the background; called once when the server starts."""

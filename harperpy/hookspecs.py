@@ -35,7 +35,12 @@ class ModelEntry(msgspec.Struct, frozen=True):
     @property
     def is_general(self) -> bool:
         """Whether the name is no model's own: `default`, or a pattern."""
-        return self.name == DEFAULT or is_pattern(self.name)
+        return self.name == DEFAULT or self.is_pattern
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether the name stands for many (`gpt-*`)."""
+        return is_pattern(self.name)
 
     @property
     def where(self) -> str:

@@ -151,25 +151,39 @@ class Routes:
         return [one for one in able if first_of[id(one.backend)] is one]
 
     def listing(self) -> list[ModelInfo]:
-        """Logical and advertised names, once each: generative ones first, as registered."""
+        """Logical and advertised names, then what patterns stand for; once each, as registered."""
         found: dict[str, ModelInfo] = {}
         for registration in self:
-            backend = registration.backend
             names = [] if registration.is_pattern else [registration.name]
-            for name in (*names, *filter(None, [backend.provider_model])):
-                found.setdefault(
-                    name,
-                    ModelInfo(
-                        id=name,
-                        kind=registration.kind,
-                        owned_by=backend.name,
-                        created=self._created,
-                        provider_model=backend.provider_model,
-                        state=backend.state,
-                        about=backend.about,
-                    ),
-                )
+            for name in (*names, *filter(None, [registration.backend.provider_model])):
+                found.setdefault(name, self._info(registration, name))
+        for registration in self:
+            for name in self._stands_for(registration):
+                found.setdefault(name, self._info(registration, name))
         return list(found.values())
+
+    def _stands_for(self, pattern: Registration) -> Iterator[str]:
+        """The names its provider serves that a call would find it by, and no other one first."""
+        if not pattern.is_pattern:
+            return
+        for name in pattern.backend.served():
+            if (
+                fnmatchcase(name, pattern.name)
+                and self.find(pattern.kind, name).registration is pattern
+            ):
+                yield name
+
+    def _info(self, registration: Registration, name: str) -> ModelInfo:
+        backend = registration.backend
+        return ModelInfo(
+            id=name,
+            kind=registration.kind,
+            owned_by=backend.name,
+            created=self._created,
+            provider_model=backend.provider_model,
+            state=backend.state,
+            about=backend.about,
+        )
 
 
 def missing(backend: ModelBackend, requires: Iterable[Capability]) -> list[Capability]:

@@ -44,12 +44,15 @@ class ScriptedUpstream:
     """Speaks OpenAI's protocol at `url`. Without a script it answers by `usual(path, body)`.
 
     `requests` are those that came; `asked` and `left` are set when one comes, and when a client
-    leaves before its answer is complete.
+    leaves before its answer is complete. GET /models comes when it likes and takes nothing from
+    the script: `models` is its answer, `listed` are those requests.
     """
 
     def __init__(self) -> None:
         self.url = ""
         self.requests: list[Asked] = []
+        self.models = listing()
+        self.listed: list[Asked] = []
         self.asked = asyncio.Event()
         self.left = asyncio.Event()
         self.usual: Callable[[str, Any], Answer] = usual_answer
@@ -64,15 +67,20 @@ class ScriptedUpstream:
         sent = await raw.read()
         body = msgspec.json.decode(sent) if sent else None
         asked = Asked(raw.path, raw.headers.copy(), body)
-        self.requests.append(asked)
-        self.asked.set()
-        answer = self._script.popleft() if self._script else self.usual(raw.path, body)
         try:
-            return await self._answer(raw, answer)
+            return await self._answer(raw, self._next(raw.method, asked))
         except asyncio.CancelledError:
             asked.left = True
             self.left.set()
             raise
+
+    def _next(self, method: str, asked: Asked) -> Answer:
+        if method == "GET" and asked.path.endswith("/models"):
+            self.listed.append(asked)
+            return self.models
+        self.requests.append(asked)
+        self.asked.set()
+        return self._script.popleft() if self._script else self.usual(asked.path, asked.body)
 
     async def _answer(self, raw: web.BaseRequest, answer: Answer) -> web.StreamResponse:
         if answer.hang == "head":
@@ -145,6 +153,12 @@ def whole(text: str | None, **message: Any) -> dict[str, Any]:
         ],
         "usage": _usage(1),
     }
+
+
+def listing(*names: str) -> Answer:
+    """The models an upstream has."""
+    data = [{"id": name, "object": "model", "created": 1, "owned_by": "them"} for name in names]
+    return Answer(body={"object": "list", "data": data})
 
 
 def usual_answer(path: str, body: Any) -> Answer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +26,7 @@ from harperpy import (
 )
 
 from .openai_answers import Completion, Embeddings, whole_answer
+from .openai_names import MOST_BYTES, Listing, ServedNames
 from .openai_protocol import chat_body
 from .openai_transport import Timeouts, Transport
 
@@ -91,6 +92,18 @@ class OpenAI(ModelBackend):
         named = not entry.is_general
         self.provider_model = config.model or (entry.name if named else None)
         self.max_retries = _RETRIES if config.max_retries is None else config.max_retries
+        # Where one model stands for all, or nothing may be fetched, nobody asks what there is.
+        lists = entry.is_pattern and self.provider_model is None and not entry.offline
+        self.names = ServedNames(self._listing, entry.where) if lists else None
+
+    def served(self) -> Sequence[str]:
+        """What the provider listed last, under a pattern."""
+        return self.names.read() if self.names else ()
+
+    async def open(self) -> None:
+        """Begin to ask the provider what a pattern stands for."""
+        if self.names:
+            self.names.open()
 
     async def embed(self, texts: list[str], opts: EmbedOpts) -> EmbedResult:
         """One request for all texts. Raises `BackendError` where a vector is missing."""
@@ -121,7 +134,12 @@ class OpenAI(ModelBackend):
 
     async def close(self) -> None:
         """Close the pooled connections."""
+        if self.names:
+            await self.names.close()
         await self._transport.close()
+
+    async def _listing(self) -> Listing:
+        return await self._transport.get("/models", Listing, most=MOST_BYTES)
 
     def _chat(self, prompt: Prompt, opts: GenerateOpts, *, stream: bool) -> bytes:
         return chat_body(prompt, opts, model=opts.model, limit_name=self._limit_name, stream=stream)

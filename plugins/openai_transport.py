@@ -61,20 +61,21 @@ class Transport:
     async def whole(self, path: str, body: bytes, kind: type[T]) -> T:
         """The JSON answer to a post, as `kind`. Raises `BackendError` and what `refusal` makes."""
         first_byte = self._timeouts.first_byte or self._timeouts.total
-        async with self._post(path, body, first_byte) as response:
-            data = await self._read_all(response, _MOST_ANSWER)
-        try:
-            return msgspec.json.decode(data, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            message = f"the answer from {path} is not what it should be"
-            raise BackendError(message) from error
+        async with self._ask(path, body, first_byte) as response:
+            return _decoded(await self._read_all(response, _MOST_ANSWER), kind, path)
+
+    async def get(self, path: str, kind: type[T], *, most: int) -> T:
+        """The JSON answer to a get, of at most so many bytes. Raises as `whole`."""
+        first_byte = self._timeouts.first_byte or self._timeouts.total
+        async with self._ask(path, None, first_byte) as response:
+            return _decoded(await self._read_all(response, most), kind, path)
 
     async def chunks(
         self, path: str, body: bytes, n: int | None = None
     ) -> AsyncGenerator[GenerateChunk]:
         """The chunks of `n` streamed answers. Raises `BackendError` for one that is cut off."""
         events, reader = SSEDecoder(), ChunkReader(n)
-        async with self._post(path, body, self._timeouts.stream_first_byte) as response:
+        async with self._ask(path, body, self._timeouts.stream_first_byte) as response:
             while not reader.ended and (read := await self._read(response)):
                 for data in events.feed(read):
                     for chunk in reader.read(data):
@@ -91,8 +92,8 @@ class Transport:
             await self._session.close()
 
     @asynccontextmanager
-    async def _post(
-        self, path: str, body: bytes, first_byte: float
+    async def _ask(
+        self, path: str, body: bytes | None, first_byte: float
     ) -> AsyncGenerator[aiohttp.ClientResponse]:
         """A good answer's head, and its body to be read. Raises what `refusal` makes of others."""
         try:
@@ -113,13 +114,17 @@ class Transport:
             failure.retryable = isinstance(error, aiohttp.ClientConnectorError)
             raise failure from error
 
-    async def _send(self, path: str, body: bytes) -> aiohttp.ClientResponse:
-        """Post; again if a pooled connection turns out to be closed without a byte of answer."""
+    async def _send(self, path: str, body: bytes | None) -> aiohttp.ClientResponse:
+        """Post, or get what has no body; again if a pooled connection turns out to be closed."""
         for _ in range(_STALE_TRIES):
             pooled = SimpleNamespace(reused=False)
             try:
-                return await self._pool().post(
-                    self._base + path, data=body, allow_redirects=False, trace_request_ctx=pooled
+                return await self._pool().request(
+                    "GET" if body is None else "POST",
+                    self._base + path,
+                    data=body,
+                    allow_redirects=False,
+                    trace_request_ctx=pooled,
                 )
             except _STALE:
                 if not pooled.reused:
@@ -162,6 +167,14 @@ class Transport:
                 trace_configs=[trace],
             )
         return self._session
+
+
+def _decoded(data: bytes, kind: type[T], path: str) -> T:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        message = f"the answer from {path} is not what it should be"
+        raise BackendError(message) from error
 
 
 async def _note_reuse(_: Any, context: SimpleNamespace, __: Any) -> None:
