@@ -142,7 +142,9 @@ class Routes:
         """
         first = self.find(kind, name)
         others = [self._by_name[kind][other] for other in first.registration.fallback]
-        everyone = [first, *(_candidate(other, other.name) for other in others)]
+        # A pattern that others fall back to has no model of its own: it is asked for the same one.
+        asked = first.provider_model or name or DEFAULT
+        everyone = [first, *(_candidate(other, asked) for other in others)]
         able = [one for one in everyone if not missing(one.backend, requires)]
         if not able:
             lacking = missing(first.backend, requires)[0]

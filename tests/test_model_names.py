@@ -103,6 +103,28 @@ async def test_an_unknown_name_is_not_the_default(upstream: ScriptedUpstream, na
     assert [] == upstream.requests
 
 
+@pytest.mark.parametrize(
+    ("entry", "asked", "sent"),
+    [
+        ("default: {{{first}, model: gpt-5, fallback: [gpt-*]}}", None, "gpt-5"),
+        ("mine: {{{first}, model: gpt-5, fallback: [gpt-*]}}", "mine", "gpt-5"),
+        ("'*': {{{first}, fallback: [gpt-*]}}", "claude", "claude"),
+    ],
+)
+async def test_a_pattern_as_fallback_is_asked_for_the_same_model(
+    upstream: ScriptedUpstream, entry: str, asked: str | None, sent: str
+) -> None:
+    """What the first provider was asked for is what the second one is: never the pattern itself."""
+    upstream.script(Answer(status=500))
+    provider = f'backend: openai, maxRetries: 0, baseUrl: "{upstream.url}"'
+    first = entry.format(first=provider)
+    async with running(f"models: {{generative: {{{first}, gpt-*: {{{provider}}}}}}}") as server:
+        answer = await ask(server, "POST", CHAT, json={**HELLO, "model": asked})
+
+    assert 200 == answer.status
+    assert [sent, sent] == [request.body["model"] for request in upstream.requests]
+
+
 async def test_a_pattern_is_listed_by_what_its_upstream_lists(upstream: ScriptedUpstream) -> None:
     """Those names that fit it and are no exact ones, as ours: owner and time do not change."""
     upstream.models = listing("gpt-5", "gpt-4o", "claude", "gpt-oss/20b", "o3-mini", "gpt-5")
