@@ -35,6 +35,7 @@ from .hookspecs import BackendFactory, ModelEntry, hookimpl
 from .messages import (
     Capability,
     Choice,
+    EmbedInput,
     EmbedOpts,
     EmbedResult,
     GenerateChunk,
@@ -104,6 +105,7 @@ __all__ = [
     "ContentPart",
     "Context",
     "Database",
+    "EmbedInput",
     "EmbedOpts",
     "EmbedResult",
     "EventStream",

@@ -43,6 +43,7 @@ class ModelBackend:
     word or sentence for people: `ready`, or what is wrong; `about` what they should know of it.
     `max_retries` counts further attempts after errors that say `retryable`. `features` names what
     else it can do; a call that needs what is not there is refused before the backend sees it.
+    `token_input` says that `embed` takes arrays of token numbers as they are; others get text.
     """
 
     name: str = ""
@@ -50,6 +51,7 @@ class ModelBackend:
     tools: ClassVar[bool] = False
     structured_output: ClassVar[bool] = False
     logprobs: ClassVar[bool] = False
+    token_input: ClassVar[bool] = False
     features: frozenset[Capability] = frozenset()
     about: str | None = None
     max_retries: int = 0

@@ -264,6 +264,10 @@ class GenerateChunk(msgspec.Struct, kw_only=True, gc=False):
     moderation: dict[str, Any] | None = None
 
 
+EmbedInput: TypeAlias = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+"""A text, texts, an array of token numbers (cl100k_base), or several arrays."""
+
+
 class EmbedResult(msgspec.Struct, kw_only=True):
     """Vectors in the order of their texts, and what they cost."""
 

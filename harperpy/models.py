@@ -23,6 +23,7 @@ from .errors import NotImplementedYet
 from .fanout import all_of, interleaved, joined
 from .messages import (
     Capability,
+    EmbedInput,
     EmbedOpts,
     EmbedResult,
     GenerateChunk,
@@ -36,6 +37,7 @@ from .messages import (
 from .parts import ContentPart, part_type
 from .prompts import options_in, to_prompt
 from .routing import Candidate, Kind, ModelInfo, Registration, Routes
+from .vocabulary import Vocabulary, embed_inputs
 
 # Options that need a capability of their name, and the values that everyone honours.
 _IDLE: dict[Capability, tuple[Any, ...]] = {
@@ -67,6 +69,7 @@ class Models:
     def __init__(self, routes: Routes, ledger: Ledger) -> None:
         self._routes = routes
         self._ledger = ledger
+        self._vocabulary = Vocabulary()
 
     def register_backend(
         self,
@@ -85,24 +88,26 @@ class Models:
         return self._routes.listing()
 
     async def embed(
-        self, texts: str | Sequence[str], *, opts: EmbedOpts | None = None, **options: Any
+        self, given: EmbedInput, *, opts: EmbedOpts | None = None, **options: Any
     ) -> Vectors:
-        """One vector per text; `options` are the fields of `EmbedOpts`."""
-        return (await self.embed_with_usage(texts, opts=opts, **options)).vectors
+        """One vector per text or array of tokens; `options` are the fields of `EmbedOpts`."""
+        return (await self.embed_with_usage(given, opts=opts, **options)).vectors
 
     async def embed_with_usage(
-        self, texts: str | Sequence[str], *, opts: EmbedOpts | None = None, **options: Any
+        self, given: EmbedInput, *, opts: EmbedOpts | None = None, **options: Any
     ) -> EmbedResult:
-        """As `embed`, with the tokens it took."""
+        """As `embed`, with the tokens it took. Raises `InvalidBody` for what is no input."""
         settings = _settings(EmbedOpts, opts, options)
-        given = [texts] if isinstance(texts, str) else [*texts]
+        inputs = embed_inputs(given)
         call = self._call("embedding", "embed", settings, {"embed": "model"})
 
         async def attempt(candidate: Candidate, recorder: Recorder) -> EmbedResult:
             backend = cast("Embeds", candidate.backend)
-            result = await backend.embed(given, call.opts_for(candidate))
+            as_it_is: Any = candidate.backend.token_input and inputs.arrays
+            asked = as_it_is or await self._vocabulary.texts(inputs)
+            result = await backend.embed(asked, call.opts_for(candidate))
             if result.usage is None:
-                result.usage = TokenUsage(embedding_tokens=sum(map(estimate_tokens, given)))
+                result.usage = TokenUsage(embedding_tokens=inputs.estimate())
                 recorder.call.usage_estimated = True
             recorder.count(result.usage)
             return result

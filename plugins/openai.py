@@ -69,6 +69,7 @@ class OpenAI(ModelBackend):
     tools = True
     structured_output = True
     logprobs = True
+    token_input = True
     features = _FEATURES
 
     def __init__(self, entry: ModelEntry) -> None:
@@ -105,15 +106,15 @@ class OpenAI(ModelBackend):
         if self.names:
             self.names.open()
 
-    async def embed(self, texts: list[str], opts: EmbedOpts) -> EmbedResult:
-        """One request for all texts. Raises `BackendError` where a vector is missing."""
-        body: dict[str, Any] = {"model": opts.model, "input": texts, "encoding_format": "float"}
+    async def embed(self, inputs: list[str] | list[list[int]], opts: EmbedOpts) -> EmbedResult:
+        """One request for all inputs. Raises `BackendError` where a vector is missing."""
+        body: dict[str, Any] = {"model": opts.model, "input": inputs, "encoding_format": "float"}
         if opts.dimensions is not None:
             body["dimensions"] = opts.dimensions
         encoded = msgspec.json.encode(body)
         answer = await self._transport.whole("/embeddings", encoded, Embeddings)
-        if len(answer.data) != len(texts):
-            message = f"{len(answer.data)} embeddings for {len(texts)} texts"
+        if len(answer.data) != len(inputs):
+            message = f"{len(answer.data)} embeddings for {len(inputs)} inputs"
             raise BackendError(message)
         vectors = [one.embedding for one in sorted(answer.data, key=lambda one: one.index)]
         told = answer.usage.tokens() if answer.usage else None

@@ -28,6 +28,7 @@ ORDER = (
     "parts",
     "messages",
     "prompts",
+    "vocabulary",
     "accounting",
     "backend",
     "fanout",

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from harperpy import (
-    CapabilityError,
     Choice,
     EmbedResult,
     GenerateResult,
@@ -42,16 +41,6 @@ def completion(result: GenerateResult, request: ChatRequest) -> dict[str, Any]:
         "usage": openai_usage(result.usage or TokenUsage()),
     }
     return body | _told(result, _OF_THE_WHOLE)
-
-
-def texts(request: EmbeddingRequest) -> list[str]:
-    """The texts to embed. Raises `CapabilityError` for arrays of token numbers."""
-    given = [request.input] if isinstance(request.input, str) else request.input
-    found = [text for text in given if isinstance(text, str)]
-    if len(found) != len(given):
-        message = "input: arrays of token numbers are not supported, send text"
-        raise CapabilityError(message, param="input")
-    return found
 
 
 def embedding_list(request: EmbeddingRequest, result: EmbedResult) -> dict[str, Any]:

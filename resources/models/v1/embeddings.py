@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
-from harperpy import Body, Context, RequestTarget
+from harperpy import Body, Context, EmbedInput, InvalidBody, RequestTarget
 
-from .answers import embedding_list, texts
+from .answers import embedding_list
 from .errors import OpenAIResource
 from .schema import EmbeddingRequest
 from .wording import read
 
+_MOST_INPUTS = 2048
 _REQUEST = msgspec.json.Decoder(EmbeddingRequest)
 
 
@@ -24,6 +25,18 @@ class V1Embeddings(OpenAIResource):
         """A list of embeddings, in the order of the inputs."""
         request = await read(data, _REQUEST)
         result = await context.models.embed_with_usage(
-            texts(request), model=request.model, dimensions=request.dimensions
+            _input(request), model=request.model, dimensions=request.dimensions
         )
         return embedding_list(request, result)
+
+
+def _input(request: EmbeddingRequest) -> EmbedInput:
+    """What to embed. Raises `InvalidBody` for more than OpenAI takes; an array alone is one."""
+    given = request.input
+    if len(given) > _MOST_INPUTS and isinstance(given, list) and not isinstance(given[0], int):
+        message = (
+            "Invalid 'input': array too long. "
+            f"Expected an array with maximum length {_MOST_INPUTS}."
+        )
+        raise InvalidBody(message, param="input", code="array_above_max_length")
+    return cast("EmbedInput", given)

@@ -265,7 +265,7 @@ class EmbeddingRequest(msgspec.Struct):
             list[
                 Annotated[str, Meta(min_length=1)] | int | Annotated[list[int], Meta(min_length=1)]
             ],
-            Meta(min_length=1, max_length=2048),
+            Meta(min_length=1),
         ]
     )
     model: str | None = None
