@@ -54,7 +54,14 @@ def test_a_file_is_fetched_once_and_removed(tmp_path: Path) -> None:
 
 def test_two_servers_at_once_fetch_once(tmp_path: Path) -> None:
     """Of two processes that need the file together one fetches and both have it."""
-    command = [sys.executable, "-c", FETCH, msgspec.json.encode(SMALL).decode(), str(tmp_path)]
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        FETCH,
+        msgspec.json.encode(SMALL).decode(),
+        str(tmp_path),
+    ]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     told = [process.communicate()[0].split() for process in both]
     assert {"six.py"} == {Path(path).name for path, _ in told}
@@ -106,7 +113,7 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     """When the file does not fit, the refusal says how much room it needs."""
     limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
     limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
-    command = [sys.executable, "-c", limited + FETCH]
+    command = [sys.executable, "-P", "-c", limited + FETCH]
     command += [msgspec.json.encode(SMALL).decode(), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert 1 == done.returncode
