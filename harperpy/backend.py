@@ -10,6 +10,7 @@ from collections.abc import (
     Callable,
     Generator,
     Iterable,
+    Iterator,
     Sequence,
 )
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -259,10 +260,8 @@ class Assembly:
                 self._texts.setdefault((index, field), []).append(text)
         for delta in chunk.delta_tool_calls or ():
             _add_call(self._calls.setdefault(index, {}), delta)
-        if chunk.logprobs:
-            choice.logprobs = [*(choice.logprobs or ()), *chunk.logprobs]
-        if chunk.delta_annotations:
-            choice.annotations = [*(choice.annotations or ()), *chunk.delta_annotations]
+        for field, items in _lists(chunk):
+            setattr(choice, field, [*(getattr(choice, field) or ()), *items])
         if chunk.finish_reason:
             choice.finish_reason = chunk.finish_reason
         elif index in self._calls and choice.finish_reason == "stop":
@@ -279,6 +278,15 @@ class Assembly:
             self._choices[index].tool_calls = list(calls.values())
         self.result.others = [self._choices[index] for index in sorted(self._choices) if index]
         return self.result
+
+
+def _lists(chunk: GenerateChunk) -> Iterator[tuple[str, list[Any]]]:
+    """What grows by items, by its name in a `Choice`."""
+    for field in ("logprobs", "refusal_logprobs"):
+        if items := getattr(chunk, field):
+            yield field, items
+    if chunk.delta_annotations:
+        yield "annotations", chunk.delta_annotations
 
 
 def _add_call(calls: dict[int, ToolCall], delta: ToolCallDelta | ToolCall) -> None:

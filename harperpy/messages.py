@@ -231,6 +231,7 @@ class Choice(msgspec.Struct, kw_only=True):
     finish_reason: FinishReason = "stop"
     refusal: str | None = None
     logprobs: list[TokenLogprob] | None = None
+    refusal_logprobs: list[TokenLogprob] | None = None
     reasoning_content: str | None = None
     annotations: list[Any] | None = None
     audio: dict[str, Any] | None = None
@@ -255,6 +256,7 @@ class GenerateChunk(msgspec.Struct, kw_only=True, gc=False):
     usage: TokenUsage | None = None
     delta_refusal: str | None = None
     logprobs: list[TokenLogprob] | None = None
+    refusal_logprobs: list[TokenLogprob] | None = None
     index: int = 0
     delta_reasoning_content: str | None = None
     delta_annotations: list[Any] | None = None

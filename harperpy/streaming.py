@@ -11,7 +11,7 @@ from typing import Any
 
 from .backend import aclose, aiterate
 from .errors import HarperError, ServerError
-from .messages import GenerateChunk, TokenLogprob, TokenUsage, ToolCall, ToolCallDelta, as_json_text
+from .messages import Choice, GenerateChunk, TokenUsage, ToolCall, ToolCallDelta, as_json_text
 from .sse import SSE, encode_json
 
 logger = logging.getLogger("harperpy.streaming")
@@ -79,9 +79,11 @@ def openai_finish_reason(reason: str | None, *, calls: bool, functions: bool = F
     return "stop" if reason in (None, "tool_calls") else reason
 
 
-def openai_logprobs(tokens: list[TokenLogprob] | None) -> dict[str, Any] | None:
+def openai_logprobs(given: Choice | GenerateChunk) -> dict[str, Any] | None:
     """OpenAI's logprobs object of a choice; null where none were asked for."""
-    return None if tokens is None else {"content": tokens, "refusal": None}
+    if given.logprobs is None and given.refusal_logprobs is None:
+        return None
+    return {"content": given.logprobs, "refusal": given.refusal_logprobs}
 
 
 async def openai_stream(
@@ -162,15 +164,21 @@ class _ChunkEncoder:
         choice = self._choice(token.index)
         if token.finish_reason is not None:
             choice.reason = token.finish_reason
-        chunks: list[str] = []
+        parts: list[dict[str, Any]] = []
         if token.delta_content is not None:
-            said = {"content": token.delta_content}
-            chunks.append(self._chunk(choice, said, logprobs=token.logprobs))
+            parts.append({"content": token.delta_content})
         pieces = ((name, getattr(token, f"delta_{name}")) for name in _SAID)
-        chunks.extend(self._chunk(choice, {name: one}) for name, one in pieces if one is not None)
+        parts.extend({name: piece} for name, piece in pieces if piece is not None)
         if token.delta_tool_calls:
-            chunks.append(self._chunk(choice, self._calls(choice, token.delta_tool_calls)))
-        return chunks
+            parts.append(self._calls(choice, token.delta_tool_calls))
+        likely = openai_logprobs(token)
+        if likely is None:
+            return [self._chunk(choice, part) for part in parts]
+        first, *others = parts or [{"content": ""}]
+        return [
+            self._chunk(choice, first, logprobs=likely),
+            *(self._chunk(choice, part) for part in others),
+        ]
 
     def finish(self) -> list[str]:
         """The last chunk of each choice: nothing new, and why it ended."""
@@ -208,14 +216,14 @@ class _ChunkEncoder:
         choice: _Choice,
         delta: dict[str, Any],
         reason: str | None = None,
-        logprobs: list[TokenLogprob] | None = None,
+        logprobs: dict[str, Any] | None = None,
     ) -> str:
         if not choice.started:
             choice.started = self.started = True
             delta = {"role": "assistant", **delta}
         body = encode_json(delta).decode()
         ended = f'"{reason}"' if reason else "null"
-        likely = encode_json(openai_logprobs(logprobs)).decode() if logprobs else "null"
+        likely = encode_json(logprobs).decode() if logprobs else "null"
         return (
             f'{self._head},"choices":[{{"index":{choice.index},"delta":{body},'
             f'"logprobs":{likely},"finish_reason":{ended}}}]{self._usage_field}}}'

@@ -42,7 +42,6 @@ class Echo(ModelBackend):
 
     name = "echo"
     tools = True
-    about = "a parrot: it repeats what it is told"
 
     def __init__(self, entry: ModelEntry) -> None:
         self.provider_model = entry.settings.model or "echo"

@@ -111,6 +111,7 @@ class _Said(_Struct):
 
 class _Logprobs(_Struct):
     content: list[TokenLogprob] | None = None
+    refusal: list[TokenLogprob] | None = None
 
 
 class _Choice(_Struct):
@@ -191,6 +192,7 @@ def _whole_choice(choice: _Choice) -> dict[str, Any]:
         "tool_calls": calls or None,
         "finish_reason": finish_reason(choice.finish_reason or "stop", calls=bool(calls)),
         "logprobs": choice.logprobs.content if choice.logprobs else None,
+        "refusal_logprobs": choice.logprobs.refusal if choice.logprobs else None,
         "reasoning_content": said.thought,
         "annotations": said.annotations,
         "audio": said.audio,
@@ -269,9 +271,10 @@ class ChunkReader:
         calls = self._calls.setdefault(index, set())
         deltas = self._deltas(calls, said.tool_calls) if said.tool_calls else None
         pieces = (said.content, said.refusal, deltas, said.thought, said.annotations, said.audio)
+        likely = choice.logprobs and (choice.logprobs.content or choice.logprobs.refusal)
         if reason:
             self.reasons.add(index)
-        elif not any(pieces):
+        elif not (any(pieces) or likely):
             return None
         return GenerateChunk(
             index=index,
@@ -283,6 +286,7 @@ class ChunkReader:
             delta_audio=said.audio or None,
             finish_reason=finish_reason(reason, calls=bool(calls)) if reason else None,
             logprobs=choice.logprobs.content if choice.logprobs else None,
+            refusal_logprobs=choice.logprobs.refusal if choice.logprobs else None,
         )
 
     def _deltas(self, known: set[int], calls: list[_Call]) -> list[ToolCallDelta]:

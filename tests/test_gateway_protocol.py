@@ -364,13 +364,13 @@ async def test_several_choices_of_one_provider_are_one_call(
 
 async def test_who_gives_one_answer_at_a_time_is_asked_n_times(server: RunningServer) -> None:
     """Echo answers three times, whole and streamed; each call is a row, and all are paid for."""
-    client = openai_client(server)
     asked: Any = {"model": "echo", "messages": [USER], "n": 3}
-    one = await client.chat.completions.create(**{**asked, "n": 1})
-    answer = await client.chat.completions.create(**asked)
     options: Any = {"include_usage": True}
-    async with client.chat.completions.stream(**asked, stream_options=options) as stream:
-        final = await stream.get_final_completion()
+    async with openai_client(server) as client:
+        one = await client.chat.completions.create(**{**asked, "n": 1})
+        answer = await client.chat.completions.create(**asked)
+        async with client.chat.completions.stream(**asked, stream_options=options) as stream:
+            final = await stream.get_final_completion()
 
     assert one.usage
     for several in (answer, final):

@@ -74,7 +74,7 @@ def _choice(index: int, choice: Choice, *, functions: bool) -> dict[str, Any]:
     return {
         "index": index,
         "message": message | _told(choice, _OF_A_MESSAGE),
-        "logprobs": openai_logprobs(choice.logprobs),
+        "logprobs": openai_logprobs(choice),
         "finish_reason": reason,
     }
 

@@ -216,7 +216,7 @@ class ChatRequest(msgspec.Struct):
     """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[MessageIn], Meta(min_length=1)]
-    model: str | None = None
+    model: Annotated[str, Meta(min_length=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     tools: Annotated[list[ToolIn], Meta(max_length=128)] | None = None
@@ -268,7 +268,7 @@ class EmbeddingRequest(msgspec.Struct):
             Meta(min_length=1),
         ]
     )
-    model: str | None = None
+    model: Annotated[str, Meta(min_length=1)] | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Count | None = None
     user: str | None = None
