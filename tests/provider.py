@@ -12,7 +12,8 @@ The last message decides, by its text:
 A tool's result is answered with `The tool says: TEXT`. Where `tools` are given (unless
 `tool_choice` is none) the one that is named in the text, or the first, is called; with `twice` in
 the text two times. Where `response_format` asks for JSON, JSON comes. A schema's numbers are taken
-from the text in order (`add 3 and 4`), its enums are their first value, its strings are `text`.
+from the text in order (`add 3 and 4`), its enums are their first value, its strings are what the
+text quotes ('so') in order, then `text`; JSON without a schema has the quoted words as its keys.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import re
 import struct
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from harperpy.testing import Answer, ScriptedUpstream, scripted_upstream
 
@@ -35,6 +36,7 @@ DIMENSIONS = 8
 _HEAD = {"id": "chatcmpl-provider", "created": 1_700_000_000, "system_fingerprint": "fp_provider"}
 _FAIL = re.compile(r"\bfail (\d{3})\b")
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_QUOTED = re.compile(r"(?<!\w)'([^']+)'(?!\w)")
 
 
 @asynccontextmanager
@@ -138,7 +140,7 @@ def _text(body: Mapping[str, Any]) -> str:
     if wanted.get("type") == "json_schema":
         return json.dumps(_example(wanted["json_schema"].get("schema") or {}, text))
     if wanted.get("type") == "json_object":
-        return json.dumps({"answer": text})
+        return json.dumps(dict.fromkeys(_QUOTED.findall(text), "text") or {"answer": text})
     said = "The tool says" if body["messages"][-1]["role"] == "tool" else "You said"
     return f"{said}: {text}"
 
@@ -165,32 +167,42 @@ def _calls(body: Mapping[str, Any]) -> list[Object]:
 
 
 def _example(schema: Mapping[str, Any], text: str) -> Any:
-    """A value that obeys a schema, with the text's numbers."""
-    return _obey(schema, schema.get("$defs") or {}, iter(_NUMBER.findall(text)))
+    """A value that obeys a schema, with the text's numbers and quoted words."""
+    found = _Found(iter(_NUMBER.findall(text)), iter(_QUOTED.findall(text)))
+    return _obey(schema, schema.get("$defs") or {}, found)
 
 
-def _obey(schema: Mapping[str, Any], defs: Mapping[str, Any], numbers: Iterator[str]) -> Any:
+class _Found(NamedTuple):
+    """What a text gives to those that fill a schema, one after the other."""
+
+    numbers: Iterator[str]
+    words: Iterator[str]
+
+
+def _obey(schema: Mapping[str, Any], defs: Mapping[str, Any], found: _Found) -> Any:
     if reference := schema.get("$ref"):
-        return _obey(defs[reference.rpartition("/")[2]], defs, numbers)
+        return _obey(defs[reference.rpartition("/")[2]], defs, found)
     if choices := schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf"):
-        return _obey(choices[0], defs, numbers)
+        return _obey(choices[0], defs, found)
     kind = schema.get("type", "string" if "const" in schema or "enum" in schema else "object")
     kind = kind[0] if isinstance(kind, list) else kind
     if kind == "object":
         parts = schema.get("properties") or {}
-        return {name: _obey(part, defs, numbers) for name, part in parts.items()}
+        return {name: _obey(part, defs, found) for name, part in parts.items()}
     if kind == "array":
-        return [_obey(schema.get("items") or {"type": "string"}, defs, numbers)]
-    return _single(schema, kind, numbers)
+        return [_obey(schema.get("items") or {"type": "string"}, defs, found)]
+    return _single(schema, kind, found)
 
 
-def _single(schema: Mapping[str, Any], kind: str, numbers: Iterator[str]) -> Any:
+def _single(schema: Mapping[str, Any], kind: str, found: _Found) -> Any:
     if "const" in schema or "enum" in schema:
         return schema["const"] if "const" in schema else schema["enum"][0]
     if kind in ("integer", "number"):
-        number = float(next(numbers, "1"))
+        number = float(next(found.numbers, "1"))
         return int(number) if kind == "integer" else number
-    return {"boolean": True, "null": None}.get(kind, "text")
+    if kind == "string":
+        return next(found.words, "text")
+    return {"boolean": True, "null": None}[kind]
 
 
 def _stream(body: Mapping[str, Any], text: str) -> Answer:
