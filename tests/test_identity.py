@@ -180,7 +180,7 @@ def foreign_token(username: str = "HDB_ADMIN", **header: Any) -> str:
 def unsigned_token() -> str:
     """A token of the algorithm `none`."""
     claims = {"sub": "operation", "username": "HDB_ADMIN", "exp": time.time() + 999}
-    return jwt.encode(claims, None, algorithm="none")
+    return jwt.encode(claims, "", algorithm="none")
 
 
 def encoded(text: bytes) -> str:
