@@ -184,13 +184,17 @@ class GenerateOpts(msgspec.Struct, kw_only=True):
 
 
 class EmbedOpts(msgspec.Struct, kw_only=True):
-    """How to embed. `input_type` and `dimensions` are for the models that know them."""
+    """How to embed. `input_type` and `dimensions` are for the models that know them.
+
+    `provider_options` go upstream as they are.
+    """
 
     model: str | None = None
     requires: list[Capability] = []
     signal: AbortSignal | None = None
     input_type: Literal["document", "query"] | None = None
     dimensions: int | None = None
+    provider_options: dict[str, Any] = {}
 
 
 class TokenUsage(msgspec.Struct, kw_only=True, gc=False):

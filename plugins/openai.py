@@ -108,7 +108,12 @@ class OpenAI(ModelBackend):
 
     async def embed(self, inputs: list[str] | list[list[int]], opts: EmbedOpts) -> EmbedResult:
         """One request for all inputs. Raises `BackendError` where a vector is missing."""
-        body: dict[str, Any] = {"model": opts.model, "input": inputs, "encoding_format": "float"}
+        body: dict[str, Any] = {
+            **opts.provider_options,
+            "model": opts.model,
+            "input": inputs,
+            "encoding_format": "float",
+        }
         if opts.dimensions is not None:
             body["dimensions"] = opts.dimensions
         encoded = msgspec.json.encode(body)

@@ -160,7 +160,7 @@ async def test_what_would_change_the_answer_is_refused_where_it_cannot_be_had(
         ({"dimensions": 4097}, None, "dimensions"),
         ({"dimensions": 2**62}, None, "dimensions"),
         ({"model": 1}, "invalid_type", "model"),
-        ({"model": ""}, None, "model"),
+        ({"model": ""}, "string_below_min_length", "model"),
     ],
 )
 async def test_an_embedding_that_does_not_fit_names_the_field(

@@ -253,9 +253,10 @@ def check(answer: Answered, body: Any) -> None:
         usage = bool(options.get("include_usage"))
         check_stream(answer, choices=choices(body), usage=usage)
     elif answer.json["object"] == "list":
-        texts = body["input"]
+        given = body["input"]
+        several = isinstance(given, list) and not isinstance(given[0], int)
         vectors = check_embeddings(answer.json)
-        assert (len(texts) if isinstance(texts, list) else 1) == len(vectors)
+        assert (len(given) if several else 1) == len(vectors)
     else:
         check_whole(answer.json)
         assert choices(body) == len(answer.json["choices"])

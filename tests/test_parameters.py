@@ -210,6 +210,16 @@ async def test_parts_of_a_message_reach_who_can_use_them(
         assert (400, "unsupported_parameter", "messages[0].content[1].type") == told
 
 
+async def test_unknown_and_labelling_fields_of_an_embedding_reach_the_provider(
+    gateway: RunningServer, upstream: ScriptedUpstream
+) -> None:
+    """What `extra_body` adds and the label go upstream as they are."""
+    more = {"user": "ada", "input_type": "query", "truncate": {"at": 5}}
+    await ask(gateway, "POST", "/v1/embeddings", json={"input": "hello", **more})
+
+    assert more == {name: upstream.requests[0].body[name] for name in more}
+
+
 def test_the_page_says_what_the_table_says() -> None:
     """docs/openai-compatibility.md is what `make docs` writes."""
     written = runpy.run_path(str(PAGE.with_name("openai_compatibility.py")))["page"]()

@@ -6,17 +6,15 @@ from typing import Any
 
 import msgspec
 
-from harperpy import Body, Context, EventStream, RequestTarget, decode_json, openai_stream
+from harperpy import Body, Context, EventStream, RequestTarget, openai_stream
 
 from .answers import completion
 from .errors import OpenAIResource
+from .reading import read, unknown_fields
 from .schema import ChatRequest
 from .translation import to_opts, to_prompt
-from .wording import read
 
 _REQUEST = msgspec.json.Decoder(ChatRequest)
-_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_VALUE = msgspec.json.Decoder()
 
 
 class V1ChatCompletions(OpenAIResource):
@@ -26,7 +24,7 @@ class V1ChatCompletions(OpenAIResource):
     async def post(target: RequestTarget, data: Body, context: Context) -> Any:
         """A `chat.completion`, or a stream of its chunks."""
         request = await read(data, _REQUEST)
-        opts = to_opts(request, _extra(await data.bytes()))
+        opts = to_opts(request, await unknown_fields(data, _REQUEST))
         prompt = to_prompt(request)
         if not request.stream:
             return completion(await context.models.generate(prompt, opts=opts), request)
@@ -40,10 +38,3 @@ class V1ChatCompletions(OpenAIResource):
             functions=bool(request.functions),
         )
         return EventStream(events)
-
-
-def _extra(body: bytes) -> dict[str, Any]:
-    """The fields that OpenAI's schema does not know: options of the provider's own."""
-    fields = decode_json(body, _FIELDS)
-    unknown = fields.keys() - set(ChatRequest.__struct_fields__)
-    return {name: decode_json(fields[name], _VALUE) for name in unknown}

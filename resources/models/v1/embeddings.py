@@ -10,8 +10,8 @@ from harperpy import Body, Context, EmbedInput, InvalidBody, RequestTarget
 
 from .answers import embedding_list
 from .errors import OpenAIResource
+from .reading import read, unknown_fields
 from .schema import EmbeddingRequest
-from .wording import read
 
 _MOST_INPUTS = 2048
 _REQUEST = msgspec.json.Decoder(EmbeddingRequest)
@@ -24,8 +24,14 @@ class V1Embeddings(OpenAIResource):
     async def post(target: RequestTarget, data: Body, context: Context) -> dict[str, Any]:
         """A list of embeddings, in the order of the inputs."""
         request = await read(data, _REQUEST)
+        options = await unknown_fields(data, _REQUEST)
+        if request.user is not None:
+            options["user"] = request.user
         result = await context.models.embed_with_usage(
-            _input(request), model=request.model, dimensions=request.dimensions
+            _input(request),
+            model=request.model,
+            dimensions=request.dimensions,
+            provider_options=options,
         )
         return embedding_list(request, result)
 

@@ -155,6 +155,6 @@ EMBEDDINGS = (
         "dimensions", "honoured", "Models that cannot shorten their vectors refuse other sizes."
     ),
     Parameter("encoding_format", "honoured", "`float` or `base64`, whatever the backend gives."),
-    Parameter("user", "accepted", "A label."),
+    Parameter("user", "accepted", "A label, passed on to providers."),
 )
 """POST /v1/embeddings."""

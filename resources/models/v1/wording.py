@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
-import msgspec
 from msgspec import inspect
 
-from harperpy import Body, InvalidBody
-
-T = TypeVar("T")
+from harperpy import InvalidBody
 
 _NAMES = {
     "int": "an integer",
@@ -25,15 +22,8 @@ _NAMES = {
 _STEP = re.compile(r"[^.\[\]]+|\[\d*\]")
 
 
-async def read(data: Body, decoder: msgspec.json.Decoder[T]) -> T:
-    """The body as the decoder's type. Raises `InvalidBody` worded as OpenAI's clients know it."""
-    try:
-        return await data.decode(decoder)
-    except InvalidBody as error:
-        raise _reworded(error, decoder.type) from error
-
-
-def _reworded(error: InvalidBody, kind: Any) -> InvalidBody:
+def reworded(error: InvalidBody, kind: Any, body: Any) -> InvalidBody:
+    """The refusal of a JSON body as one of a kind, as OpenAI would word it."""
     if not error.errors:
         return error
     told = str(error.errors[0]["message"])
@@ -41,7 +31,7 @@ def _reworded(error: InvalidBody, kind: Any) -> InvalidBody:
     for pattern, word in _WORDS:
         if found := pattern.fullmatch(told):
             code, message = word(found, path)
-            values = dict.fromkeys(_supported(inspect.type_info(kind), _STEP.findall(path)))
+            values = dict.fromkeys(_supported(inspect.type_info(kind), _STEP.findall(path), body))
             if values and code == "invalid_value":
                 message += f" Supported values are: {', '.join(map(repr, values))}."
             return InvalidBody(message, param=path or None, code=code, errors=error.errors)
@@ -94,22 +84,36 @@ def _wrong_value(found: re.Match[str], path: str) -> tuple[str, str]:
     return "invalid_value", f"Invalid value for '{path}': {found[1]}."
 
 
-def _supported(node: inspect.Type, path: list[str]) -> Iterator[Any]:
-    """The values that may stand at the end of a path."""
+def _supported(node: inspect.Type, path: list[str], value: Any) -> Iterator[Any]:
+    """The values that may stand at the end of a path into a JSON value."""
     if isinstance(node, inspect.UnionType):
-        for one in node.types:
-            yield from _supported(one, path)
+        for one in _meant(node, value):
+            yield from _supported(one, path, value)
     elif not path:
         yield from node.values if isinstance(node, inspect.LiteralType) else ()
     elif isinstance(node, inspect.StructType):
         step, *rest = path
         if step == node.tag_field and not rest:
             yield node.tag
+        inner = _field(value, step)
         for field in node.fields:
             if field.encode_name == step:
-                yield from _supported(field.type, rest)
+                yield from _supported(field.type, rest, inner)
     elif isinstance(node, inspect.ListType):
-        yield from _supported(node.item_type, path[1:])
+        at = int(path[0][1:-1] or 0)
+        items = cast("list[Any]", value) if isinstance(value, list) else []
+        yield from _supported(node.item_type, path[1:], items[at] if at < len(items) else None)
+
+
+def _meant(node: inspect.UnionType, value: Any) -> Sequence[inspect.Type]:
+    """Of several types the one that the value's tag names, else all."""
+    structs = [one for one in node.types if isinstance(one, inspect.StructType)]
+    tagged = [one for one in structs if one.tag == _field(value, one.tag_field)]
+    return tagged if tagged and tagged[0].tag is not None else node.types
+
+
+def _field(value: Any, name: str | None) -> Any:
+    return cast("dict[str | None, Any]", value).get(name) if isinstance(value, dict) else None
 
 
 _WORDS: tuple[tuple[re.Pattern[str], Callable[..., tuple[str, str]]], ...] = (
