@@ -91,13 +91,6 @@ class _AtTheGateway:
         self.access = access
 
 
-_only_text_from_a_tool = pytest.mark.xfail(
-    strict=True,
-    raises=openai.BadRequestError,
-    reason="OpenAI's chat completions take text and nothing else from a tool",
-)
-
-
 # What the suite itself does and LangChain advises against; and what the openai package's own parsed
 # answers make pydantic say.
 @pytest.mark.filterwarnings(
@@ -137,16 +130,6 @@ class TestChat(_AtTheGateway, ChatModelIntegrationTests):
         return sum(chunks[1:], chunks[0])
 
     invoke_with_reasoning_output = invoke_with_cache_read_input
-
-    @_only_text_from_a_tool
-    def test_image_tool_message(self, model: Any) -> None:
-        """A picture as what a tool found."""
-        super().test_image_tool_message(model)
-
-    @_only_text_from_a_tool
-    def test_pdf_tool_message(self, model: Any) -> None:
-        """A document as what a tool found."""
-        super().test_pdf_tool_message(model)
 
 
 class TestEmbeddings(_AtTheGateway, EmbeddingsIntegrationTests):

@@ -132,9 +132,9 @@ CHAT = (
 PARTS = (
     Parameter("text", "honoured", "In every message."),
     Parameter("refusal", "honoured", "In messages of the assistant."),
-    Parameter("image_url", "honoured", "In messages of the user.", "image_url"),
-    Parameter("input_audio", "honoured", "In messages of the user.", "input_audio"),
-    Parameter("file", "honoured", "In messages of the user.", "file"),
+    Parameter("image_url", "honoured", "In messages of the user and of tools.", "image_url"),
+    Parameter("input_audio", "honoured", "In messages of the user and of tools.", "input_audio"),
+    Parameter("file", "honoured", "In messages of the user and of tools.", "file"),
 )
 """The parts of a message's content."""
 

@@ -21,6 +21,9 @@ Bias: TypeAlias = Annotated[float, Meta(ge=-100, le=100)]
 Count: TypeAlias = Annotated[int, Meta(ge=1)]
 Seed: TypeAlias = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Text: TypeAlias = str | Annotated[list[TextPart], Meta(min_length=1)]
+Shown: TypeAlias = (
+    str | Annotated[list[TextPart | ImagePart | AudioPart | FilePart], Meta(min_length=1)]
+)
 Label: TypeAlias = Annotated[str, Meta(max_length=512)]
 
 
@@ -86,10 +89,10 @@ class AssistantMessageIn(msgspec.Struct, tag_field="role", tag="assistant"):
 
 
 class ToolMessageIn(msgspec.Struct, tag_field="role", tag="tool"):
-    """What a tool returned."""
+    """What a tool returned. OpenAI takes text; others take images and files too."""
 
     tool_call_id: str
-    content: Text
+    content: Shown
 
 
 class FunctionMessageIn(msgspec.Struct, tag_field="role", tag="function"):
