@@ -1,5 +1,6 @@
 """Every parameter that the openai package knows has a treatment, and gets it."""
 
+import json
 import runpy
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,6 +12,18 @@ from harperpy.resources.models.v1.schema import ChatRequest, EmbeddingRequest
 from openai.types import embedding_create_params
 from openai.types.chat import completion_create_params
 
+from harperpy import (
+    Body,
+    Context,
+    GenerateOpts,
+    Ledger,
+    Prompt,
+    RequestTarget,
+    Resource,
+    ToolDef,
+)
+from harperpy.accounting import Caller
+from harperpy.calls import Call
 from harperpy.testing import Answer, RunningServer, ScriptedUpstream, running
 from helpers import HELLO, ask, provider
 
@@ -120,6 +133,122 @@ async def test_what_the_table_says_reaches_the_provider(
     arrived = upstream.requests[0].body
     for key, value in ARRIVES.get(name, {name: VALUES[name]}).items():
         assert value == arrived[key]
+
+
+class Ask(Resource):
+    """Hands the body of a request to the models as it is."""
+
+    path = "Ask"
+
+    @staticmethod
+    async def post(target: RequestTarget, data: Body, context: Context) -> dict[str, str]:
+        """The answer's text."""
+        body = await data
+        result = await context.models.generate(body, model=body["model"])
+        return {"said": result.content}
+
+
+# Labels are for the gateway to pass on, and streams are asked for by another method.
+ITS_OWN = ("stream", "stream_options", *(one.name for one in CHAT if one.effect == "accepted"))
+
+
+@pytest.mark.parametrize("name", [name for name in names(CHAT) if name not in ITS_OWN])
+async def test_a_body_means_the_same_to_the_models_as_to_the_gateway(
+    upstream: ScriptedUpstream, name: str
+) -> None:
+    """A resource of one's own that passes an OpenAI body on asks the provider the same."""
+    async with running(provider(upstream.url), resources={"Ask": Ask}) as server:
+        for path in ("/Ask", "/v1/chat/completions"):
+            upstream.script(Answer(status=418))
+            await ask(server, "POST", path, json=body_of(name))
+
+    own, gateways = upstream.requests
+    assert gateways.body == own.body
+
+
+TOOLS = [TOOL, {"type": "custom", "custom": {"name": "sum", "format": {"type": "text"}}}]
+CALLS = [
+    {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+    {"id": "c2", "type": "custom", "custom": {"name": "sum", "input": "1 + 1"}},
+]
+LESS_USUAL: dict[str, dict[str, Any]] = {
+    "custom tools and their calls": {
+        "tools": TOOLS,
+        "tool_choice": {"type": "custom", "custom": {"name": "sum"}},
+        "messages": [
+            USER,
+            {"role": "assistant", "content": None, "tool_calls": CALLS},
+            *({"role": "tool", "tool_call_id": call["id"], "content": "2"} for call in CALLS),
+        ],
+    },
+    "allowed tools": {
+        "tools": TOOLS,
+        "tool_choice": {
+            "type": "allowed_tools",
+            "allowed_tools": {
+                "mode": "auto",
+                "tools": [{"type": "custom", "custom": {"name": "sum"}}],
+            },
+        },
+    },
+    "functions of the old protocol": {
+        "functions": [FUNCTION],
+        "messages": [
+            USER,
+            {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}},
+            {"role": "function", "name": "f", "content": "rain"},
+        ],
+    },
+    "parts of messages": {
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "look"},
+                    {"type": "image_url", "image_url": {"url": "https://a.example/a.png"}},
+                ],
+            }
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("fields", LESS_USUAL.values(), ids=LESS_USUAL)
+async def test_less_usual_bodies_mean_the_same_too(
+    upstream: ScriptedUpstream, fields: dict[str, Any]
+) -> None:
+    """What the protocol has besides functions and text arrives the same by both ways."""
+    async with running(provider(upstream.url), resources={"Ask": Ask}) as server:
+        for path in ("/Ask", "/v1/chat/completions"):
+            upstream.script(Answer(status=418))
+            await ask(server, "POST", path, json={**HELLO, **fields})
+
+    own, gateways = upstream.requests
+    assert gateways.body == own.body
+
+
+@pytest.mark.parametrize(
+    ("url", "sent"),
+    [
+        ("https://api.openai.com/v1", "allowed_tools"),
+        ("https://api.openai.com.example/v1", "auto"),
+    ],
+)
+async def test_openai_itself_is_told_which_tools_are_allowed(url: str, sent: str) -> None:
+    """There the list of tools stays as it is, which keeps its cache; others get the mode."""
+    config = f'models: {{generative: {{gpt: {{backend: openai, apiKey: k, baseUrl: "{url}"}}}}}}'
+    async with running(config) as server:
+        (candidate,) = server.server.core.models._routes.candidates("generative", "gpt", {})
+    backend: Any = candidate.backend
+    opts = GenerateOpts(tool_choice="auto", allowed_tools=["f"], n=1)
+    prompt = Prompt(messages=[], tools=[ToolDef(name="f"), ToolDef(name="g")])
+    call = Call(Ledger(), "generate", opts, Caller())
+    asked, told = call.prompt_for(candidate, prompt), call.opts_for(candidate)
+    body = json.loads(backend._chat(asked, told, stream=False))
+
+    choice = body["tool_choice"]
+    assert sent == (choice if isinstance(choice, str) else choice["type"])
+    assert (2 if sent == "allowed_tools" else 1) == len(body["tools"])
 
 
 @pytest.mark.parametrize("one", NEEDY, ids=names(tuple(NEEDY)))

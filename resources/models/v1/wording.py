@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from msgspec import inspect
 
@@ -101,8 +101,8 @@ def _supported(node: inspect.Type, path: list[str], value: Any) -> Iterator[Any]
                 yield from _supported(field.type, rest, inner)
     elif isinstance(node, inspect.ListType):
         at = int(path[0][1:-1] or 0)
-        items = cast("list[Any]", value) if isinstance(value, list) else []
-        yield from _supported(node.item_type, path[1:], items[at] if at < len(items) else None)
+        item = value[at] if _is_list(value) and at < len(value) else None
+        yield from _supported(node.item_type, path[1:], item)
 
 
 def _meant(node: inspect.UnionType, value: Any) -> Sequence[inspect.Type]:
@@ -110,6 +110,10 @@ def _meant(node: inspect.UnionType, value: Any) -> Sequence[inspect.Type]:
     structs = [one for one in node.types if isinstance(one, inspect.StructType)]
     tagged = [one for one in structs if one.tag == _field(value, one.tag_field)]
     return tagged if tagged and tagged[0].tag is not None else node.types
+
+
+def _is_list(value: Any) -> TypeGuard[list[Any]]:
+    return isinstance(value, list)
 
 
 def _field(value: Any, name: str | None) -> Any:
