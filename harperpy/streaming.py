@@ -17,7 +17,9 @@ from .sse import SSE, encode_json
 logger = logging.getLogger("harperpy.streaming")
 
 # Pieces of an answer besides its text, and what is said of it as a whole.
-_SAID = ("refusal", "reasoning_content", "annotations", "audio")
+_SAID = tuple(
+    (name, f"delta_{name}") for name in ("refusal", "reasoning_content", "annotations", "audio")
+)
 _OF_THE_WHOLE = ("system_fingerprint", "service_tier", "moderation")
 _TYPES = {
     403: "permission_error",
@@ -124,19 +126,20 @@ async def openai_stream(
 
 
 class _Choice:
-    """What has been said of one answer of a stream."""
+    """What has been said of one answer of a stream; `head` is what stands before its deltas."""
 
-    __slots__ = ("calls", "index", "reason", "started")
+    __slots__ = ("calls", "head", "index", "reason", "started")
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, head: str) -> None:
         self.index = index
+        self.head = head
         self.started = False
         self.reason: str | None = None
         self.calls: dict[str | int, int] = {}
 
 
 class _ChunkEncoder:
-    """The envelope is encoded once; each delta is spliced into it."""
+    """What stands around the deltas is encoded once; each delta is spliced into it."""
 
     def __init__(
         self, model: str, completion: str, *, include_usage: bool, functions: bool
@@ -148,16 +151,22 @@ class _ChunkEncoder:
             "model": model,
         }
         self._head = encode_json(self._envelope).decode()[:-1]
-        self._usage_field = ',"usage":null' if include_usage else ""
+        self._tail = '}],"usage":null}' if include_usage else "}]}"
+        self._plain_tail = f'}},"logprobs":null,"finish_reason":null{self._tail}'
         self._functions = functions
         self._choices: dict[int, _Choice] = {}
         self.started = False
         self.usage: TokenUsage | None = None
 
     def deltas(self, token: GenerateChunk | str) -> list[str]:
-        """The chunks for one token: its text, its refusal, its pieces of tool calls."""
+        """The chunks for one token: one for each kind of piece that it holds."""
         if isinstance(token, str):
-            return [self._chunk(self._choice(0), {"content": token})]
+            return [self._text(self._choice(0), token)]
+        if _is_text(token):
+            return [self._text(self._choice(token.index), token.delta_content)]
+        return self._pieces(token)
+
+    def _pieces(self, token: GenerateChunk) -> list[str]:
         if token.usage is not None:
             self.usage = token.usage
         self._tell(token)
@@ -167,7 +176,7 @@ class _ChunkEncoder:
         parts: list[dict[str, Any]] = []
         if token.delta_content is not None:
             parts.append({"content": token.delta_content})
-        pieces = ((name, getattr(token, f"delta_{name}")) for name in _SAID)
+        pieces = ((name, getattr(token, field)) for name, field in _SAID)
         parts.extend({name: piece} for name, piece in pieces if piece is not None)
         if token.delta_tool_calls:
             parts.append(self._calls(choice, token.delta_tool_calls))
@@ -200,7 +209,7 @@ class _ChunkEncoder:
     def _choice(self, index: int) -> _Choice:
         choice = self._choices.get(index)
         if choice is None:
-            choice = self._choices[index] = _Choice(index)
+            choice = self._choices[index] = _Choice(index, self._choice_head(index))
         return choice
 
     def _tell(self, token: GenerateChunk) -> None:
@@ -210,6 +219,17 @@ class _ChunkEncoder:
             if told is not None and told != self._envelope.get(name):
                 self._envelope[name] = told
                 self._head = encode_json(self._envelope).decode()[:-1]
+                for choice in self._choices.values():
+                    choice.head = self._choice_head(choice.index)
+
+    def _choice_head(self, index: int) -> str:
+        return f'{self._head},"choices":[{{"index":{index},"delta":'
+
+    def _text(self, choice: _Choice, text: str | None) -> str:
+        """As `_chunk`, by the shorter way that most chunks can go."""
+        if not choice.started:
+            return self._chunk(choice, {"content": text})
+        return f'{choice.head}{{"content":{encode_json(text).decode()}{self._plain_tail}'
 
     def _chunk(
         self,
@@ -224,10 +244,7 @@ class _ChunkEncoder:
         body = encode_json(delta).decode()
         ended = f'"{reason}"' if reason else "null"
         likely = encode_json(logprobs).decode() if logprobs else "null"
-        return (
-            f'{self._head},"choices":[{{"index":{choice.index},"delta":{body},'
-            f'"logprobs":{likely},"finish_reason":{ended}}}]{self._usage_field}}}'
-        )
+        return f'{choice.head}{body},"logprobs":{likely},"finish_reason":{ended}{self._tail}'
 
     def _calls(self, choice: _Choice, deltas: Iterable[ToolCallDelta | ToolCall]) -> dict[str, Any]:
         calls = [_call(choice, delta) for delta in deltas]
@@ -236,6 +253,25 @@ class _ChunkEncoder:
         # The old protocol has room for one call.
         first = (call["function"] for call in calls if call["index"] == 0)
         return {"function_call": call} if (call := next(first, None)) else {}
+
+
+def _is_text(token: GenerateChunk) -> bool:
+    """Whether a chunk is a piece of text and nothing else, as most are."""
+    return (
+        token.delta_content is not None
+        and token.finish_reason is None
+        and token.usage is None
+        and token.delta_tool_calls is None
+        and token.delta_refusal is None
+        and token.delta_reasoning_content is None
+        and token.delta_annotations is None
+        and token.delta_audio is None
+        and token.logprobs is None
+        and token.refusal_logprobs is None
+        and token.system_fingerprint is None
+        and token.service_tier is None
+        and token.moderation is None
+    )
 
 
 def _call(choice: _Choice, delta: ToolCallDelta | ToolCall) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, Self
@@ -30,6 +31,7 @@ from harperpy import (
     json_response,
     openai_stream,
 )
+from harperpy.streaming import _is_text
 from harperpy.testing import running
 from helpers import Answered, ask, events
 
@@ -889,6 +891,35 @@ async def test_every_chunk_is_whole(tokens: list[Any]) -> None:
         (choice,) = part["choices"]
         assert {"index", "delta", "logprobs", "finish_reason"} == set(choice)
         assert (0, None) == (choice["index"], choice["logprobs"])
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+@pytest.mark.parametrize("text", ["", "é\u2028", '"\\\n', "\U0001f600"])
+async def test_text_alone_is_worded_as_text_beside_something(
+    text: str,
+    include_usage: bool,  # noqa: FBT001
+) -> None:
+    """The short way that pieces of text go yields the same bytes as the long one."""
+    tokens = [GenerateChunk(delta_content="a"), GenerateChunk(delta_content=text)]
+    others = [tokens[0], GenerateChunk(delta_content=text, finish_reason="stop")]
+    given: dict[str, Any] = {"model": "m", "id": "one", "include_usage": include_usage}
+
+    alone = [event.data async for event in openai_stream(tokens, **given)]
+    beside = [event.data async for event in openai_stream(others, **given)]
+
+    # The second they began in may differ.
+    assert re.sub(r'"created":\d+', "", beside[1]) == re.sub(r'"created":\d+', "", alone[1])
+
+
+@pytest.mark.parametrize(
+    "field",
+    [one for one in GenerateChunk.__struct_fields__ if one not in ("delta_content", "index")],
+)
+def test_text_beside_anything_is_not_text_alone(field: str) -> None:
+    """No field of a chunk is lost on the short way, those to come included."""
+    assert _is_text(GenerateChunk(delta_content="a"))
+    other: dict[str, Any] = {field: "b"}
+    assert not _is_text(GenerateChunk(delta_content="a", **other))
 
 
 async def test_two_answers_have_two_ids_and_one_may_be_given() -> None:
