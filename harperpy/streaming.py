@@ -161,9 +161,9 @@ class _ChunkEncoder:
     def deltas(self, token: GenerateChunk | str) -> list[str]:
         """The chunks for one token: one for each kind of piece that it holds."""
         if isinstance(token, str):
-            return [self._text(self._choice(0), token)]
+            return [self._text(0, token)]
         if _is_text(token):
-            return [self._text(self._choice(token.index), token.delta_content)]
+            return [self._text(token.index, token.delta_content)]
         return self._pieces(token)
 
     def _pieces(self, token: GenerateChunk) -> list[str]:
@@ -225,10 +225,11 @@ class _ChunkEncoder:
     def _choice_head(self, index: int) -> str:
         return f'{self._head},"choices":[{{"index":{index},"delta":'
 
-    def _text(self, choice: _Choice, text: str | None) -> str:
+    def _text(self, index: int, text: str | None) -> str:
         """As `_chunk`, by the shorter way that most chunks can go."""
-        if not choice.started:
-            return self._chunk(choice, {"content": text})
+        choice = self._choices.get(index)
+        if choice is None or not choice.started:
+            return self._chunk(self._choice(index), {"content": text})
         return f'{choice.head}{{"content":{encode_json(text).decode()}{self._plain_tail}'
 
     def _chunk(

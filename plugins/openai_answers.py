@@ -165,7 +165,8 @@ class Embeddings(_Struct):
     usage: Usage | None = None
 
 
-_CHUNK = msgspec.json.Decoder(_Chunk)
+_decode = msgspec.json.Decoder(_Chunk).decode
+_SILENCE = _Said()
 
 
 def whole_answer(completion: Completion, n: int | None) -> GenerateResult:
@@ -222,10 +223,13 @@ class ChunkReader:
     Of choices that nobody asked for it says nothing.
     """
 
-    __slots__ = ("_arguments", "_calls", "_n", "ended", "reasons")
+    __slots__ = ("_arguments", "_calls", "_last", "_n", "_news", "ended", "reasons")
 
     def __init__(self, n: int | None = None) -> None:
         self._n = n or 1
+        # Most providers say in each event the same of the answer as a whole.
+        self._last = _Chunk()
+        self._news: dict[str, Any] = {}
         self._calls: dict[int, set[int]] = {}
         self._arguments = 0
         self.reasons: set[int] = set()
@@ -237,20 +241,36 @@ class ChunkReader:
             self.ended = True
             return ()
         try:
-            event = _CHUNK.decode(data)
+            event = _decode(data)
         except msgspec.DecodeError as error:
             message = "an event of the stream is not what it should be"
             raise BackendError(message) from error
         if event.error is not None:
             raise _stream_error(event.error)
-        told = event.told
-        chunks = [
-            chunk for choice in event.choices or () if (chunk := self._chunk(choice)) is not None
-        ]
-        if told and not chunks:
+        last = self._last
+        if (
+            event.service_tier != last.service_tier
+            or event.system_fingerprint != last.system_fingerprint
+            or event.moderation != last.moderation
+            or event.usage is not None
+        ):
+            self._news |= event.told
+            self._last = event
+        chunks: list[GenerateChunk] = []
+        for choice in event.choices or ():
+            chunk = self._chunk(choice)
+            if chunk is not None:
+                chunks.append(chunk)
+        return self._with_news(chunks) if self._news else chunks
+
+    def _with_news(self, chunks: list[GenerateChunk]) -> list[GenerateChunk]:
+        # Usage may be the last that is heard. The rest alone would pass for the answer's beginning.
+        if not chunks and "usage" in self._news:
             chunks = [GenerateChunk()]
-        for name, value in told.items():
-            setattr(chunks[0], name, value)
+        if chunks:
+            for name, value in self._news.items():
+                setattr(chunks[0], name, value)
+            self._news = {}
         return chunks
 
     def finish(self) -> Sequence[GenerateChunk]:
@@ -259,25 +279,43 @@ class ChunkReader:
         if silent and not self.ended:
             message = "the stream ended before the answer did"
             raise BackendError(message)
-        return [
+        chunks = [
             GenerateChunk(index=at, finish_reason="tool_calls" if self._calls.get(at) else "stop")
             for at in sorted(silent)
         ]
+        return [*chunks, GenerateChunk(**self._news)] if self._news else chunks
 
     def _chunk(self, choice: _Choice) -> GenerateChunk | None:
-        index, reason, said = choice.index, choice.finish_reason, choice.delta or _Said()
-        if not 0 <= index < self._n:
-            return None
-        calls = self._calls.setdefault(index, set())
+        index, said = choice.index, choice.delta or _SILENCE
+        if index not in self._calls:
+            if not 0 <= index < self._n:
+                return None
+            self._calls[index] = set()
+        if (
+            choice.finish_reason
+            or choice.logprobs
+            or said.refusal
+            or said.tool_calls
+            or said.reasoning_content
+            or said.reasoning
+            or said.annotations
+            or said.audio
+        ):
+            return self._more_than_text(choice, said)
+        return GenerateChunk(index=index, delta_content=said.content) if said.content else None
+
+    def _more_than_text(self, choice: _Choice, said: _Said) -> GenerateChunk | None:
+        calls = self._calls[choice.index]
         deltas = self._deltas(calls, said.tool_calls) if said.tool_calls else None
         pieces = (said.content, said.refusal, deltas, said.thought, said.annotations, said.audio)
         likely = choice.logprobs and (choice.logprobs.content or choice.logprobs.refusal)
+        reason = choice.finish_reason
         if reason:
-            self.reasons.add(index)
+            self.reasons.add(choice.index)
         elif not (any(pieces) or likely):
             return None
         return GenerateChunk(
-            index=index,
+            index=choice.index,
             delta_content=said.content or None,
             delta_refusal=said.refusal or None,
             delta_tool_calls=deltas,

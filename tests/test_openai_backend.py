@@ -9,8 +9,18 @@ from typing import Any
 import msgspec
 import pytest
 from harperpy.plugins.openai import OpenAI
+from harperpy.plugins.openai_answers import ChunkReader
 
-from harperpy import ConfigError, GenerateOpts, Message, ModelConfig, ModelEntry, Prompt, Secret
+from harperpy import (
+    ConfigError,
+    GenerateChunk,
+    GenerateOpts,
+    Message,
+    ModelConfig,
+    ModelEntry,
+    Prompt,
+    Secret,
+)
 from harperpy.testing import RunningServer, ScriptedUpstream, running
 from harperpy.upstream import Answer, chunk, whole
 from helpers import HELLO, Answered, ask, events, provider
@@ -275,6 +285,29 @@ async def test_the_stream_of_an_unusual_provider_is_read(
 
     deltas = [one["choices"][0]["delta"] for one in events(answer.text)[:-1]]
     assert [{"role": "assistant", "content": "Hel"}, {"content": "lo"}, {}] == deltas
+
+
+def test_what_is_said_of_the_whole_is_no_piece_of_an_answer() -> None:
+    """It comes once, with the first piece: until then nothing was answered, and others may."""
+    reader = ChunkReader()
+
+    def read(delta: dict[str, Any]) -> Any:
+        event = {**chunk(delta), "service_tier": "flex", "usage": None}
+        return reader.read(msgspec.json.encode(event).decode())
+
+    assert [] == read({"role": "assistant", "content": ""})
+    assert [GenerateChunk(delta_content="a", service_tier="flex")] == read({"content": "a"})
+    assert [GenerateChunk(delta_content="b")] == read({"content": "b"})
+
+
+def test_what_is_said_of_an_empty_answer_comes_at_its_end() -> None:
+    """Where no piece follows it comes with the reason."""
+    reader = ChunkReader()
+    reader.read(msgspec.json.encode({**chunk({}), "system_fingerprint": "fp"}).decode())
+    reader.read("[DONE]")
+
+    expected = [GenerateChunk(finish_reason="stop"), GenerateChunk(system_fingerprint="fp")]
+    assert expected == [*reader.finish()]
 
 
 async def test_tool_calls_without_an_index_are_told_apart(
