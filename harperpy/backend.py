@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import (
     AsyncIterable,
     AsyncIterator,
@@ -10,7 +11,6 @@ from collections.abc import (
     Callable,
     Generator,
     Iterable,
-    Iterator,
     Sequence,
 )
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -236,57 +236,70 @@ async def aclose(items: AsyncIterator[Any]) -> None:
         await close()
 
 
-_TEXTS = ("content", "refusal", "reasoning_content")
-_TOLD = ("usage", "system_fingerprint", "service_tier", "moderation")
+_LISTS = ("logprobs", "refusal_logprobs", "annotations")
 
 
 class Assembly:
     """Puts the chunks of a stream together into one `GenerateResult`."""
 
-    __slots__ = ("_calls", "_choices", "_texts", "result")
+    __slots__ = ("_calls", "_choices", "_pieces", "result")
 
     def __init__(self) -> None:
         self.result = GenerateResult()
         self._choices: dict[int, Choice] = {0: self.result}
-        self._texts: dict[tuple[int, str], list[str]] = {}
+        self._pieces: defaultdict[tuple[int, str], list[Any]] = defaultdict(list)
         self._calls: dict[int, dict[int, ToolCall]] = {}
 
     def add(self, chunk: GenerateChunk) -> None:
         """Take one chunk in."""
         index = chunk.index
-        choice = self._choices.setdefault(index, Choice())
-        for field in _TEXTS:
-            if text := getattr(chunk, f"delta_{field}"):
-                self._texts.setdefault((index, field), []).append(text)
+        if index not in self._choices:
+            self._choices[index] = Choice()
+        if chunk.delta_content:
+            self._pieces[index, "content"].append(chunk.delta_content)
+        self._add_rarer(chunk)
         for delta in chunk.delta_tool_calls or ():
             _add_call(self._calls.setdefault(index, {}), delta)
-        for field, items in _lists(chunk):
-            setattr(choice, field, [*(getattr(choice, field) or ()), *items])
         if chunk.finish_reason:
-            choice.finish_reason = chunk.finish_reason
-        elif index in self._calls and choice.finish_reason == "stop":
-            choice.finish_reason = "tool_calls"
-        for field in _TOLD:
-            if (told := getattr(chunk, field)) is not None:
-                setattr(self.result, field, told)
+            self._choices[index].finish_reason = chunk.finish_reason
+        elif index in self._calls and self._choices[index].finish_reason == "stop":
+            self._choices[index].finish_reason = "tool_calls"
+        _tell(self.result, chunk)
+
+    def _add_rarer(self, chunk: GenerateChunk) -> None:
+        pieces, index = self._pieces, chunk.index
+        if chunk.delta_refusal:
+            pieces[index, "refusal"].append(chunk.delta_refusal)
+        if chunk.delta_reasoning_content:
+            pieces[index, "reasoning_content"].append(chunk.delta_reasoning_content)
+        if chunk.logprobs:
+            pieces[index, "logprobs"] += chunk.logprobs
+        if chunk.refusal_logprobs:
+            pieces[index, "refusal_logprobs"] += chunk.refusal_logprobs
+        if chunk.delta_annotations:
+            pieces[index, "annotations"] += chunk.delta_annotations
 
     def finish(self) -> GenerateResult:
         """The whole answer so far."""
-        for (index, field), texts in self._texts.items():
-            setattr(self._choices[index], field, "".join(texts))
+        for (index, field), pieces in self._pieces.items():
+            whole = pieces if field in _LISTS else "".join(pieces)
+            setattr(self._choices[index], field, whole)
         for index, calls in self._calls.items():
             self._choices[index].tool_calls = list(calls.values())
         self.result.others = [self._choices[index] for index in sorted(self._choices) if index]
         return self.result
 
 
-def _lists(chunk: GenerateChunk) -> Iterator[tuple[str, list[Any]]]:
-    """What grows by items, by its name in a `Choice`."""
-    for field in ("logprobs", "refusal_logprobs"):
-        if items := getattr(chunk, field):
-            yield field, items
-    if chunk.delta_annotations:
-        yield "annotations", chunk.delta_annotations
+def _tell(result: GenerateResult, chunk: GenerateChunk) -> None:
+    """Take over what a chunk says of the whole answer."""
+    if chunk.usage is not None:
+        result.usage = chunk.usage
+    if chunk.system_fingerprint is not None:
+        result.system_fingerprint = chunk.system_fingerprint
+    if chunk.service_tier is not None:
+        result.service_tier = chunk.service_tier
+    if chunk.moderation is not None:
+        result.moderation = chunk.moderation
 
 
 def _add_call(calls: dict[int, ToolCall], delta: ToolCallDelta | ToolCall) -> None:
