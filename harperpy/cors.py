@@ -8,6 +8,17 @@ from .request import Request
 
 _METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, QUERY, OPTIONS"
 _HEADERS = "Accept, Content-Type, Authorization"
+_LIMITS = ("limit", "remaining", "reset")
+_EXPOSED = ", ".join(
+    (
+        "x-request-id",
+        "retry-after",
+        "openai-processing-ms",
+        "openai-version",
+        "server-timing",
+        *(f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in _LIMITS),
+    )
+)
 _PREFLIGHT_SECONDS = "600"
 
 
@@ -26,7 +37,7 @@ class Cors:
             return {"Vary": "Origin"}
         return {
             "Access-Control-Allow-Origin": origin,
-            "Access-Control-Expose-Headers": "x-request-id, retry-after",
+            "Access-Control-Expose-Headers": _EXPOSED,
             "Vary": "Origin",
         }
 

@@ -155,6 +155,7 @@ class _ChunkEncoder:
         self._plain_tail = f'}},"logprobs":null,"finish_reason":null{self._tail}'
         self._functions = functions
         self._choices: dict[int, _Choice] = {}
+        self._last = -1
         self.started = False
         self.usage: TokenUsage | None = None
 
@@ -162,9 +163,16 @@ class _ChunkEncoder:
         """The chunks for one token: one for each kind of piece that it holds."""
         if isinstance(token, str):
             return [self._text(0, token)]
+        opened = self._opened(token.index) if token.index > self._last else []
         if _is_text(token):
-            return [self._text(token.index, token.delta_content)]
-        return self._pieces(token)
+            return [*opened, self._text(token.index, token.delta_content)]
+        return opened + self._pieces(token)
+
+    def _opened(self, index: int) -> list[str]:
+        """A beginning for each choice before this one: clients count them as they come."""
+        lower = range(self._last + 1, index)
+        self._last = index
+        return [self._chunk(self._choice(at), {"content": ""}) for at in lower]
 
     def _pieces(self, token: GenerateChunk) -> list[str]:
         if token.usage is not None:
@@ -178,8 +186,8 @@ class _ChunkEncoder:
             parts.append({"content": token.delta_content})
         pieces = ((name, getattr(token, field)) for name, field in _SAID)
         parts.extend({name: piece} for name, piece in pieces if piece is not None)
-        if token.delta_tool_calls:
-            parts.append(self._calls(choice, token.delta_tool_calls))
+        if token.delta_tool_calls and (calls := self._calls(choice, token.delta_tool_calls)):
+            parts.append(calls)
         likely = openai_logprobs(token)
         if likely is None:
             return [self._chunk(choice, part) for part in parts]

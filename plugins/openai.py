@@ -6,8 +6,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-import msgspec
-
 from harperpy import (
     BackendError,
     BackendFactory,
@@ -27,7 +25,7 @@ from harperpy import (
 
 from .openai_answers import Completion, Embeddings, whole_answer
 from .openai_names import MOST_BYTES, Listing, ServedNames
-from .openai_protocol import chat_body
+from .openai_protocol import chat_body, encoded
 from .openai_transport import Timeouts, Transport
 
 _OPENAI = "https://api.openai.com/v1"
@@ -116,8 +114,7 @@ class OpenAI(ModelBackend):
         }
         if opts.dimensions is not None:
             body["dimensions"] = opts.dimensions
-        encoded = msgspec.json.encode(body)
-        answer = await self._transport.whole("/embeddings", encoded, Embeddings)
+        answer = await self._transport.whole("/embeddings", encoded(body), Embeddings)
         if len(answer.data) != len(inputs):
             message = f"{len(answer.data)} embeddings for {len(inputs)} inputs"
             raise BackendError(message)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -15,18 +14,16 @@ from harperpy import (
     GenerateResult,
     TokenLogprob,
     TokenUsage,
-    ToolCall,
-    ToolCallDelta,
-    ToolType,
 )
+
+from .openai_calls import Called, Calls, Function, whole_call
+from .openai_refusals import our_code
 
 _TEXTS = ("text_tokens", "audio_tokens", "image_tokens")
 _OF_PROMPT = (*_TEXTS, "cache_write_tokens")
 _OF_COMPLETION = (*_TEXTS, "accepted_prediction_tokens", "rejected_prediction_tokens")
 _OF_THE_WHOLE = (("system_fingerprint", str), ("service_tier", str), ("moderation", dict))
-_MOST_CALLS = 128
 _MOST_TOKENS = 2**53
-_MOST_ARGUMENTS = 8 << 20
 
 
 class _Struct(msgspec.Struct, gc=False):
@@ -67,40 +64,24 @@ def _count(value: Any) -> int | None:
     return value if type(value) is int and 0 <= value < _MOST_TOKENS else None
 
 
-class _Function(_Struct):
-    name: str | None = None
-    arguments: str | None = None
-
-
-class _Custom(_Struct):
-    name: str | None = None
-    input: str | None = None
-
-
-class _Call(_Struct):
-    index: int | None = None
-    id: str | None = None
-    function: _Function | None = None
-    custom: _Custom | None = None
-
-    @property
-    def told(self) -> tuple[ToolType, str | None, str | None]:
-        """What kind of tool is called, its name, and what it is given."""
-        if self.custom is not None:
-            return "custom", self.custom.name, self.custom.input
-        function = self.function or _Function()
-        return "function", function.name, function.arguments
-
-
 class _Said(_Struct):
     content: str | None = None
     refusal: str | None = None
-    tool_calls: list[_Call] | None = None
+    tool_calls: list[Called] | None = None
+    # The old protocol's.
+    function_call: Function | None = None
     reasoning_content: str | None = None
     # Another word for the same.
     reasoning: Any = None
     annotations: list[Any] | None = None
     audio: dict[str, Any] | None = None
+
+    @property
+    def calls(self) -> list[Called]:
+        """The calls, or pieces of them."""
+        if self.function_call is not None:
+            return [Called(index=0, function=self.function_call)]
+        return self.tool_calls or []
 
     @property
     def thought(self) -> str | None:
@@ -186,7 +167,7 @@ def _whole_choice(choice: _Choice) -> dict[str, Any]:
     if said is None:
         message = "a choice without a message"
         raise BackendError(message)
-    calls = [_whole_call(call) for call in said.tool_calls or ()]
+    calls = [whole_call(call) for call in said.calls]
     return {
         "content": said.content or "",
         "refusal": said.refusal,
@@ -198,16 +179,6 @@ def _whole_choice(choice: _Choice) -> dict[str, Any]:
         "annotations": said.annotations,
         "audio": said.audio,
     }
-
-
-def _whole_call(call: _Call) -> ToolCall:
-    kind, name, arguments = call.told
-    return ToolCall(
-        id=call.id or f"call_{secrets.token_hex(12)}",
-        type=kind,
-        name=name or "",
-        arguments=arguments or ("{}" if kind == "function" else ""),
-    )
 
 
 def finish_reason(given: str, *, calls: bool) -> Any:
@@ -223,15 +194,14 @@ class ChunkReader:
     Of choices that nobody asked for it says nothing.
     """
 
-    __slots__ = ("_arguments", "_calls", "_last", "_n", "_news", "ended", "reasons")
+    __slots__ = ("_calls", "_last", "_n", "_news", "ended", "reasons")
 
     def __init__(self, n: int | None = None) -> None:
         self._n = n or 1
         # Most providers say in each event the same of the answer as a whole.
         self._last = _Chunk()
         self._news: dict[str, Any] = {}
-        self._calls: dict[int, set[int]] = {}
-        self._arguments = 0
+        self._calls: dict[int, Calls] = {}
         self.reasons: set[int] = set()
         self.ended = False
 
@@ -243,6 +213,10 @@ class ChunkReader:
         try:
             event = _decode(data)
         except msgspec.DecodeError as error:
+            told = data.strip()
+            self.ended = told == "[DONE]"
+            if self.ended or not told:
+                return ()
             message = "an event of the stream is not what it should be"
             raise BackendError(message) from error
         if event.error is not None:
@@ -273,29 +247,42 @@ class ChunkReader:
             self._news = {}
         return chunks
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every choice that began has said why it ended."""
+        return bool(self.reasons) and not self._silent
+
+    @property
+    def _silent(self) -> set[int]:
+        return (set(self._calls) or {0}) - self.reasons
+
     def finish(self) -> Sequence[GenerateChunk]:
         """The reasons that a whole stream kept to itself. Raises `BackendError` for a cut one."""
-        silent = (set(self._calls) or {0}) - self.reasons
+        silent = self._silent
         if silent and not self.ended:
             message = "the stream ended before the answer did"
             raise BackendError(message)
-        chunks = [
-            GenerateChunk(index=at, finish_reason="tool_calls" if self._calls.get(at) else "stop")
-            for at in sorted(silent)
-        ]
+        chunks = [self._ended(index) for index in sorted(silent)]
         return [*chunks, GenerateChunk(**self._news)] if self._news else chunks
 
+    def _ended(self, index: int) -> GenerateChunk:
+        calls = self._calls.get(index) or Calls()
+        reason = finish_reason("stop", calls=bool(calls))
+        held_back = calls.held_back() or None
+        return GenerateChunk(index=index, delta_tool_calls=held_back, finish_reason=reason)
+
     def _chunk(self, choice: _Choice) -> GenerateChunk | None:
-        index, said = choice.index, choice.delta or _SILENCE
+        index, said = choice.index, choice.delta or choice.message or _SILENCE
         if index not in self._calls:
             if not 0 <= index < self._n:
                 return None
-            self._calls[index] = set()
+            self._calls[index] = Calls()
         if (
             choice.finish_reason
             or choice.logprobs
             or said.refusal
             or said.tool_calls
+            or said.function_call
             or said.reasoning_content
             or said.reasoning
             or said.annotations
@@ -306,19 +293,20 @@ class ChunkReader:
 
     def _more_than_text(self, choice: _Choice, said: _Said) -> GenerateChunk | None:
         calls = self._calls[choice.index]
-        deltas = self._deltas(calls, said.tool_calls) if said.tool_calls else None
+        deltas = calls.read(said.calls)
         pieces = (said.content, said.refusal, deltas, said.thought, said.annotations, said.audio)
         likely = choice.logprobs and (choice.logprobs.content or choice.logprobs.refusal)
         reason = choice.finish_reason
         if reason:
             self.reasons.add(choice.index)
+            deltas += calls.held_back()
         elif not (any(pieces) or likely):
             return None
         return GenerateChunk(
             index=choice.index,
             delta_content=said.content or None,
             delta_refusal=said.refusal or None,
-            delta_tool_calls=deltas,
+            delta_tool_calls=deltas or None,
             delta_reasoning_content=said.thought,
             delta_annotations=said.annotations or None,
             delta_audio=said.audio or None,
@@ -327,27 +315,10 @@ class ChunkReader:
             refusal_logprobs=choice.logprobs.refusal if choice.logprobs else None,
         )
 
-    def _deltas(self, known: set[int], calls: list[_Call]) -> list[ToolCallDelta]:
-        deltas: list[ToolCallDelta] = []
-        for call in calls:
-            index = call.index
-            if index is None:
-                # Some leave it out: a piece without an id then goes on with the last call.
-                index = len(known) - (not call.id and bool(known))
-            kind, name, arguments = call.told
-            known.add(index)
-            self._arguments += len(arguments or "")
-            if len(known) > _MOST_CALLS or self._arguments > _MOST_ARGUMENTS:
-                message = "the stream holds more tool calls than anyone can use"
-                raise BackendError(message)
-            deltas.append(
-                ToolCallDelta(index=index, id=call.id, type=kind, name=name, arguments=arguments)
-            )
-        return deltas
-
 
 def _stream_error(told: Any) -> BackendError:
-    code = cast("dict[str, Any]", told).get("code") if isinstance(told, dict) else None
+    given = cast("dict[str, Any]", told) if isinstance(told, dict) else {}
+    code = given.get("code")
     status = code if isinstance(code, int) and 400 <= code <= 599 else None
     message = "the provider reported an error in its stream"
-    return BackendError(message, upstream_status=status)
+    return BackendError(message, upstream_status=status, code=our_code(code))

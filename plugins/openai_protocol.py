@@ -8,6 +8,7 @@ import msgspec
 
 from harperpy import (
     GenerateOpts,
+    InvalidBody,
     JSONSchemaFormat,
     Message,
     Prompt,
@@ -61,13 +62,23 @@ def chat_body(
         _add_tools(body, prompt.tools, opts)
     if stream:
         body["stream_options"] = {"include_usage": True}
-    return msgspec.json.encode(body)
+    return encoded(body)
+
+
+def encoded(body: dict[str, Any]) -> bytes:
+    """A body's JSON. Raises `InvalidBody` for one that is nested beyond what can be written."""
+    try:
+        return msgspec.json.encode(body)
+    except RecursionError as error:
+        message = "the body is nested too deeply"
+        raise InvalidBody(message) from error
 
 
 def _message(message: Message) -> dict[str, Any]:
     body: dict[str, Any] = {"role": message.role}
     if isinstance(message.content, str):
-        body["content"] = message.content or (None if message.tool_calls else "")
+        silent = message.tool_calls or message.refusal or message.audio
+        body["content"] = message.content or (None if silent else "")
     else:
         body["content"] = message.content
     if message.tool_calls:
@@ -103,7 +114,7 @@ def _named(name: str, kind: ToolType) -> dict[str, Any]:
 
 def _tool(tool: ToolDef) -> dict[str, Any]:
     told: dict[str, Any] = {"name": tool.name}
-    if tool.type == "function":
+    if tool.parameters:
         told["parameters"] = tool.parameters
     if tool.description:
         told["description"] = tool.description
@@ -116,7 +127,9 @@ def _tool(tool: ToolDef) -> dict[str, Any]:
 def _response_format(wanted: Any) -> dict[str, Any]:
     if not isinstance(wanted, JSONSchemaFormat):
         return {"type": "json_object"}
-    schema: dict[str, Any] = {"name": wanted.name, "schema": wanted.schema}
+    schema: dict[str, Any] = {"name": wanted.name}
+    if wanted.schema:
+        schema["schema"] = wanted.schema
     if wanted.description:
         schema["description"] = wanted.description
     if wanted.strict is not None:

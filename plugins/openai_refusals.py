@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any, cast
 
 import msgspec
 
@@ -19,6 +20,7 @@ _PASSED_ON = frozenset({400, 404, 409, 413, 422, 429})
 _LONGEST_MESSAGE = 500
 # What another harperpy calls its own faults: behind a chain of them it looks like one.
 _OUR_CODES = frozenset({"upstream_auth_error", "timeout", "model_unavailable", "aborted"})
+_OF_A_CODE = {"upstream_auth_error": UpstreamAuthError, "timeout": BackendTimeout}
 _KEY = re.compile(r"\b(?:sk|hk|pk|gsk|xai)[-_][\w-]{6,}|(?i:bearer)\s+\S+")
 
 
@@ -26,14 +28,7 @@ class _Error(msgspec.Struct):
     message: str | None = None
     type: str | None = None
     param: str | None = None
-    code: str | int | None = None
-
-
-class _Envelope(msgspec.Struct):
-    error: _Error | str | None = None
-
-
-_ENVELOPE = msgspec.json.Decoder(_Envelope)
+    code: str | None = None
 
 
 def refusal(
@@ -52,33 +47,59 @@ def refusal(
             upstream_status=status,
             type=told.type,
             param=told.param,
-            code=None if told.code is None else str(told.code),
+            code=told.code,
             headers=passing,
         )
     elif status == 408:
         error = BackendTimeout("the provider answered 408", upstream_status=status)
     else:
         ours = status if 500 <= status <= 599 else 502
+        code = our_code(_told(body).code)
+        kind = _OF_A_CODE.get(code or "", BackendError)
         said = f"the provider answered {status}"
-        error = BackendError(
-            said, status=ours, code=_our_code(body), upstream_status=status, headers=passing
-        )
+        error = kind(said, status=ours, code=code, upstream_status=status, headers=passing)
     error.retryable = status in (408, 429) or status >= 500
     error.retry_after = _seconds(retry_after)
     return error
 
 
-def _told(body: bytes) -> _Error:
-    try:
-        told = _ENVELOPE.decode(body).error
-    except msgspec.DecodeError:
-        return _Error()
-    return told if isinstance(told, _Error) else _Error(message=told)
-
-
-def _our_code(body: bytes) -> str | None:
-    code = _told(body).code
+def our_code(code: object) -> str | None:
+    """A code that another harperpy gave; None for any other."""
     return code if isinstance(code, str) and code in _OUR_CODES else None
+
+
+def _told(body: bytes) -> _Error:
+    """What a refusal says, in OpenAI's form or in the plainer ones that others use."""
+    try:
+        given = _first(msgspec.json.decode(body))
+    except (msgspec.DecodeError, RecursionError):
+        return _Error()
+    error: Any = _field(given, "error") or given
+    if isinstance(error, str):
+        return _Error(message=error)
+    words = [_field(error, name) for name in ("message", "detail")]
+    code = _field(error, "code")
+    return _Error(
+        message=next((word for word in words if isinstance(word, str)), None),
+        type=_word(_field(error, "type")),
+        param=_word(_field(error, "param")),
+        code=str(code) if isinstance(code, int) else _word(code),
+    )
+
+
+def _first(given: Any) -> Any:
+    """The value; of a list, which some answer with, its first."""
+    if isinstance(given, list) and given:
+        return cast("list[Any]", given)[0]
+    return cast("Any", given)
+
+
+def _field(given: Any, name: str) -> Any:
+    return cast("dict[str, Any]", given).get(name) if isinstance(given, dict) else None
+
+
+def _word(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _masked(message: str, secret: str | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -21,7 +21,6 @@ T = TypeVar("T")
 _MOST_ANSWER = 256 << 20
 _MOST_ERROR = 256 << 10
 _STALE = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)
-_STALE_TRIES = 16
 
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,7 +55,7 @@ class Transport:
         if secret:
             self._headers["Authorization"] = f"Bearer {secret}"
         self._pooled = pooled
-        self._session: aiohttp.ClientSession | None = None
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}
 
     async def whole(self, path: str, body: bytes, kind: type[T]) -> T:
         """The JSON answer to a post, as `kind`. Raises `BackendError` and what `refusal` makes."""
@@ -74,22 +73,33 @@ class Transport:
         self, path: str, body: bytes, n: int | None = None
     ) -> AsyncGenerator[GenerateChunk]:
         """The chunks of `n` streamed answers. Raises `BackendError` for one that is cut off."""
-        events, reader = SSEDecoder(), ChunkReader(n)
-        async with self._ask(path, body, self._timeouts.stream_first_byte) as response:
-            while not reader.ended and (read := await self._read(response)):
-                for data in events.feed(read):
+        reader = ChunkReader(n)
+        events = self._events(path, body, reader)
+        try:
+            async with aclosing(events):
+                async for data in events:
                     for chunk in reader.read(data):
                         yield chunk
-            for data in events.end():
-                for chunk in reader.read(data):
-                    yield chunk
+        except BackendError:
+            # What breaks off after the answer's end takes nothing from it.
+            if not reader.is_complete:
+                raise
         for chunk in reader.finish():
             yield chunk
 
+    async def _events(self, path: str, body: bytes, reader: ChunkReader) -> AsyncGenerator[str]:
+        events = SSEDecoder()
+        async with self._ask(path, body, self._timeouts.stream_first_byte) as response:
+            while not reader.ended and (read := await self._read(response)):
+                for data in events.feed(read):
+                    yield data
+            for data in events.end():
+                yield data
+
     async def close(self) -> None:
         """Close the pooled connections."""
-        if self._session is not None:
-            await self._session.close()
+        for session in self._sessions.values():
+            await session.close()
 
     @asynccontextmanager
     async def _ask(
@@ -108,29 +118,34 @@ class Transport:
                 # Not read to its end, it cannot be used again: closing it tells the provider.
                 response.close()
         except TimeoutError as error:
-            raise BackendTimeout from error
+            late = BackendTimeout()
+            late.retryable = isinstance(error, aiohttp.ConnectionTimeoutError)
+            raise late from error
         except (aiohttp.ClientError, OSError) as error:
             failure = BackendError(f"{type(error).__name__}: {error}")
             failure.retryable = isinstance(error, aiohttp.ClientConnectorError)
             raise failure from error
 
     async def _send(self, path: str, body: bytes | None) -> aiohttp.ClientResponse:
-        """Post, or get what has no body; again if a pooled connection turns out to be closed."""
-        for _ in range(_STALE_TRIES):
-            pooled = SimpleNamespace(reused=False)
-            try:
-                return await self._pool().request(
-                    "GET" if body is None else "POST",
-                    self._base + path,
-                    data=body,
-                    allow_redirects=False,
-                    trace_request_ctx=pooled,
-                )
-            except _STALE:
-                if not pooled.reused:
-                    raise
-        message = "every pooled connection was closed"
-        raise BackendError(message)
+        """Post, or get what has no body; once more, and anew, if a pooled connection is gone."""
+        pooled = SimpleNamespace(reused=False)
+        try:
+            return await self._request(path, body, pooled)
+        except _STALE:
+            if not pooled.reused:
+                raise
+        return await self._request(path, body, None)
+
+    async def _request(
+        self, path: str, body: bytes | None, pooled: SimpleNamespace | None
+    ) -> aiohttp.ClientResponse:
+        return await self._session(pooled=pooled is not None).request(
+            "GET" if body is None else "POST",
+            self._base + path,
+            data=body,
+            allow_redirects=False,
+            trace_request_ctx=pooled,
+        )
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         async with asyncio.timeout(self._timeouts.idle):
@@ -147,26 +162,27 @@ class Transport:
             parts.append(read)
         return b"".join(parts)
 
-    def _pool(self) -> aiohttp.ClientSession:
+    def _session(self, *, pooled: bool) -> aiohttp.ClientSession:
         """Made in the running loop, at first use."""
-        if self._session is None:
-            trace = aiohttp.TraceConfig()
-            trace.on_connection_reuseconn.append(_note_reuse)
-            connector = (
-                aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
-                if self._pooled
-                else aiohttp.TCPConnector(limit=0, force_close=True)
-            )
-            times = self._timeouts
-            self._session = aiohttp.ClientSession(
-                headers=self._headers,
-                connector=connector,
-                timeout=aiohttp.ClientTimeout(total=times.total, sock_connect=times.connect),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                skip_auto_headers=("User-Agent",),
-                trace_configs=[trace],
-            )
-        return self._session
+        if (known := self._sessions.get(pooled)) is not None:
+            return known
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_reuseconn.append(_note_reuse)
+        connector = (
+            aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
+            if pooled and self._pooled
+            else aiohttp.TCPConnector(limit=0, force_close=True)
+        )
+        times = self._timeouts
+        self._sessions[pooled] = aiohttp.ClientSession(
+            headers=self._headers,
+            connector=connector,
+            timeout=aiohttp.ClientTimeout(total=times.total, sock_connect=times.connect),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("User-Agent",),
+            trace_configs=[trace],
+        )
+        return self._sessions[pooled]
 
 
 def _decoded(data: bytes, kind: type[T], path: str) -> T:

@@ -466,7 +466,7 @@ async def test_null_fields_of_messages_and_tools_are_absent_too(
 
     body = upstream.requests[0].body
     assert user("hi") == body["messages"]
-    assert [{"type": "function", "function": {"name": "f", "parameters": {}}}] == body["tools"]
+    assert [{"type": "function", "function": {"name": "f"}}] == body["tools"]
 
 
 async def test_messages_of_every_role_and_kind_reach_the_upstream(
@@ -479,7 +479,7 @@ async def test_messages_of_every_role_and_kind_reach_the_upstream(
         {"role": "developer", "content": "Be brief."},
         {"role": "system", "content": "Be kind."},
         {"role": "user", "name": "ada", "content": [{"type": "text", "text": "What?"}, picture]},
-        {"role": "assistant", "content": "", "refusal": "No."},
+        {"role": "assistant", "content": None, "refusal": "No."},
         {"role": "user", "content": ""},
     ]
     await chat(gateway, messages=messages)

@@ -353,9 +353,11 @@ async def test_several_choices_of_one_provider_are_one_call(
     told = [(one["index"], one["message"]["content"]) for one in answer["choices"]]
     assert [(0, "0"), (1, "1")] == told
     streamed = [one["choices"][0] for one in chunks]
+    # Clients count the choices as they come, so the first one begins first.
     assert [
+        (0, {"role": "assistant", "content": ""}, None),
         (1, {"role": "assistant", "content": "b"}, None),
-        (0, {"role": "assistant", "content": "a"}, None),
+        (0, {"content": "a"}, None),
         (0, {}, "stop"),
         (1, {}, "length"),
     ] == [(one["index"], one["delta"], one["finish_reason"]) for one in streamed]

@@ -73,7 +73,7 @@ async def only_row(server: RunningServer) -> dict[str, Any]:
         b"[]",
         b'{"error": null}',
         b'{"error": {"message": ["no"]}}',
-        b'{"detail": "no"}',
+        b'{"detail": ["no"]}',
     ],
 )
 async def test_a_refusal_without_words_gets_ours(
@@ -222,6 +222,20 @@ async def test_a_pooled_connection_that_was_closed_is_no_failure() -> None:
 
     assert [200, 200] == statuses
     assert [True, True] == [row["success"] for row in rows]
+
+
+async def test_a_provider_that_hangs_up_is_not_asked_on_every_pooled_connection() -> None:
+    """One that reads a request and closes gets it once more, over a new connection."""
+    answer = http(msgspec.json.encode(whole("hello")))
+    pooled = [[answer, b""] for _ in range(4)]
+    async with (
+        raw_upstream(*pooled, [b""], [answer]) as url,
+        running(provider(url)) as server,
+    ):
+        warm = await asyncio.gather(*(make(server, "whole") for _ in range(4)))
+        refused = await make(server, "whole")
+
+    assert ([200] * 4, 502) == ([one.status for one in warm], refused.status)
 
 
 async def test_connections_are_used_again() -> None:

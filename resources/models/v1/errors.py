@@ -15,6 +15,9 @@ _VERSION = "2020-10-01"
 class OpenAIResource(Resource):
     """A Resource whose refusals OpenAI clients understand."""
 
+    # Longer than a provider may take for its first byte, so that its silence is still a status.
+    first_item_wait = 70.0
+
     @staticmethod
     def present_headers(context: Context) -> Mapping[str, str]:
         """The API's version, and the milliseconds until the head of this answer."""

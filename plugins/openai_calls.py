@@ -1,0 +1,166 @@
+"""The tool calls in a provider's answer: whole, or in pieces put in order."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from harperpy import BackendError, ToolCall, ToolCallDelta, ToolType
+
+_MOST_CALLS = 128
+_MOST_ARGUMENTS = 8 << 20
+
+
+class Function(msgspec.Struct, gc=False):
+    """The function that is called; `arguments` should be JSON text."""
+
+    name: str | None = None
+    arguments: Any = None
+
+
+class Custom(msgspec.Struct, gc=False):
+    """The custom tool that is called, and its text."""
+
+    name: str | None = None
+    input: Any = None
+
+
+class Called(msgspec.Struct, gc=False):
+    """A call or a piece of one, as providers write them."""
+
+    index: Any = None
+    id: Any = None
+    function: Function | None = None
+    custom: Custom | None = None
+
+    @property
+    def told(self) -> tuple[ToolType, str | None, str | None]:
+        """What kind of tool is called, its name, and what it is given."""
+        if self.custom is not None:
+            return "custom", self.custom.name, _text(self.custom.input)
+        function = self.function or Function()
+        return "function", function.name, _text(function.arguments)
+
+
+def whole_call(call: Called) -> ToolCall:
+    """A call that came in one piece."""
+    kind, name, arguments = call.told
+    return ToolCall(
+        id=_text(call.id) or f"call_{secrets.token_hex(12)}",
+        type=kind,
+        name=name or "",
+        arguments=arguments or ("{}" if kind == "function" else ""),
+    )
+
+
+class _Known:
+    """A call that has begun. Until its name is there, its pieces are held back."""
+
+    __slots__ = ("id", "index", "kind", "name", "pieces")
+
+    def __init__(self, index: int | None, given: str | None) -> None:
+        self.index = index
+        self.id = given
+        self.kind: ToolType = "function"
+        self.name: str | None = None
+        self.pieces: list[str] = []
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its arguments are all there: nothing can follow a JSON value."""
+        try:
+            msgspec.json.decode("".join(self.pieces))
+        except msgspec.DecodeError:
+            return False
+        return self.name is not None
+
+
+class Calls:
+    """The calls of one choice of a stream.
+
+    Providers leave out the index, the id or both, repeat id and name on every piece, or use one
+    index for two calls: what begins a call is read off all of them.
+    """
+
+    __slots__ = ("_known", "_length")
+
+    def __init__(self) -> None:
+        self._known: list[_Known] = []
+        self._length = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._known)
+
+    def read(self, given: Sequence[Called]) -> list[ToolCallDelta]:
+        """What the pieces add: each call's id and name once, its arguments as they come."""
+        return [delta for call in given if (delta := self._read(call)) is not None]
+
+    def held_back(self) -> list[ToolCallDelta]:
+        """At the end: what waited for a name that never came."""
+        return [
+            self._head(at, known, "") for at, known in enumerate(self._known) if known.name is None
+        ]
+
+    def _read(self, call: Called) -> ToolCallDelta | None:
+        kind, name, arguments = call.told
+        at, known = self._find(call, name)
+        known.kind = kind
+        known.pieces.append(arguments or "")
+        self._length += len(arguments or "")
+        if len(self._known) > _MOST_CALLS or self._length > _MOST_ARGUMENTS:
+            message = "the stream holds more tool calls than anyone can use"
+            raise BackendError(message)
+        if known.name is not None:
+            return ToolCallDelta(index=at, type=kind, arguments=arguments)
+        return self._head(at, known, name) if name else None
+
+    def _head(self, at: int, known: _Known, name: str) -> ToolCallDelta:
+        known.name = name
+        return ToolCallDelta(
+            index=at, id=known.id, type=known.kind, name=name, arguments="".join(known.pieces)
+        )
+
+    def _find(self, call: Called, name: str | None) -> tuple[int, _Known]:
+        """The call that a piece belongs to; a new one where it begins one."""
+        index, given = _number(call.index), _text(call.id) or None
+        at = self._last(index, given)
+        if at is None or _begins(self._known[at], index, given, name):
+            at = len(self._known)
+            self._known.append(_Known(index, given))
+        known = self._known[at]
+        known.id = known.id or given
+        return at, known
+
+    def _last(self, index: int | None, given: str | None) -> int | None:
+        """The latest call of that index; of that id; or the latest of all."""
+        for at in range(len(self._known) - 1, -1, -1):
+            known = self._known[at]
+            if (known.index == index) if index is not None else given in (None, known.id):
+                return at
+        return None
+
+
+def _begins(known: _Known, index: int | None, given: str | None, name: str | None) -> bool:
+    """Whether a piece that might belong to a call begins the next one."""
+    if given is not None and known.id is not None:
+        return given != known.id
+    return index is None and given is None and bool(name) and known.is_complete
+
+
+def _text(value: Any) -> str | None:
+    """Text as it is; of anything else its JSON."""
+    if value is None or isinstance(value, str):
+        return value
+    return msgspec.json.encode(value).decode()
+
+
+def _number(value: Any) -> int | None:
+    """An index, even where it was written as text or as a decimal number."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    return value if type(value) is int else None

@@ -1,0 +1,184 @@
+"""Providers that speak OpenAI's protocol in their own way, and what clients get of it."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from harperpy.testing import Answer, RunningServer, ScriptedUpstream, running
+from helpers import HELLO, Answered, ask, events, openai_client, provider
+
+TOOL: Any = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.fixture
+async def gateway(upstream: ScriptedUpstream) -> AsyncIterator[RunningServer]:
+    """A server in front of the scripted provider."""
+    async with running(provider(upstream.url)) as server:
+        yield server
+
+
+def chunk(delta: dict[str, Any], finish_reason: str | None = None, index: int = 0) -> Any:
+    """A chunk of a provider's stream."""
+    return {"choices": [{"index": index, "delta": delta, "finish_reason": finish_reason}]}
+
+
+async def make(server: RunningServer, call: str) -> Answered:
+    """The answer to a chat, whole or streamed."""
+    body = {**HELLO, "stream": call == "stream"}
+    return await ask(server, "POST", "/v1/chat/completions", json=body)
+
+
+def named(name: str | None = None, arguments: Any = None, **more: Any) -> dict[str, Any]:
+    """A piece of a tool call."""
+    told = {"name": name, "arguments": arguments}
+    return {**more, "function": {key: one for key, one in told.items() if one is not None}}
+
+
+TWO = [("f", '{"a":1}'), ("g", '{"b":2}')]
+PIECES: dict[str, tuple[list[list[dict[str, Any]]], list[tuple[str, str]]]] = {
+    "no index, the id on each piece": (
+        [[named("f", "", id="c1")], [named(None, '{"a":', id="c1")],
+         [named(None, "1}", id="c1")], [named("g", '{"b":2}', id="c2")]],
+        TWO,
+    ),
+    "one index for two ids": (
+        [[named("f", '{"a":1}', index=0, id="c1")], [named("g", '{"b":', index=0, id="c2")],
+         [named(None, "2}", index=0)]],
+        TWO,
+    ),
+    "no index and no id, in one event": (
+        [[named("f", '{"a":1}'), named("g", '{"b":2}')]], TWO),
+    "no index and no id, in two": ([[named("f", '{"a":1}')], [named("g", '{"b":2}')]], TWO),
+    "no index and no id, in pieces": (
+        [[named("f", '{"a"')], [named("f", ":1}")], [named("g", '{"b":')], [named(None, "2}")]],
+        TWO,
+    ),
+    "the name on each piece": (
+        [[named("f", '{"a"', index=0, id="c1")], [named("f", ":1}", index=0)],
+         [named("g", '{"b":2}', index=1, id="c2")]],
+        TWO,
+    ),
+    "interleaved": (
+        [[named("f", "", index=0, id="c1"), named("g", "", index=1, id="c2")],
+         [named(None, '{"b":', index=1)], [named(None, '{"a":1}', index=0)],
+         [named(None, "2}", index=1)]],
+        TWO,
+    ),
+    "the name after the arguments began": (
+        [[named(None, '{"a":', index=0, id="c1")], [named("f", "1}", index=0)],
+         [named("g", '{"b":2}', index=1, id="c2")]],
+        TWO,
+    ),
+    "arguments as an object": (
+        [[named("f", {"a": 1}, index=0, id="c1"), named("g", {"b": 2}, index=1, id="c2")]], TWO),
+    "indexes as text, ids as numbers": (
+        [[named("f", '{"a":1}', index="0", id=1)], [named("g", '{"b":2}', index=1.0, id=2)]], TWO),
+    "empty ids": (
+        [[named("f", '{"a":', index=0, id="")], [named(None, "1}", index=0, id="")],
+         [named("g", '{"b":2}', index=1, id="")]],
+        TWO,
+    ),
+    "no arguments at all": ([[named("f", index=0, id="c1")]], [("f", "")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("pieces", "calls"), PIECES.values(), ids=PIECES)
+async def test_pieces_of_tool_calls_are_put_in_order(
+    gateway: RunningServer,
+    upstream: ScriptedUpstream,
+    pieces: list[list[dict[str, Any]]],
+    calls: list[tuple[str, str]],
+) -> None:
+    """OpenAI's client reads each call with its name and arguments, whatever providers leave out."""
+    deltas = [chunk({"tool_calls": given}) for given in pieces]
+    upstream.script(Answer(events=[*deltas, chunk({}, "tool_calls"), "[DONE]"]))
+    asked: Any = {**HELLO, "tools": [TOOL]}
+    async with openai_client(gateway) as client:
+        stream = await client.chat.completions.create(**asked, stream=True)
+        said = [one.choices[0].delta.tool_calls or [] async for one in stream]
+
+    found: dict[int, list[Any]] = {}
+    for delta in (one for several in said for one in several):
+        found.setdefault(delta.index, []).append(delta)
+    assert list(range(len(calls))) == sorted(found)
+    for index, (name, arguments) in enumerate(calls):
+        first, *rest = found[index]
+        assert (name, "function") == (first.function.name, first.type)
+        assert first.id
+        assert arguments == "".join(one.function.arguments or "" for one in found[index])
+        assert [] == [one for one in rest if one.id or one.function.name]
+
+
+async def test_a_call_in_the_old_protocols_form_is_a_call(
+    gateway: RunningServer, upstream: ScriptedUpstream
+) -> None:
+    """`function_call` from a provider is no empty answer."""
+    call = {"name": "f", "arguments": "{}"}
+    message = {"role": "assistant", "content": None, "function_call": call}
+    upstream.script(
+        Answer(body={"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}),
+        Answer(events=[chunk({"function_call": call}), chunk({}, "function_call")]),
+    )
+    whole = (await make(gateway, "whole")).json["choices"][0]
+    *chunks, _ = events((await make(gateway, "stream")).text)
+
+    assert call == whole["message"]["tool_calls"][0]["function"]
+    assert call == chunks[0]["choices"][0]["delta"]["tool_calls"][0]["function"]
+    reasons = (whole["finish_reason"], chunks[-1]["choices"][0]["finish_reason"])
+    assert ("tool_calls", "tool_calls") == reasons
+
+
+async def test_a_stream_of_messages_is_read_as_one_of_deltas(
+    gateway: RunningServer, upstream: ScriptedUpstream
+) -> None:
+    """Some servers forget the difference; their text still arrives."""
+    choice = {"index": 0, "message": {"content": "hi"}, "finish_reason": "stop"}
+    upstream.script(Answer(events=[{"choices": [choice]}, "[DONE]"]))
+    first, *_ = events((await make(gateway, "stream")).text)
+
+    assert "hi" == first["choices"][0]["delta"]["content"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "param"),
+    [
+        ({"detail": "no"}, "no", None),
+        ({"object": "error", "message": "no", "param": "n", "code": 400}, "no", "n"),
+        ([{"error": {"message": "no", "code": 400, "status": "INVALID_ARGUMENT"}}], "no", None),
+        ({"error": {"message": "no", "param": ["a"], "type": 5}}, "no", None),
+        ({"error": "no"}, "no", None),
+    ],
+)
+async def test_the_words_of_a_plainer_refusal_are_found(
+    gateway: RunningServer, upstream: ScriptedUpstream, body: Any, message: str, param: str | None
+) -> None:
+    """FastAPI, vLLM and Google have forms of their own; one odd field spoils nothing else."""
+    upstream.script(Answer(status=400, body=body))
+    error = (await make(gateway, "whole")).json["error"]
+
+    assert (message, param) == (error["message"], error["param"])
+
+
+COMPLETE = [chunk({"content": "hi"}), chunk({}, finish_reason="stop")]
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        Answer(events=COMPLETE, cut=True),
+        Answer(events=[*COMPLETE, b"data: {nonsense\n\n"]),
+        Answer(events=[*COMPLETE, {"error": {"message": "too late"}}]),
+        Answer(events=[*COMPLETE, b"data: \n\n", b"data: [DONE] \n\n"]),
+    ],
+    ids=["cut", "nonsense", "an error", "blanks"],
+)
+async def test_what_breaks_off_after_the_end_takes_nothing_from_the_answer(
+    gateway: RunningServer, upstream: ScriptedUpstream, tail: Answer
+) -> None:
+    """A reason was given: the answer is whole, whatever becomes of the connection."""
+    upstream.script(tail)
+    *chunks, last = events((await make(gateway, "stream")).text)
+
+    assert ("[DONE]", "stop") == (last, chunks[-1]["choices"][0]["finish_reason"])
+    assert 1 == len(await gateway.rows("success = 1"))
