@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
+import msgspec
+
 from .backend import aclose
 from .messages import Choice, GenerateChunk, GenerateResult, TokenUsage
 
@@ -23,13 +25,11 @@ async def all_of(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 def joined(results: Sequence[GenerateResult]) -> GenerateResult:
     """One result of many: the first with the others beside it, and what all of them cost."""
-    first = results[0]
     fields = Choice.__struct_fields__
-    first.others = [
-        Choice(**{field: getattr(other, field) for field in fields}) for other in results[1:]
-    ]
-    first.usage = total(result.usage for result in results)
-    return first
+    others = [Choice(**{field: getattr(other, field) for field in fields}) for other in results[1:]]
+    # A copy: a backend may give the same result again.
+    usage = total(result.usage for result in results)
+    return msgspec.structs.replace(results[0], others=others, usage=usage)
 
 
 async def interleaved(
@@ -40,23 +40,28 @@ async def interleaved(
     Each stream is stepped and closed by a task of its own, as generators want it. The first
     failure ends the others and is raised.
     """
-    came: asyncio.Queue[GenerateChunk | Exception | None] = asyncio.Queue()
+    came: asyncio.Queue[GenerateChunk | BaseException | None] = asyncio.Queue()
     # One chunk of each stream at a time: one that never waits would leave the others no room.
     turns = [asyncio.Semaphore(1) for _ in streams]
-    usages: list[TokenUsage | None] = []
+    # The last that each stream told: some count anew with every chunk.
+    usages: list[TokenUsage | None] = [None for _ in streams]
 
-    async def pump(index: int, stream: AsyncIterator[GenerateChunk]) -> None:
-        ended: Exception | None = None
+    async def step(index: int, stream: AsyncIterator[GenerateChunk]) -> None:
         try:
             async for chunk in stream:
-                usages.append(chunk.usage)
-                chunk.index, chunk.usage = index, None
+                usages[index] = chunk.usage or usages[index]
                 await turns[index].acquire()
-                came.put_nowait(chunk)
-        except Exception as error:  # noqa: BLE001  # raised by who reads the queue
-            ended = error
+                # A copy: a backend may give the same chunk again, to another stream too.
+                came.put_nowait(msgspec.structs.replace(chunk, index=index, usage=None))
         finally:
             await aclose(stream)
+
+    async def pump(index: int, stream: AsyncIterator[GenerateChunk]) -> None:
+        ended: BaseException | None = None
+        try:
+            await step(index, stream)
+        except BaseException as error:  # noqa: BLE001  # raised by who reads the queue
+            ended = error
         came.put_nowait(ended)
 
     tasks = [asyncio.create_task(pump(*one), name="one of n") for one in enumerate(streams)]
@@ -64,7 +69,7 @@ async def interleaved(
         left = len(tasks)
         while left:
             item = await came.get()
-            if isinstance(item, Exception):
+            if isinstance(item, BaseException):
                 raise item
             if item is None:
                 left -= 1

@@ -1153,3 +1153,64 @@ async def test_an_openai_body_with_a_wrong_option_is_refused() -> None:
         with pytest.raises(InvalidBody) as refused:
             await models.generate({"messages": [USER], "temperature": "hot"})
     assert "temperature" == refused.value.param
+
+
+async def test_n_answers_leave_what_a_backend_gave_as_it_was() -> None:
+    """Chunks and results that a backend gives each time anew keep their place and their cost."""
+    usage = TokenUsage(prompt_tokens=2, completion_tokens=1)
+    said = [GenerateChunk(delta_content="a"), GenerateChunk(finish_reason="stop", usage=usage)]
+    result = GenerateResult(content="a", usage=usage)
+    backend = define_backend("mine", generate=lambda: result, generate_stream=lambda: said)
+
+    async with serving(backends={"m": backend}) as (_, models):
+        for _ in range(2):
+            answer = await models.generate("hi", model="m", n=2)
+            assert (1, answer.usage) == (
+                len(answer.others),
+                TokenUsage(prompt_tokens=4, completion_tokens=2),
+            )
+            chunks = [chunk async for chunk in models.generate_stream("hi", model="m", n=2)]
+            assert [0, 1] == sorted(chunk.index for chunk in chunks if chunk.delta_content)
+            assert answer.usage == chunks[-1].usage
+
+    assert GenerateResult(content="a", usage=usage) == result
+    assert GenerateChunk(finish_reason="stop", usage=usage) == said[1]
+
+
+async def test_of_a_count_that_grows_the_last_is_the_cost_of_each_of_n() -> None:
+    """Some tell with each chunk what all of them cost so far."""
+
+    async def answers() -> AsyncIterator[GenerateChunk]:
+        for at in (1, 2):
+            usage = TokenUsage(prompt_tokens=5, completion_tokens=at)
+            yield GenerateChunk(delta_content="a", usage=usage)
+
+    async with serving(backends={"m": define_backend("m", generate_stream=answers)}) as (_, models):
+        chunks = [chunk async for chunk in models.generate_stream("hi", model="m", n=3)]
+
+    assert TokenUsage(prompt_tokens=15, completion_tokens=6) == chunks[-1].usage
+
+
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, RuntimeError])
+async def test_one_of_n_that_ends_in_any_way_keeps_nobody_waiting(
+    kind: type[BaseException],
+) -> None:
+    """A cancellation of a backend's own making, or a failure to clean up, ends all of them."""
+
+    class Stream:
+        def __aiter__(self) -> AsyncIterator[str]:
+            return self
+
+        async def __anext__(self) -> str:
+            if kind is RuntimeError:
+                raise StopAsyncIteration
+            raise kind
+
+        async def aclose(self) -> None:
+            if kind is RuntimeError:
+                raise kind
+
+    backend = define_backend("m", generate_stream=Stream)
+    async with serving(backends={"m": backend}) as (_, models), asyncio.timeout(10):
+        with pytest.raises(kind):
+            _ = [chunk async for chunk in models.generate_stream("hi", model="m", n=2)]
