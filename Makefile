@@ -36,7 +36,7 @@ docs: .venv/.dev ## write the pages that are made from tables in the code
 	$(BIN)/python docs/openai_compatibility.py
 
 clean: ## remove everything made here, .venv too; a server's data stays
-	rm -rf .venv .node build dist .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .node build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is made again when its interpreter is gone (these two files then say nothing), and what is installed
