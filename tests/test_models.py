@@ -15,6 +15,7 @@ from harperpy import (
     BackendTimeout,
     Body,
     CapabilityError,
+    Choice,
     ClientError,
     Context,
     EmbedOpts,
@@ -34,6 +35,7 @@ from harperpy import (
     Resource,
     Scope,
     ServiceUnavailable,
+    TokenLogprob,
     TokenUsage,
     ToolCall,
     ToolCallDelta,
@@ -1214,3 +1216,35 @@ async def test_one_of_n_that_ends_in_any_way_keeps_nobody_waiting(
     async with serving(backends={"m": backend}) as (_, models), asyncio.timeout(10):
         with pytest.raises(kind):
             _ = [chunk async for chunk in models.generate_stream("hi", model="m", n=2)]
+
+
+async def test_a_stream_is_put_together_with_all_that_it_told() -> None:
+    """Who only streams answers whole too: texts joined, lists in a row, of the rest the last."""
+    likely, unlikely = [TokenLogprob(token=token, logprob=-1) for token in "ab"]
+    whole: dict[str, Any] = {
+        "usage": TokenUsage(prompt_tokens=1, completion_tokens=2),
+        "system_fingerprint": "fp",
+        "service_tier": "flex",
+        "moderation": {"flagged": False},
+    }
+    chunks = [
+        GenerateChunk(delta_refusal="n", logprobs=[likely], refusal_logprobs=[unlikely]),
+        GenerateChunk(delta_refusal="o", logprobs=[unlikely], refusal_logprobs=[likely]),
+        GenerateChunk(delta_reasoning_content="h", delta_annotations=[1], index=1),
+        GenerateChunk(delta_reasoning_content="m", delta_annotations=[2], index=1),
+        GenerateChunk(finish_reason="length", index=1, **{**whole, "service_tier": "default"}),
+        GenerateChunk(**whole),
+    ]
+    backend = define_backend("m", generate_stream=lambda: chunks, features=["n"])
+
+    async with serving(backends={"m": backend}) as (_, models):
+        answer = await models.generate("hi", model="m", n=2)
+
+    second = Choice(finish_reason="length", reasoning_content="hm", annotations=[1, 2])
+    assert answer == GenerateResult(
+        refusal="no",
+        logprobs=[likely, unlikely],
+        refusal_logprobs=[unlikely, likely],
+        others=[second],
+        **whole,
+    )
