@@ -1,7 +1,17 @@
 """harperpy: a programmable AI server. This is its face: all that a plugin author uses."""
 
 from .accounting import Ledger, ModelCall
-from .auth import Permission, Role, User, Verified, extract_tenant_id
+from .auth import (
+    Authenticator,
+    Basic,
+    Bearer,
+    Credential,
+    Permission,
+    Role,
+    User,
+    Verified,
+    extract_tenant_id,
+)
 from .backend import ModelBackend, define_backend
 from .config import Config, ModelConfig, load_config, redacted
 from .content import Body, EventStream, Response, decode_json, json_response
@@ -91,9 +101,12 @@ __all__ = [
     "Aborted",
     "AccessViolation",
     "AudioPart",
+    "Authenticator",
     "BackendError",
     "BackendFactory",
     "BackendTimeout",
+    "Basic",
+    "Bearer",
     "Body",
     "Capability",
     "CapabilityError",
@@ -104,6 +117,7 @@ __all__ = [
     "Conflict",
     "ContentPart",
     "Context",
+    "Credential",
     "Database",
     "EmbedInput",
     "EmbedOpts",

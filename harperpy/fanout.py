@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -26,14 +26,38 @@ async def all_of(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 def joined(results: Sequence[GenerateResult]) -> GenerateResult:
     """One result of many: the first with the others beside it, and what all of them cost."""
     fields = Choice.__struct_fields__
-    others = [Choice(**{field: getattr(other, field) for field in fields}) for other in results[1:]]
+    more = [Choice(**{field: getattr(other, field) for field in fields}) for other in results[1:]]
+    others = [*results[0].others, *more]
     # A copy: a backend may give the same result again.
     usage = total(result.usage for result in results)
     return msgspec.structs.replace(results[0], others=others, usage=usage)
 
 
+async def topped_up(
+    stream: AsyncIterator[GenerateChunk], n: int, one: Callable[[int], AsyncIterator[GenerateChunk]]
+) -> AsyncIterator[GenerateChunk]:
+    """A stream that should hold `n` answers; those that never began are asked for one by one."""
+    begun: set[int] = set()
+    usage: TokenUsage | None = None
+    try:
+        async for chunk in stream:
+            begun.add(chunk.index)
+            usage = chunk.usage or usage
+            yield msgspec.structs.replace(chunk, usage=None)
+    finally:
+        await aclose(stream)
+    lacking = interleaved({index: one(index) for index in range(n) if index not in begun})
+    try:
+        async for chunk in lacking:
+            usage = total((usage, chunk.usage))
+            yield msgspec.structs.replace(chunk, usage=None)
+    finally:
+        await aclose(lacking)
+    yield GenerateChunk(usage=usage)
+
+
 async def interleaved(
-    streams: Sequence[AsyncIterator[GenerateChunk]],
+    streams: Mapping[int, AsyncIterator[GenerateChunk]],
 ) -> AsyncIterator[GenerateChunk]:
     """The chunks of all streams as they come, each with its stream's index; the cost at the end.
 
@@ -42,9 +66,9 @@ async def interleaved(
     """
     came: asyncio.Queue[GenerateChunk | BaseException | None] = asyncio.Queue()
     # One chunk of each stream at a time: one that never waits would leave the others no room.
-    turns = [asyncio.Semaphore(1) for _ in streams]
+    turns = {index: asyncio.Semaphore(1) for index in streams}
     # The last that each stream told: some count anew with every chunk.
-    usages: list[TokenUsage | None] = [None for _ in streams]
+    usages: dict[int, TokenUsage | None] = dict.fromkeys(streams)
 
     async def step(index: int, stream: AsyncIterator[GenerateChunk]) -> None:
         try:
@@ -64,7 +88,7 @@ async def interleaved(
             ended = error
         came.put_nowait(ended)
 
-    tasks = [asyncio.create_task(pump(*one), name="one of n") for one in enumerate(streams)]
+    tasks = [asyncio.create_task(pump(*one), name="one of n") for one in streams.items()]
     try:
         left = len(tasks)
         while left:
@@ -76,7 +100,7 @@ async def interleaved(
             else:
                 yield item
                 turns[item.index].release()
-        yield GenerateChunk(usage=total(usages))
+        yield GenerateChunk(usage=total(usages.values()))
     finally:
         await _ended(tasks)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -19,8 +20,8 @@ from .backend import (
     define_backend,
 )
 from .calls import Call, Opts, Recorder
-from .errors import NotImplementedYet
-from .fanout import all_of, interleaved, joined
+from .errors import BackendError, NotImplementedYet
+from .fanout import all_of, interleaved, joined, topped_up
 from .messages import (
     Capability,
     EmbedInput,
@@ -106,6 +107,7 @@ class Models:
             as_it_is: Any = candidate.backend.token_input and inputs.arrays
             asked = as_it_is or await self._vocabulary.texts(inputs)
             result = await backend.embed(asked, call.opts_for(candidate))
+            _check_vectors(result, len(inputs.texts) + len(inputs.arrays))
             if result.usage is None:
                 result.usage = TokenUsage(embedding_tokens=inputs.estimate())
                 recorder.call.usage_estimated = True
@@ -135,9 +137,15 @@ class Models:
 
             return await call.whole(attempt)
 
-        if len(calls) == 1:
-            return await answer(calls[0])
-        return joined(await all_of([answer(call) for call in calls]))
+        if len(calls) > 1:
+            return joined(await all_of([answer(call) for call in calls]))
+        result = await answer(calls[0])
+        count = settings.n or 1
+        if (given_many := 1 + len(result.others)) >= count:
+            return result
+        # Some providers do not know `n`, and do not say so.
+        more = (self._one_call("generate", prompt, settings, at) for at in range(given_many, count))
+        return joined([result, *await all_of([answer(call) for call in more])])
 
     def generate_stream(
         self, given: GenerateInput, *, opts: GenerateOpts | None = None, **options: Any
@@ -145,7 +153,15 @@ class Models:
         """An answer piece by piece; an unknown model or a missing capability raises right here."""
         prompt, settings = _ask(given, opts, options)
         streams = [call.stream(prompt) for call in self._calls("generateStream", prompt, settings)]
-        return streams[0] if len(streams) == 1 else interleaved(streams)
+        if len(streams) > 1:
+            return interleaved(dict(enumerate(streams)))
+        if (count := settings.n or 1) == 1:
+            return streams[0]
+
+        def one(index: int) -> AsyncIterator[GenerateChunk]:
+            return self._one_call("generateStream", prompt, settings, index).stream(prompt)
+
+        return topped_up(streams[0], count, one)
 
     async def open(self) -> None:
         """Let every backend begin its own preparations; called once when the server starts."""
@@ -167,10 +183,13 @@ class Models:
         count = opts.n or 1
         if count == 1 or call.gives_many:
             return [call]
-        return [
-            self._call("generative", method, _one_of(opts, index), requires)
-            for index in range(count)
-        ]
+        return [self._one_call(method, prompt, opts, index) for index in range(count)]
+
+    def _one_call(self, method: Method, prompt: Prompt, opts: GenerateOpts, index: int) -> Call:
+        """The call for one of `n` answers."""
+        base: Capability = "generate" if method == "generate" else "stream"
+        one = _one_of(opts, index)
+        return self._call("generative", method, one, _requires(base, prompt, one))
 
     def _call(
         self, kind: Kind, method: Method, opts: Opts, requires: Mapping[Capability, str]
@@ -214,6 +233,16 @@ def _settings(kind: type[OptsType], opts: OptsType | None, options: dict[str, An
         message = f"give either opts= or keyword options, not both ({', '.join(options)})"
         raise TypeError(message)
     return opts
+
+
+def _check_vectors(result: EmbedResult, count: int) -> None:
+    """One vector of numbers for each input. Raises `BackendError`."""
+    if len(result.vectors) != count:
+        message = f"{len(result.vectors)} vectors for {count} inputs"
+        raise BackendError(message)
+    if not all(map(math.isfinite, map(sum, result.vectors))):
+        message = "a vector holds what is no number"
+        raise BackendError(message)
 
 
 def _one_of(opts: GenerateOpts, index: int) -> GenerateOpts:

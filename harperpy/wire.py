@@ -180,6 +180,9 @@ class Wire:
             except TimeoutError as error:
                 message = f"the request body took more than {limit:g} s to arrive"
                 raise ClientError(message, status=408, code="request_timeout") from error
+            except web.RequestPayloadError as error:
+                message = "the request body is not what its headers say"
+                raise ClientError(message) from error
             if not chunk:
                 return
             yield chunk

@@ -6,9 +6,9 @@ from typing import Any
 import openai
 import pytest
 
-from harperpy import BackendError, GenerateChunk, Prompt, Scope
-from harperpy.testing import ECHO, RunningServer, running
-from helpers import HELLO, Answered, ask, events, openai_client
+from harperpy import BackendError, GenerateChunk, Prompt, Scope, define_backend
+from harperpy.testing import ECHO, RunningServer, ScriptedUpstream, running
+from helpers import HELLO, Answered, ask, events, openai_client, provider
 
 CHAT, EMBEDDINGS, MODELS = "/v1/chat/completions", "/v1/embeddings", "/v1/models"
 INVALID = "invalid_request_error"
@@ -284,3 +284,67 @@ async def test_a_gateway_that_did_not_start_says_so() -> None:
     assert (500, "server_error", None, None) == kind(answer)
     assert "plugin test did not start" in told(answer)["message"]
     assert SECRET not in answer.text
+
+
+@pytest.mark.parametrize("field", ["temperature", "unknown"])
+async def test_a_number_that_no_machine_holds_is_refused(server: RunningServer, field: str) -> None:
+    """1e400 is JSON, and still nothing that can be honoured or passed on."""
+    body = f'{{"messages": [{{"role": "user", "content": "hi"}}], "{field}": 1e400}}'
+    headers = {"Content-Type": "application/json"}
+    answer = await ask(server, "POST", CHAT, data=body, headers=headers)
+
+    assert (400, INVALID) == (answer.status, told(answer)["type"])
+    assert "[...]" not in answer.text
+
+
+async def test_a_body_that_is_not_compressed_as_it_says_is_refused(server: RunningServer) -> None:
+    """What does not inflate is the client's error."""
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    answer = await ask(server, "POST", CHAT, data=b"not gzip", headers=headers)
+
+    assert (400, INVALID) == (answer.status, told(answer)["type"])
+
+
+async def test_nesting_that_can_be_read_but_not_written_is_refused(
+    upstream: ScriptedUpstream,
+) -> None:
+    """However deep, it goes upstream or is refused: there is no depth in between."""
+    async with running(provider(upstream.url)) as gateway:
+        await check_depths(gateway)
+
+
+async def check_depths(gateway: RunningServer) -> None:
+    """Ask with each depth around that which a decoder takes."""
+    for depth in range(960, 1030, 2):
+        deep = "[" * depth + "]" * depth
+        for path, field in ((CHAT, '"messages": [{"role": "user", "content": "hi"}]'),
+                            (EMBEDDINGS, '"input": "hi"')):  # fmt: skip
+            body = f'{{{field}, "foo": {deep}}}'
+            headers = {"Content-Type": "application/json"}
+            answer = await ask(gateway, "POST", path, data=body, headers=headers)
+            assert answer.status in (200, 400)
+
+
+@pytest.mark.parametrize("accept", ["application/xml", "text/event-stream", "text/csv"])
+async def test_answers_that_are_not_streamed_are_json_whatever_was_accepted(
+    server: RunningServer, accept: str
+) -> None:
+    """As OpenAI has it: nothing is called and paid for, and then not delivered."""
+    for method, path, body in (("POST", CHAT, {**HELLO, "model": "echo"}),
+                               ("POST", EMBEDDINGS, TEXT), ("GET", MODELS, None)):  # fmt: skip
+        answer = await ask(server, method, path, json=body, headers={"Accept": accept})
+        assert (200, "application/json") == (answer.status, answer.headers["Content-Type"])
+
+
+@pytest.mark.parametrize("vectors", [[[1.0]], [[1.0], [float("nan")]], [[1.0]] * 3])
+async def test_vectors_that_do_not_fit_the_inputs_are_a_fault(vectors: list[list[float]]) -> None:
+    """One vector of numbers for each input, or a 502: none is missing, none is null."""
+
+    def handle_application(scope: Scope) -> None:
+        backend = define_backend("odd", embed=lambda: vectors)
+        scope.models.register_backend("embedding", "odd", backend)
+
+    async with running(handle_application=handle_application) as server:
+        answer = await ask(server, "POST", EMBEDDINGS, json={"model": "odd", "input": ["a", "b"]})
+
+    assert (502, "server_error") == (answer.status, told(answer)["type"])

@@ -88,6 +88,10 @@ BAD_MESSAGES: dict[str, tuple[list[dict[str, Any]], str]] = {
             {"type": "input_audio", "input_audio": {"data": "", "format": "ogg"}}]}],
         "messages[0].content[1].input_audio.format",
     ),
+    "a call without an id": (
+        [{"role": "assistant", "tool_calls": [{**CALL, "id": ""}]}],
+        "messages[0].tool_calls[0].id",
+    ),
     "a call of an unknown type": (
         [{"role": "assistant", "tool_calls": [{**CALL, "type": "search"}]}],
         "messages[0].tool_calls[0].type",
@@ -135,6 +139,11 @@ BAD_TOOLS: dict[str, tuple[dict[str, Any], str]] = {
             "mode": "none", "tools": [{"type": "function", "function": {"name": "weather"}}]}}},
         "tool_choice.allowed_tools.mode",
     ),
+    "a choice without tools": ({"tool_choice": "auto"}, "tool_choice"),
+    "the old choice without functions": ({"function_call": "none"}, "function_call"),
+    "parallel calls without tools": ({"parallel_tool_calls": True}, "parallel_tool_calls"),
+    "a name that ends its line": (
+        {"tools": [{"type": "function", "function": {"name": "f\n"}}]}, "tools[0].function.name"),
     "tools and functions": ({"tools": [WEATHER], "functions": [{"name": "f"}]}, "functions"),
     "a function twice": ({"functions": [{"name": "f"}, {"name": "f"}]}, "functions[1].name"),
     "a function that is not there": (
@@ -362,6 +371,35 @@ async def test_several_choices_of_one_provider_are_one_call(
         (1, {}, "length"),
     ] == [(one["index"], one["delta"], one["finish_reason"]) for one in streamed]
     assert 2 == len(await gateway.rows())
+
+
+async def test_answers_that_a_provider_left_out_are_asked_for_one_by_one(
+    gateway: RunningServer, upstream: ScriptedUpstream
+) -> None:
+    """Some do not know `n` and give one answer: clients get as many as they asked for."""
+    usage = {"prompt_tokens": 3, "completion_tokens": 1}
+    single = [chunk({"content": "a"}), chunk({}, "stop", usage=usage), "[DONE]"]
+    upstream.script(
+        *(whole({"content": "a"}) for _ in range(3)), *(Answer(events=single) for _ in range(3))
+    )
+    answer = await chat(gateway, n=3)
+    options = {"include_usage": True}
+    *chunks, last, _ = await chat(gateway, n=3, stream=True, stream_options=options)
+
+    assert [3, None, None] * 2 == [request.body.get("n") for request in upstream.requests]
+    assert [(0, "a"), (1, "a"), (2, "a")] == [
+        (one["index"], one["message"]["content"]) for one in answer["choices"]
+    ]
+    assert ({"a"}, 3 + 6) == (
+        {one["message"]["content"] for one in answer["choices"]},
+        answer["usage"]["total_tokens"],
+    )
+    texts = [one["choices"][0] for one in chunks]
+    for index in range(3):
+        said = [one["delta"].get("content", "") for one in texts if one["index"] == index]
+        assert "a" == "".join(said)
+    assert ([], 12) == (last["choices"], last["usage"]["total_tokens"])
+    assert 6 == len(await gateway.rows("success = 1"))
 
 
 async def test_who_gives_one_answer_at_a_time_is_asked_n_times(server: RunningServer) -> None:

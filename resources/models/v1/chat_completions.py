@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from harperpy import Body, Context, EventStream, RequestTarget, openai_stream
+from harperpy import Body, Context, EventStream, RequestTarget, json_response, openai_stream
 
 from .answers import completion
 from .errors import OpenAIResource
@@ -27,7 +27,8 @@ class V1ChatCompletions(OpenAIResource):
         opts = to_opts(request, await unknown_fields(data, _REQUEST))
         prompt = to_prompt(request)
         if not request.stream:
-            return completion(await context.models.generate(prompt, opts=opts), request)
+            result = await context.models.generate(prompt, opts=opts)
+            return json_response(200, completion(result, request))
         chunks = context.models.generate_stream(prompt, opts=opts)
         options = request.stream_options
         usage = bool(options and options.include_usage)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 
-from harperpy import Body, Context, EmbedInput, InvalidBody, RequestTarget
+from harperpy import (
+    Body,
+    Context,
+    EmbedInput,
+    InvalidBody,
+    RequestTarget,
+    Response,
+    json_response,
+)
 
 from .answers import embedding_list
 from .errors import OpenAIResource
@@ -21,7 +29,7 @@ class V1Embeddings(OpenAIResource):
     """OpenAI's embeddings, on any model."""
 
     @staticmethod
-    async def post(target: RequestTarget, data: Body, context: Context) -> dict[str, Any]:
+    async def post(target: RequestTarget, data: Body, context: Context) -> Response:
         """A list of embeddings, in the order of the inputs."""
         request = await read(data, _REQUEST)
         options = await unknown_fields(data, _REQUEST)
@@ -33,7 +41,7 @@ class V1Embeddings(OpenAIResource):
             dimensions=request.dimensions,
             provider_options=options,
         )
-        return embedding_list(request, result)
+        return json_response(200, embedding_list(request, result))
 
 
 def _input(request: EmbeddingRequest) -> EmbedInput:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from harperpy import Context, ModelInfo, ModelNotFound, RequestTarget
+from harperpy import (
+    Context,
+    ModelInfo,
+    ModelNotFound,
+    RequestTarget,
+    Response,
+    json_response,
+)
 
 from .errors import OpenAIResource
 
@@ -15,14 +22,14 @@ class V1Models(OpenAIResource):
     sub_paths = True
 
     @staticmethod
-    def get(target: RequestTarget, context: Context) -> dict[str, Any]:
+    def get(target: RequestTarget, context: Context) -> Response:
         """All models, or the one the path names. Raises `ModelNotFound`."""
         listed = context.models.list()
         if target.id is None:
-            return {"object": "list", "data": [_model(info) for info in listed]}
+            return json_response(200, {"object": "list", "data": [_model(info) for info in listed]})
         for info in listed:
             if info.id == target.id:
-                return _model(info)
+                return json_response(200, _model(info))
         message = f"The model {target.id!r} does not exist."
         raise ModelNotFound(message)
 

@@ -46,7 +46,7 @@ CHAT = (
         "`none`, `auto`, `required`, one tool, or `allowed_tools`: backends that do not know it "
         "are offered these tools only.",
     ),
-    Parameter("parallel_tool_calls", "honoured", "Means something only with `tools`."),
+    Parameter("parallel_tool_calls", "honoured", "Only with `tools`."),
     Parameter(
         "functions",
         "honoured",

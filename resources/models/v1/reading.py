@@ -23,8 +23,15 @@ async def read(data: Body, decoder: msgspec.json.Decoder[T]) -> T:
     except InvalidBody as error:
         if not error.errors:
             raise
-        body = decode_json(await data.bytes(), _ANY)
-        raise reworded(error, decoder.type, body) from error
+        raise reworded(error, decoder.type, _anything(await data.bytes())) from error
+
+
+def _anything(body: bytes) -> Any:
+    """A body as it is; None for one that Python has no value for."""
+    try:
+        return _ANY.decode(body)
+    except (msgspec.DecodeError, RecursionError):
+        return None
 
 
 async def unknown_fields(data: Body, decoder: msgspec.json.Decoder[T]) -> dict[str, Any]:

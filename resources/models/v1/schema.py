@@ -15,7 +15,8 @@ from harperpy import (
     TextPart,
 )
 
-Name: TypeAlias = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+Name: TypeAlias = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}\Z")]
+Given: TypeAlias = Annotated[str, Meta(min_length=1)]
 Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
 Bias: TypeAlias = Annotated[float, Meta(ge=-100, le=100)]
 Count: TypeAlias = Annotated[int, Meta(ge=1)]
@@ -44,14 +45,14 @@ class CustomCallIn(msgspec.Struct):
 class FunctionToolCallIn(msgspec.Struct, tag_field="type", tag="function"):
     """A call of a function that an assistant message repeats."""
 
-    id: str
+    id: Given
     function: FunctionCallIn
 
 
 class CustomToolCallIn(msgspec.Struct, tag_field="type", tag="custom"):
     """A call of a custom tool that an assistant message repeats."""
 
-    id: str
+    id: Given
     custom: CustomCallIn
 
 

@@ -154,6 +154,10 @@ def _choose(opts: GenerateOpts, request: ChatRequest) -> None:
     choice = request.function_call if old else request.tool_choice
     path = "function_call" if old else "tool_choice"
     names = _names(request)
+    if choice is not None and not names:
+        tools = "functions" if old else "tools"
+        message = f"The '{path}' parameter is only allowed when '{tools}' are specified."
+        raise InvalidBody(message, param=path)
     if isinstance(choice, AllowedToolsChoice):
         allowed = choice.allowed_tools
         for at, tool in enumerate(allowed.tools):
@@ -161,9 +165,6 @@ def _choose(opts: GenerateOpts, request: ChatRequest) -> None:
         opts.tool_choice = allowed.mode
         opts.allowed_tools = [_chosen(tool) for tool in allowed.tools]
     elif choice is None or isinstance(choice, str):
-        if choice == "required" and not names:
-            message = "'tool_choice' is only allowed when 'tools' are specified."
-            raise InvalidBody(message, param=path)
         opts.tool_choice = choice
     else:
         _check_known(choice, names, path)
@@ -229,6 +230,9 @@ def _check_together(request: ChatRequest) -> None:
     if request.top_logprobs is not None and not request.logprobs:
         message = "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled."
         raise InvalidBody(message, param="top_logprobs")
+    if request.parallel_tool_calls is not None and not request.tools:
+        message = "The 'parallel_tool_calls' parameter is only allowed when 'tools' are specified."
+        raise InvalidBody(message, param="parallel_tool_calls")
     if request.tools and request.functions:
         message = "The 'functions' parameter is not allowed beside 'tools', which replaced it."
         raise InvalidBody(message, param="functions")

@@ -35,7 +35,7 @@ def reworded(error: InvalidBody, kind: Any, body: Any) -> InvalidBody:
             if values and code == "invalid_value":
                 message += f" Supported values are: {', '.join(map(repr, values))}."
             return InvalidBody(message, param=path or None, code=code, errors=error.errors)
-    return error
+    return InvalidBody(f"Invalid body: {told}.", param=path or None, errors=error.errors)
 
 
 def _missing(_: re.Match[str], path: str) -> tuple[str, str]:
@@ -73,9 +73,11 @@ def _wrong_length(found: re.Match[str], path: str) -> tuple[str, str]:
 
 
 def _wrong_pattern(found: re.Match[str], path: str) -> tuple[str, str]:
+    # JSON Schema's way to write the end, and OpenAI's.
+    pattern = re.sub(r"\\+Z$", "$", found[1])
     message = (
         f"Invalid '{path}': string does not match pattern. "
-        f"Expected a string that matches the pattern '{found[1]}'."
+        f"Expected a string that matches the pattern '{pattern}'."
     )
     return "invalid_value", message
 
