@@ -14,7 +14,7 @@ from .auth import (
 )
 from .backend import ModelBackend, define_backend
 from .config import Config, ModelConfig, load_config, redacted
-from .content import Body, EventStream, Response, decode_json, json_response
+from .content import Blob, Body, EventStream, Response, ResponseError, decode_json, json_response
 from .context import Context, get_context
 from .database import Database
 from .errors import (
@@ -107,6 +107,7 @@ __all__ = [
     "BackendTimeout",
     "Basic",
     "Bearer",
+    "Blob",
     "Body",
     "Capability",
     "CapabilityError",
@@ -160,6 +161,7 @@ __all__ = [
     "ResourceConflict",
     "Resources",
     "Response",
+    "ResponseError",
     "Role",
     "SSE",
     "SSEDecoder",

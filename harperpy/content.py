@@ -1,4 +1,4 @@
-"""What comes in and what goes out: Body, Response, EventStream."""
+"""What comes in and what goes out: Body, Response, Blob, EventStream."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from .errors import InvalidBody, PayloadTooLarge
+from .errors import HarperError, InvalidBody, PayloadTooLarge
 from .sse import encode_json
 
 T = TypeVar("T")
@@ -154,6 +154,28 @@ class Response:
         self.headers: dict[str, str] = dict(headers or {})
         self.data = data
         self.body = body
+
+
+class ResponseError(HarperError):
+    """Raise it to answer with this very `Response`, past `present_error`.
+
+    It is an answer like any other to the client, and a failure to what encloses the verb: what
+    rolls back when a verb raises, rolls back.
+    """
+
+    def __init__(self, response: Response) -> None:
+        super().__init__(f"answered {response.status}", status=response.status)
+        self.response = response
+
+
+class Blob:
+    """`data` sent as it is under a media type of its own, whatever the client's `Accept` says."""
+
+    __slots__ = ("content_type", "data")
+
+    def __init__(self, content_type: str, data: str | bytes) -> None:
+        self.content_type = content_type
+        self.data = data
 
 
 class EventStream:

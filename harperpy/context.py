@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, quote
 
 from multidict import CIMultiDict
 
 from .accounting import Caller, current_caller
 from .auth import User
 from .errors import HarperError
+from .negotiation import negotiate
 from .request import Request
-from .signal import AbortController
+from .signal import AbortController, AbortSignal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .models import Models
 
+_URL = "/:?#[]@!$&'()*+,;=%~"
+
 
 class Context(Caller):
     """One request's context: who asks, from where, and what the answer's head will carry.
 
-    `signal` fires when the client leaves before the answer is complete, never when it is.
+    `signal` fires when the client leaves before the answer is complete, never when it is; its
+    `reason` is `client_disconnected`, or `server_shutdown` if the server could not wait. `stopping`
+    fires before that, as the server begins to stop: streams without end are to end then.
     `status` and `response_headers` apply to plain return values and to streams, until the head is
     sent. `started` is when it began, by `time.perf_counter()`. `rejection` is the refused
     credential of a resource that settles credentials itself.
@@ -36,9 +42,17 @@ class Context(Caller):
         "response_headers",
         "started",
         "status",
+        "stopping",
     )
 
-    def __init__(self, request: Request, models: Models, user: User | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        models: Models,
+        user: User | None = None,
+        *,
+        stopping: AbortSignal | None = None,
+    ) -> None:
         self._controller = AbortController()
         super().__init__(user=user, request_id=request.id, signal=self._controller.signal)
         self.started = time.perf_counter()
@@ -47,6 +61,7 @@ class Context(Caller):
         self.response_headers: CIMultiDict[str] = CIMultiDict()
         self.status: int | None = None
         self.rejection: HarperError | None = None
+        self.stopping = AbortSignal() if stopping is None else stopping
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -64,14 +79,43 @@ class Context(Caller):
         return self.request.path
 
     @property
+    def url(self) -> str:
+        """The request's path and query as the client sent them."""
+        query = self.request.query
+        return f"{self.request.path}?{query}" if query else self.request.path
+
+    @property
     def handler_path(self) -> str:
         """The path the answering resource is mounted at, without a leading slash."""
         return self.app or ""
 
     @property
     def last_event_id(self) -> str | None:
-        """Where a reconnecting event stream client wants to go on."""
-        return self.request.headers.get("last-event-id")
+        """Where a returning reader of events wants to go on: `Last-Event-ID`, or `?lastEventId=`.
+
+        The query is for readers that cannot set a header, as browsers' on their first visit.
+        """
+        if told := self.request.headers.get("last-event-id"):
+            return told
+        if "lastEventId=" not in self.request.query:
+            return None
+        return parse_qs(self.request.query).get("lastEventId", [None])[0]
+
+    def created(self, location: object) -> None:
+        """Answer 201 with a `Location`: a path or URL, or the new thing's id below this mount."""
+        text = str(location)
+        if not text.startswith("/") and "://" not in text:
+            text = "/".join(("", *filter(None, [self.handler_path]), quote(text)))
+        self.status = 201
+        self.response_headers["Location"] = quote(text, safe=_URL)
+
+    def check_accept(self) -> None:
+        """Raise the 406 now that a plain value would meet after all the work for it was done.
+
+        For verbs that may answer otherwise too; of a verb whose annotated return type holds plain
+        values only the server asks by itself.
+        """
+        negotiate(self.headers.get("accept"))
 
     def abort(self, reason: str) -> None:
         """Fire the signal: the server calls this when the client has left."""

@@ -29,11 +29,11 @@ class Cors:
         self._origins = frozenset(origins)
 
     def headers(self, request: Request) -> dict[str, str]:
-        """What to add to an answer; nothing unless the origin is listed."""
-        origin = request.headers.get("origin")
-        if not self._origins or not origin:
+        """What to add to an answer: where any page may call, that it depends on which asks."""
+        if not self._origins:
             return {}
-        if "*" not in self._origins and origin not in self._origins:
+        origin = request.headers.get("origin")
+        if not origin or not {"*", origin} & self._origins:
             return {"Vary": "Origin"}
         return {
             "Access-Control-Allow-Origin": origin,

@@ -10,6 +10,7 @@ from multidict import CIMultiDict
 from .accounting import current_caller
 from .auth import Authenticators, User, Verb
 from .backend import settled
+from .content import ResponseError
 from .context import Context
 from .cors import Cors
 from .errors import (
@@ -20,10 +21,11 @@ from .errors import (
     NotImplementedYet,
     ServiceUnavailable,
 )
+from .framing import as_harper_error, log_error
 from .health import Health
 from .models import Models
 from .registry import Entry, Resources
-from .rendering import Early, Reply, as_harper_error, error_body, log_error, merged, render
+from .rendering import Early, Reply, error_body, merged, render
 from .request import Request, RequestTarget
 from .resource import METHOD_VERBS, Resource
 from .sse import encode_json
@@ -68,7 +70,7 @@ class Dispatch:
 
     def open(self, request: Request) -> Context:
         """The context of a request, current from now on in the running task."""
-        context = Context(request, self._models)
+        context = Context(request, self._models, stopping=self._health.stopping)
         current_caller.set(context)
         return context
 
@@ -120,8 +122,14 @@ class Dispatch:
             return Reply(204, merged(context, {"Allow": ", ".join(entry.allow)}))
         verb, permission = _verb(request.method, entry, context)
         await _authorise(entry, permission, target, context)
-        value = await settled(entry.handlers[verb](target, request.body, context))
-        return await render(value, entry, context, early)
+        if verb in entry.plain:
+            context.check_accept()
+        try:
+            value = await settled(entry.handlers[verb](target, request.body, context))
+            return await render(value, entry, context, early)
+        except ResponseError as error:
+            log_error(error)
+            return await render(error.response, entry, context, early)
 
     async def _authenticate(self, context: Context, found: Found | None) -> None:
         """Who is asking; a refused credential ends it here unless the resource settles it."""
@@ -154,7 +162,10 @@ class Dispatch:
         refusal = as_harper_error(error)
         resource = found[0].resource if found else Resource
         try:
-            response = resource.present_error(refusal, context)
+            if isinstance(error, ResponseError):
+                response = error.response
+            else:
+                response = resource.present_error(refusal, context)
             headers = merged(context, response.headers)
         except Exception:
             logger.exception("present_error of %s failed", resource.__name__)

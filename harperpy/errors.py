@@ -20,6 +20,7 @@ HarperError                      500  any refusal; `status`, `code`, `param`, `t
 │   └── BackendError             502  a model provider failed; `upstream_status`
 │       ├── BackendTimeout       504
 │       └── UpstreamAuthError    502  the provider refused *our* credentials
+├── ResponseError                  -  a whole Response, raised; stands beside it in content.py
 ├── Aborted                      499  the caller left, or its signal fired; never sent
 └── SetupError                     -  raised while a server is put together, never on the wire
     ├── ConfigError

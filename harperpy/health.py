@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from .signal import SHUTDOWN, AbortController
+
 
 class PluginStatus(msgspec.Struct):
     """How a plugin started: `ok`, or `error` with the cause in one line."""
@@ -15,11 +17,21 @@ class PluginStatus(msgspec.Struct):
 
 
 class Health:
-    """`starting` → `ready` → `stopping`, and the state of each plugin."""
+    """`starting` → `ready` → `stopping`, and the state of each plugin.
+
+    `stopping` is the signal that fires with the last of them.
+    """
 
     def __init__(self) -> None:
         self.phase: Literal["starting", "ready", "stopping"] = "starting"
+        self._stop = AbortController()
+        self.stopping = self._stop.signal
         self.plugins: dict[str, PluginStatus] = {}
+
+    def stop(self) -> None:
+        """Take no more requests; tell streams without end to end."""
+        self.phase = "stopping"
+        self._stop.abort(SHUTDOWN)
 
     @property
     def degraded(self) -> bool:

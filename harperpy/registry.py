@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from types import NoneType, UnionType
+from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 from urllib.parse import unquote
+
+import msgspec
 
 from .backend import fitted, positional, required
 from .content import Body
@@ -16,11 +19,14 @@ from .resource import METHOD_VERBS, WITHOUT_BODY, Resource
 
 Handler: TypeAlias = Callable[[RequestTarget, Body, Context], Any]
 
+_RESERVED = frozenset({"health"})
+_PLAIN = (dict, list, tuple, set, frozenset, str, int, float, Mapping, msgspec.Struct)
+
 
 class Entry:
     """A mounted resource: its handlers by verb, bound and cut to what they take, once."""
 
-    __slots__ = ("admits", "allow", "handlers", "owner", "path", "resource")
+    __slots__ = ("admits", "allow", "handlers", "owner", "path", "plain", "resource")
 
     def __init__(self, path: str, resource: type[Resource], owner: str) -> None:
         self.path = path
@@ -30,6 +36,8 @@ class Entry:
         self.handlers = {
             verb: _handler(resource, verb) for verb in verbs if hasattr(resource, verb)
         }
+        # What can only be answered in a type that is negotiated need not begin without one.
+        self.plain = frozenset(verb for verb in self.handlers if _gives_plain(resource, verb))
         self.admits = {
             permission: fitted(getattr(resource, f"allow_{permission}"), 3)
             for permission in ("read", "create", "update", "delete")
@@ -61,6 +69,9 @@ class Resources:
         path = path.strip("/")
         if self._frozen:
             message = f"{path!r} cannot be mounted: the server has started"
+            raise RegistrationError(message)
+        if path in _RESERVED:
+            message = f"{path!r} cannot be mounted: the server itself answers there"
             raise RegistrationError(message)
         known = self._entries.get(path)
         if known and known.resource is not resource and not force:
@@ -133,6 +144,29 @@ def _handler(resource: type[Resource], verb: str) -> Handler:
     if verb in WITHOUT_BODY:
         return lambda target, _, context: function(*(target, context)[:count])
     return lambda target, data, context: function(*(target, data, context)[:count])
+
+
+def _gives_plain(resource: type[Resource], verb: str) -> bool:
+    """Whether a verb says by its return type that it gives plain values only.
+
+    Nothing is an answer that needs no type, except where it is a refusal.
+    """
+    function = getattr(resource, verb)
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        return False
+    try:
+        told = get_type_hints(function).get("return", Any)
+    except Exception:  # noqa: BLE001  # names that only a type checker knows
+        return False
+    kinds = set(get_args(told) if get_origin(told) in (Union, UnionType) else (told,))
+    if verb == "get":
+        kinds.discard(NoneType)
+    return bool(kinds) and all(map(_is_plain, kinds))
+
+
+def _is_plain(kind: Any) -> bool:
+    kind = get_origin(kind) or kind
+    return inspect.isclass(kind) and issubclass(kind, _PLAIN)
 
 
 def _failed(resource: type[Resource], owner: str) -> type[Resource]:

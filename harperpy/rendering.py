@@ -5,24 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import msgspec
 from multidict import CIMultiDict
 
 from .backend import aclose, aiterate
-from .content import EventStream, Response
+from .content import Blob, EventStream, Response
 from .context import Context
-from .errors import Aborted, ClientError, HarperError, NotFound, ServerError
-from .negotiation import EVENTS, JSON, TEXT, item_serializer, negotiate, serialize
+from .errors import ClientError, NotFound, ServerError
+from .framing import END, RAW, frames, framing_of
+from .negotiation import CSV, EVENTS, JSON, TEXT, negotiate, serialize
 from .registry import Entry
 from .resource import Resource
-from .sse import SSE, encode_json, encode_sse
+from .sse import SSE, encode_json
 
 logger = logging.getLogger("harperpy.dispatch")
 
-_END = object()
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -60,26 +60,10 @@ class Reply:
 Early = Callable[[Reply], None]
 
 
-def as_harper_error(error: Exception) -> HarperError:
-    """The error itself, or in place of an unforeseen one a `ServerError` that tells nothing."""
-    if isinstance(error, Aborted):
-        # A handler's own signal: who asked is still there, and is told that it took too long.
-        return ServerError(status=504, code=error.code)
-    return error if isinstance(error, HarperError) else ServerError()
-
-
-def log_error(error: Exception) -> None:
-    """One line for a refusal; a trace for what nobody foresaw."""
-    if not isinstance(error, HarperError):
-        logger.error("unhandled %s", type(error).__name__, exc_info=error)
-    elif error.status >= 500:
-        logger.warning("%d %s: %s", error.status, type(error).__name__, error)
-    else:
-        logger.info("%d %s: %s", error.status, type(error).__name__, error)
-
-
 async def render(value: Any, entry: Entry, context: Context, early: Early) -> Reply:
     """The reply for what a handler returned. Raises `NotFound` for a get that returned nothing."""
+    if isinstance(value, dict) and "status" in value:
+        value = _meant(cast("dict[Any, Any]", value))
     if isinstance(value, Response):
         return await _render_response(value, entry, context, early)
     if isinstance(value, EventStream):
@@ -92,10 +76,30 @@ async def render(value: Any, entry: Entry, context: Context, early: Early) -> Re
         if context.method in ("GET", "HEAD"):
             raise NotFound
         return Reply(context.status or 204, merged(context))
-    if isinstance(value, (bytes, bytearray)):
-        return _whole(200, merged(context), "application/octet-stream", bytes(value), context)
+    if isinstance(value, (Blob, bytes, bytearray)):
+        return _as_it_is(value, context)
     media = negotiate(context.headers.get("accept"))
     return _whole(200, merged(context), media, serialize(value, media), context)
+
+
+def _meant(value: dict[Any, Any]) -> Any:
+    """The `Response` that a dict of `status`, `headers` and at most `data` or `body` stands for."""
+    status, headers = value["status"], value.get("headers")
+    if isinstance(status, int) and isinstance(headers, Mapping):
+        if value.keys() <= {"status", "headers", "data", "body"}:
+            return Response(**value)
+    elif value.keys() == {"status", "data"}:
+        logger.warning("a dict of status and data is sent as it stands, with 200; use Response")
+    return value
+
+
+def _as_it_is(value: Blob | bytes | bytearray, context: Context) -> Reply:
+    if not isinstance(value, Blob):
+        return _whole(200, merged(context), "application/octet-stream", bytes(value), context)
+    # Who wrote it says what it is; between us and the client it may still be compressed.
+    headers = merged(context, {"Content-Type": value.content_type, "Vary": "Accept-Encoding"})
+    data = value.data.encode() if isinstance(value.data, str) else value.data
+    return _whole(200, headers, value.content_type, data, context)
 
 
 async def _render_response(
@@ -139,8 +143,8 @@ def _whole(
     *,
     keep_status: bool = False,
 ) -> Reply:
-    if data:
-        headers.setdefault("Content-Type", f"{media}; charset=utf-8" if media == TEXT else media)
+    if data or media == CSV:
+        _name(f"{media}; charset=utf-8" if media == TEXT else media, headers)
     return Reply(status if keep_status else context.status or status, headers, data)
 
 
@@ -201,22 +205,23 @@ async def _stream(  # noqa: PLR0917  # all that it takes to write a head
     wait = resource.first_item_wait
     late = asyncio.get_running_loop().call_later(wait, commit) if media == EVENTS else None
     try:
-        first = await anext(source, _END)
+        first = await anext(source, END)
         media = EVENTS if isinstance(first, SSE) and not raw else media or negotiate(accept)
+        framing = RAW if raw else framing_of(media, resource, context)
+        ready = None if first is END else framing.item(first)
         if not reply.committed:
             _head(reply, media, own, resource, context)
     except BaseException as error:
         await aclose(source)
         if not reply.committed or not isinstance(error, Exception):
             raise
-        reply.body = _only(_framing(EVENTS, resource, context).failed(error))
+        reply.body = _only(framing_of(EVENTS, resource, context).failed(error))
         return reply
     finally:
         if late is not None:
             late.cancel()
-    framing = _raw_framing() if raw else _framing(media, resource, context)
     reply.source = source
-    reply.body = _frames(source, first, framing)
+    reply.body = frames(source, ready, framing, context.signal)
     return reply
 
 
@@ -226,79 +231,20 @@ def _head(
     """Settle the head by what the handler, or the stream's first step, has set until now."""
     reply.status = context.status or 200
     reply.headers = merged(context, own)
-    reply.headers.setdefault("Content-Type", media)
+    _name(media, reply.headers)
     if media == EVENTS:
         reply.keepalive = resource.keepalive
         for name, value in _STREAM_HEADERS.items():
             reply.headers.setdefault(name, value)
 
 
-class Framing(msgspec.Struct):
-    """How a stream's items, its frame and its failure become bytes."""
-
-    item: Callable[[Any], bytes]
-    failure: Callable[[HarperError], bytes] | None
-    start: bytes = b""
-    between: bytes = b""
-    end: bytes = b""
-
-    def failed(self, error: Exception) -> bytes:
-        """The in-band form of a failure; raised where the format has none."""
-        log_error(error)
-        if self.failure is None:
-            raise error
-        return self.failure(as_harper_error(error))
-
-
-def _raw_framing() -> Framing:
-    return Framing(lambda item: item.encode() if isinstance(item, str) else bytes(item), None)
-
-
-def _framing(media: str, resource: type[Resource], context: Context) -> Framing:
-    item = item_serializer(media)
-    if media == EVENTS:
-        return Framing(item, lambda error: _last_event(error, resource, context))
-    if media.endswith("ndjson"):
-        return Framing(item, lambda error: item({"$harperStreamError": _told(error)}))
-    if media == JSON:
-        return Framing(item, lambda error: encode_json({"error": _told(error)}), b"[", b",", b"]")
-    return Framing(item, None)
-
-
-def _last_event(error: HarperError, resource: type[Resource], context: Context) -> bytes:
-    """The failure as its resource words it; the default wording if that fails too."""
-    try:
-        return encode_sse(resource.present_stream_error(error, context))
-    except Exception:
-        logger.exception("present_stream_error of %s failed", resource.__name__)
-        return encode_sse(Resource.present_stream_error(error, context))
-
-
-def _told(error: HarperError) -> dict[str, Any]:
-    code = error.code or type(error).__name__
-    return {"error": code, "message": error.public_message, "status": error.status}
-
-
-async def _frames(source: AsyncIterator[Any], first: Any, framing: Framing) -> AsyncIterator[bytes]:
-    """The stream's bytes; whoever steps this closes the source with it."""
-    written = False
-    try:
-        item, head = first, framing.start
-        while item is not _END:
-            if data := framing.item(item):
-                yield (framing.between if written else head) + data
-                written = True
-            item = await anext(source, _END)
-        tail = framing.end
-    except Exception as error:  # noqa: BLE001  # worded as the stream's last item
-        tail = (framing.between if written else framing.start) + framing.failed(error)
-        tail += framing.end
-    finally:
-        await aclose(source)
-    if not written and tail == framing.end:
-        tail = framing.start + tail
-    if tail:
-        yield tail
+def _name(media: str, headers: CIMultiDict[str]) -> None:
+    """Say what type it is, unless the handler did; a browser is to keep our CSV as a file."""
+    if "Content-Type" in headers:
+        return
+    headers["Content-Type"] = f"{media}; charset=utf-8" if media == CSV else media
+    if media == CSV:
+        headers.setdefault("Content-Disposition", 'attachment; filename="data.csv"')
 
 
 async def _only(data: bytes) -> AsyncIterator[bytes]:

@@ -112,7 +112,7 @@ def _problem_body(error: HarperError, context: Context) -> dict[str, Any]:
         "title": title,
         "status": error.status,
         "detail": error.public_message,
-        "instance": context.path,
+        "instance": context.url,
         "request_id": context.request_id,
     }
     if error.code:

@@ -106,7 +106,7 @@ class Server:
 
     async def stop(self) -> None:
         """Take no more requests, let the running ones end within ten seconds, and close all."""
-        self.health.phase = "stopping"
+        self.health.stop()
         await asyncio.gather(*(runner.cleanup() for runner in self._runners))
         self._runners.clear()
         if hasattr(self, "loader"):

@@ -10,6 +10,9 @@ from weakref import WeakSet
 
 from .errors import Aborted
 
+DISCONNECTED = "client_disconnected"
+SHUTDOWN = "server_shutdown"
+
 
 class AbortSignal:
     """Fires once. `aborted` and `reason` say whether and why; many may wait for it."""

@@ -22,10 +22,13 @@ from .errors import ClientError
 from .negotiation import JSON
 from .rendering import Reply
 from .request import Request
+from .signal import DISCONNECTED, SHUTDOWN
 from .sse import encode_json
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _CLOSE_SECONDS = 5.0
+# What a connection may hold for a slow reader before its producer has to wait.
+_UNSENT_BYTES = 64 * 1024
 _KEEPALIVE = b": keepalive\n\n"
 _SERVER = "harperpy"
 
@@ -44,7 +47,12 @@ class _Request(web.BaseRequest):
     def _cancel(self, exc: BaseException) -> None:
         # Called before the handler's task is cancelled: the signal is there when it unwinds.
         if self.context is not None:
-            self.context.abort("client_disconnected")
+            # aiohttp gives a CancelledError where the server, and not the client, ends it.
+            ours = isinstance(exc, asyncio.CancelledError)
+            self.context.abort(SHUTDOWN if ours else DISCONNECTED)
+            if ours:
+                # aiohttp would wait as long again for a handler that has been asked to end.
+                self.task.cancel()
         super()._cancel(exc)
 
 
@@ -52,6 +60,11 @@ class _Handler(RequestHandler):
     """aiohttp's connection, whose own refusals (of what is no HTTP) look like ours."""
 
     __slots__ = ()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if isinstance(transport, asyncio.WriteTransport):
+            transport.set_write_buffer_limits(high=_UNSENT_BYTES)
 
     def handle_error(
         self,
@@ -139,7 +152,7 @@ class Wire:
                 return _whole(reply)
             return await outgoing.send(reply)
         except (asyncio.CancelledError, ConnectionError):
-            context.abort("client_disconnected")
+            context.abort(DISCONNECTED)
             raise
 
     def _read(self, raw: web.BaseRequest) -> Request:
@@ -249,6 +262,8 @@ class _Outgoing:
 
     async def _write(self, data: bytes) -> None:
         if self._response is not None:
+            # A reader that is behind needs no comment that we are alive.
+            self._hush()
             await self._response.write(data)
             self._listen()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from harperpy import SSE, BackendError, Resource, SSEDecoder, encode_sse
+from harperpy import SSE, BackendError, EventStream, Resource, SSEDecoder, encode_sse
 from harperpy.testing import running
 from helpers import ask
 
@@ -111,6 +111,54 @@ async def test_a_stream_is_its_messages_bytes_in_order() -> None:
 
     assert 200 == answer.status
     assert "".join(expected for _, expected in MESSAGES) == answer.text
+
+
+HARPERS: dict[str, tuple[Any, str]] = {
+    "text": ("hi", "data: hi\n\n"),
+    "an object": ({"a": 1}, 'data: {"a":1}\n\n'),
+    "an object as data": ({"data": {"a": 1}}, 'data: {"a":1}\n\n'),
+    "text as data": ({"data": "[DONE]"}, "data: [DONE]\n\n"),
+    "an event without data": ({"event": "tick"}, "event: tick\n\n"),
+    "all four parts": (
+        {"event": "u", "data": "x", "id": 7, "retry": 1000},
+        "event: u\ndata: x\nid: 7\nretry: 1000\n\n",
+    ),
+    "two lines": ({"data": "a\nb"}, "data: a\ndata: b\n\n"),
+    "any line end": ({"data": "a\r\nb\rc"}, "data: a\ndata: b\ndata: c\n\n"),
+    "a line end at the end": ({"data": "a\n"}, "data: a\ndata: \n\n"),
+    "a line end in the event's name": ({"event": "x\ny", "data": "1"}, "event: xy\ndata: 1\n\n"),
+    "a retry that is no number": ({"data": "x", "retry": "1s"}, "data: x\n\n"),
+    "an id alone": ({"id": 5}, 'data: {"id":5}\n\n'),
+    "empty data": ({"data": "", "event": "e"}, "event: e\ndata: \n\n"),
+    "zero": (0, "data: 0\n\n"),
+    "nothing": (None, ""),
+}
+
+
+@pytest.mark.parametrize(("message", "expected"), HARPERS.values(), ids=HARPERS)
+@pytest.mark.parametrize("wrapped", [EventStream, iter], ids=["as events", "as accepted"])
+async def test_each_row_of_harpers_table_reaches_the_client_so(
+    message: Any, expected: str, wrapped: Any
+) -> None:
+    """What a verb yields is on the wire byte for byte, between two others and alone."""
+
+    class Row(Resource):
+        @staticmethod
+        def get() -> Any:
+            return wrapped(["a", message, "b"])
+
+        @staticmethod
+        def post() -> Any:
+            return wrapped([message])
+
+    accept = {"Accept": "text/event-stream"}
+    async with running(resources={"row": Row}) as server:
+        amid = await ask(server, "GET", "/row", headers=accept)
+        alone = await ask(server, "POST", "/row", headers=accept)
+
+    assert f"data: a\n\n{expected}data: b\n\n" == amid.text
+    assert expected == alone.text
+    assert "text/event-stream" == amid.headers["Content-Type"]
 
 
 @pytest.mark.parametrize("end", LINE_ENDS, ids=["LF", "CR", "CRLF"])

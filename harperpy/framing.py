@@ -1,0 +1,151 @@
+"""Framing: how a stream of items, and what goes wrong in it, becomes bytes of a type."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+
+from .backend import aclose
+from .content import ResponseError
+from .context import Context
+from .errors import Aborted, HarperError, ServerError, ServiceUnavailable
+from .negotiation import EVENTS, JSON, item_serializer
+from .resource import Resource
+from .signal import SHUTDOWN, AbortSignal
+from .sse import encode_json, encode_sse
+
+logger = logging.getLogger("harperpy.dispatch")
+
+END = object()
+# What an error of a client library holds: it tells of an answer that we got, not of one to give.
+_OF_A_CALL = ("request", "request_info", "response", "url")
+
+
+def as_harper_error(error: Exception) -> HarperError:
+    """The error itself, or in place of an unforeseen one a `ServerError` that tells nothing."""
+    if isinstance(error, Aborted):
+        # Who asked is still there: the server stops, or a handler's own signal fired.
+        if str(error) == SHUTDOWN:
+            return ServiceUnavailable(SHUTDOWN)
+        return ServerError(status=504, code=error.code)
+    if isinstance(error, HarperError):
+        return error
+    status = _status_of(error)
+    return ServerError() if status is None else HarperError(_text_of(error), status=status)
+
+
+def _text_of(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _status_of(error: Exception) -> int | None:
+    """The status that an error of the application's own carries; no other is one to answer with."""
+    if any(hasattr(error, name) for name in _OF_A_CALL):
+        return None
+    for name in ("status_code", "status"):
+        status = getattr(error, name, None)
+        if isinstance(status, int) and 400 <= status <= 599:
+            return status
+    return None
+
+
+def log_error(error: Exception) -> None:
+    """One line for a refusal; a trace for what nobody foresaw."""
+    if isinstance(error, ResponseError):
+        logger.info("%s", error)
+    elif not isinstance(error, HarperError) and _status_of(error) is None:
+        logger.error("unhandled %s", type(error).__name__, exc_info=error)
+    else:
+        status = as_harper_error(error).status
+        level = logging.WARNING if status >= 500 else logging.INFO
+        logger.log(level, "%d %s: %s", status, type(error).__name__, error)
+
+
+class Framing(msgspec.Struct):
+    """How a stream's items, its frame and its failure become bytes."""
+
+    item: Callable[[Any], bytes]
+    failure: Callable[[HarperError], bytes] | None
+    start: bytes = b""
+    between: bytes = b""
+    end: bytes = b""
+
+    def failed(self, error: Exception) -> bytes:
+        """The in-band form of a failure; raised where the format has none."""
+        log_error(error)
+        if self.failure is None:
+            raise error
+        return self.failure(as_harper_error(error))
+
+
+RAW = Framing(lambda item: item.encode() if isinstance(item, str) else bytes(item), None)
+"""Text and bytes as they are."""
+
+
+def framing_of(media: str, resource: type[Resource], context: Context) -> Framing:
+    """The framing of a media type, its failures worded by the resource."""
+    item = item_serializer(media)
+    if media == EVENTS:
+        return Framing(item, lambda error: _last_event(error, resource, context))
+    if media.endswith("ndjson"):
+        return Framing(item, lambda error: item({"$harperStreamError": _told(error)}))
+    if media == JSON:
+        return Framing(item, lambda error: encode_json({"error": _told(error)}), b"[", b",", b"]")
+    return Framing(item, None)
+
+
+def _last_event(error: HarperError, resource: type[Resource], context: Context) -> bytes:
+    """The failure as its resource words it; the default wording if that fails too."""
+    try:
+        return encode_sse(resource.present_stream_error(error, context))
+    except Exception:
+        logger.exception("present_stream_error of %s failed", resource.__name__)
+        return encode_sse(Resource.present_stream_error(error, context))
+
+
+def _told(error: HarperError) -> dict[str, Any]:
+    code = error.code or type(error).__name__
+    return {"error": code, "message": error.public_message, "status": error.status}
+
+
+async def frames(
+    source: AsyncIterator[Any], data: bytes | None, framing: Framing, signal: AbortSignal | None
+) -> AsyncIterator[bytes]:
+    """The stream's bytes, `data` those of its first item; it closes the source as it ends."""
+    written = False
+    try:
+        while data is not None:
+            if data:
+                yield (framing.between if written else framing.start) + data
+                written = True
+            item = await anext(source, END)
+            data = None if item is END else framing.item(item)
+        tail = framing.end
+    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # worded as the last item
+        told = _reported(error, signal)
+        tail = (framing.between if written else framing.start) + framing.failed(told)
+        tail += framing.end
+    finally:
+        await aclose(source)
+    if not written and tail == framing.end:
+        tail = framing.start + tail
+    if tail:
+        yield tail
+
+
+def _reported(error: BaseException, signal: AbortSignal | None) -> Exception:
+    """What to tell of a failure: of a cancellation only that it was ours, as the client is there.
+
+    Raises the cancellation again where it was not.
+    """
+    if isinstance(error, Exception):
+        return error
+    task = asyncio.current_task()
+    if signal is None or signal.reason != SHUTDOWN or task is None:
+        raise error
+    task.uncancel()
+    return ServiceUnavailable(SHUTDOWN)
