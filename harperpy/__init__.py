@@ -78,6 +78,7 @@ from .parts import (
 )
 from .prompts import paired
 from .registry import Resources
+from .replay import ReplayBuffer
 from .request import Request, RequestTarget
 from .resource import Resource
 from .routing import ModelInfo
@@ -155,6 +156,7 @@ __all__ = [
     "Prompt",
     "RefusalPart",
     "RegistrationError",
+    "ReplayBuffer",
     "Request",
     "RequestTarget",
     "Resource",

@@ -41,6 +41,7 @@ ORDER = (
     "people",
     "tokens",
     "context",
+    "replay",
     "resource",
     "registry",
     "operations",
