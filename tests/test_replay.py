@@ -212,6 +212,7 @@ async def test_a_reader_that_leaves_leaves_nothing_behind() -> None:
             await others.come()
             await until(lambda: len(feed._waiting) == 2)
         await until(lambda: len(feed._waiting) == 1)
+        assert 1 == len(server.server.health.stopping._callbacks)
         told = feed.append("a")
         assert event(told) == await stays.next()
 

@@ -18,6 +18,7 @@ from harperpy import (
     AccessViolation,
     Blob,
     ClientError,
+    Context,
     EventStream,
     HarperError,
     InvalidBody,
@@ -859,6 +860,54 @@ async def test_a_stream_that_the_server_cannot_wait_for_is_told_so(
 
     assert ["server_shutdown"] == seen
     assert rest.startswith("event: harper-error\ndata: {")
+    assert '"status":503' in rest
+
+
+async def test_nobody_is_told_of_a_stream_whose_client_has_left() -> None:
+    """A cancellation that is not the server's end is no failure: nothing is worded for it."""
+    ended = asyncio.Event()
+    worded: list[HarperError] = []
+
+    class Endless(Resource):
+        @staticmethod
+        async def get() -> AsyncIterator[SSE]:
+            try:
+                yield SSE(data="a")
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+
+        @staticmethod
+        def present_stream_error(error: HarperError, context: Context) -> Any:
+            worded.append(error)
+
+    async with asyncio.timeout(20), running(resources={"it": Endless}) as server:
+        async with server.session() as client:
+            response = await client.get("/it")
+            await response.content.readuntil(b"\n\n")
+            response.close()
+        await ended.wait()
+        assert 200 == (await ask(server, "GET", "/health")).status
+
+    assert [] == worded
+
+
+async def test_a_signal_that_the_servers_end_fired_is_no_timeout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stream that raises what its signal says is out of service, not out of time."""
+    monkeypatch.setattr("harperpy.server._DRAIN_SECONDS", 0.05)
+
+    async def polite() -> AsyncIterator[SSE]:
+        signal = get_context().signal
+        assert signal is not None
+        yield SSE(data="a")
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        signal.raise_if_aborted()
+
+    rest = await while_stopping(polite)
+
     assert '"status":503' in rest
 
 
