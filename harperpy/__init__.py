@@ -38,6 +38,7 @@ from .errors import (
     ServerError,
     ServiceUnavailable,
     SetupError,
+    TransactionError,
     UpstreamAuthError,
     UpstreamRejected,
 )
@@ -95,6 +96,7 @@ from .streaming import (
     openai_stream,
     openai_usage,
 )
+from .transactions import Transaction
 
 __all__ = [
     "AbortController",
@@ -181,6 +183,8 @@ __all__ = [
     "ToolDef",
     "ToolType",
     "TopLogprob",
+    "Transaction",
+    "TransactionError",
     "UpstreamAuthError",
     "UpstreamRejected",
     "User",

@@ -10,15 +10,20 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from .auth import User, extract_tenant_id
+from .errors import TransactionError
 from .signal import AbortSignal
 
 Method: TypeAlias = Literal["embed", "generate", "generateStream"]
 
 
 class Caller:
-    """On whose behalf models are called. `app` is the path of the resource that calls."""
+    """On whose behalf models are called. `app` is the path of the resource that calls.
 
-    __slots__ = ("app", "request_id", "signal", "user")
+    `asking` counts the model calls that are waited for, `writing` says that the caller holds the
+    database's write lock: never both, so that no other writer ever waits for a model.
+    """
+
+    __slots__ = ("app", "asking", "request_id", "signal", "user", "writing")
 
     def __init__(
         self,
@@ -32,11 +37,34 @@ class Caller:
         self.app = app
         self.request_id = request_id
         self.signal = signal
+        self.writing = False
+        self.asking = 0
 
     @property
     def tenant(self) -> str | None:
         """The tenant the user's calls are billed to."""
         return extract_tenant_id(self.user)
+
+
+class Asking:
+    """A `with` block that waits for a model: refused to who holds the database's write lock."""
+
+    __slots__ = ("_caller",)
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+
+    def __enter__(self) -> None:
+        if self._caller.writing:
+            message = (
+                "this request's transaction has written and keeps all other writers waiting, so no "
+                "model is asked now: ask it before the first write, or after `await tx.commit()`"
+            )
+            raise TransactionError(message)
+        self._caller.asking += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._caller.asking -= 1
 
 
 current_caller: ContextVar[Caller | None] = ContextVar("harperpy_caller", default=None)

@@ -10,9 +10,16 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 import msgspec
 
-from .accounting import Caller, Ledger, Method, ModelCall
+from .accounting import Asking, Caller, Ledger, Method, ModelCall
 from .backend import Streams, aclose
-from .errors import Aborted, BackendTimeout, CapabilityError, HarperError, ModelNotFound
+from .errors import (
+    Aborted,
+    BackendTimeout,
+    CapabilityError,
+    HarperError,
+    ModelNotFound,
+    TransactionError,
+)
 from .messages import (
     EmbedOpts,
     GenerateChunk,
@@ -108,13 +115,14 @@ class Recorder:
 class Call:
     """One call by one caller, over as many attempts as its plan has."""
 
-    __slots__ = ("_caller", "_ledger", "_method", "_opts", "_plan", "signal")
+    __slots__ = ("_asking", "_caller", "_ledger", "_method", "_opts", "_plan", "signal")
 
     def __init__(self, ledger: Ledger, method: Method, opts: Opts, caller: Caller) -> None:
         self._ledger = ledger
         self._method: Method = method
         self._opts = opts
         self._caller = caller
+        self._asking = Asking(caller)
         self._plan: list[Candidate] = []
         self.signal = AbortSignal.any_of(caller.signal, opts.signal)
 
@@ -180,7 +188,7 @@ class Call:
             while chunk is not _END:
                 recorder.observe(chunk)
                 yield chunk
-                with self.signal.guard():
+                with self._asking, self.signal.guard():
                     chunk = await anext(chunks, _END)
             if recorder.call.completion_tokens is None:
                 usage = recorder.estimate(prompt)
@@ -213,6 +221,10 @@ class Call:
         return first, chunks, recorder
 
     async def _first_success(self, attempt: Callable[[Candidate], Awaitable[T]]) -> T:
+        with self._asking:
+            return await self._try_all(attempt)
+
+    async def _try_all(self, attempt: Callable[[Candidate], Awaitable[T]]) -> T:
         for at, candidate in enumerate(self._plan[:-1]):
             try:
                 return await attempt(candidate)
@@ -268,7 +280,7 @@ def _pause(error: Exception, attempt: int) -> float:
 
 def error_code(error: BaseException) -> str:
     """The code a failed attempt's row carries."""
-    if isinstance(error, (asyncio.CancelledError, GeneratorExit, Aborted)):
+    if isinstance(error, (asyncio.CancelledError, GeneratorExit, Aborted, TransactionError)):
         return "aborted"
     if isinstance(error, (BackendTimeout, TimeoutError)):
         return "timeout"

@@ -153,10 +153,12 @@ class AuthenticationConfig(_Section, frozen=True, kw_only=True):
 
 
 class LoggingConfig(_Section, frozen=True, kw_only=True):
-    """What is logged. `level` of None is chosen by mode."""
+    """What is logged, and audited. `level` of None is chosen by mode; times in milliseconds."""
 
     level: Level | None = None
     std_streams: Flag = True
+    audit_log: Flag = True
+    audit_retention: Duration = 3 * 86_400_000
 
 
 class AccountingConfig(_Section, frozen=True, kw_only=True):
@@ -172,9 +174,15 @@ class AccountingConfig(_Section, frozen=True, kw_only=True):
 
 
 class DatabaseConfig(_Section, frozen=True, kw_only=True):
-    """Where the `system` schema lives; None is `system.db` in the root directory."""
+    """Where the `system` schema lives; None is `system.db` in the root directory.
+
+    `busy_timeout` is how long a transaction waits to write, `transaction_timeout` how long it may
+    keep others waiting once it has written (milliseconds).
+    """
 
     url: SqliteUrl | None = None
+    busy_timeout: Duration = 5_000
+    transaction_timeout: Duration = 30_000
 
 
 class ModelConfig(_Section, frozen=True, kw_only=True):

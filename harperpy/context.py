@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import parse_qs, quote
 
 from multidict import CIMultiDict
@@ -14,13 +14,16 @@ from .errors import HarperError
 from .negotiation import negotiate
 from .request import Request
 from .signal import AbortController, AbortSignal
+from .transactions import Transaction
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from .models import Models
 
 _URL = "/:?#[]@!$&'()*+,;=%~"
+
+T = TypeVar("T")
 
 
 class Context(Caller):
@@ -35,7 +38,10 @@ class Context(Caller):
     """
 
     __slots__ = (
+        "_begin",
         "_controller",
+        "_handled",
+        "_transaction",
         "models",
         "rejection",
         "request",
@@ -52,6 +58,7 @@ class Context(Caller):
         user: User | None = None,
         *,
         stopping: AbortSignal | None = None,
+        begin: Callable[[Caller], Transaction] | None = None,
     ) -> None:
         self._controller = AbortController()
         super().__init__(user=user, request_id=request.id, signal=self._controller.signal)
@@ -62,6 +69,9 @@ class Context(Caller):
         self.status: int | None = None
         self.rejection: HarperError | None = None
         self.stopping = AbortSignal() if stopping is None else stopping
+        self._begin = begin
+        self._handled = False
+        self._transaction: Transaction | None = None
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -116,6 +126,36 @@ class Context(Caller):
         values only the server asks by itself.
         """
         negotiate(self.headers.get("accept"))
+
+    def transaction(self) -> Transaction:
+        """The request's transaction, to use as it is or in an `async with` block."""
+        if self._transaction is None:
+            if self._begin is None:
+                message = "this context has no database"
+                raise LookupError(message)
+            self._transaction = self._begin(self)
+            self._transaction.of_handler = self._handled
+        return self._transaction
+
+    async def settle(self, work: Awaitable[T]) -> T:
+        """Await the handler's work; commit what it wrote when it returns, undo it when it raises.
+
+        Cancellation is a raise.
+        """
+        self._handled = True
+        if self._transaction is not None:
+            self._transaction.of_handler = True
+        try:
+            value = await work
+        except BaseException:
+            self._handled = False
+            if self._transaction is not None:
+                await self._transaction.settle(commit=False)
+            raise
+        self._handled = False
+        if self._transaction is not None:
+            await self._transaction.settle(commit=True)
+        return value
 
     def abort(self, reason: str) -> None:
         """Fire the signal: the server calls this when the client has left."""

@@ -1,7 +1,7 @@
-"""Database: the `system` schema, behind one thread.
+"""Database: the `system` schema, behind one thread that writes and a few that read.
 
-SQLAlchemy's synchronous core in one thread of its own: statements run in the order they were
-given, no write waits for another, and the event loop never blocks.
+SQLAlchemy's synchronous core in threads of its own: what writes runs in the order it was given,
+one piece of work at a time, what only reads waits for no writer, and the event loop never blocks.
 """
 
 from __future__ import annotations
@@ -12,15 +12,20 @@ import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import event, exc
 
-from .errors import ConfigError, ServiceUnavailable
+from .accounting import current_caller
+from .errors import ConfigError, Conflict, ServiceUnavailable, TransactionError
+from .gate import Gate
 
 T = TypeVar("T")
+
+_READERS = 4
 
 CREATED, UPDATED = "__createdtime__", "__updatedtime__"
 
@@ -100,9 +105,25 @@ hdb_model_calls = sa.Table(
     sa.Index("hdb_model_calls_tenant", "tenant", CREATED),
 )
 
+hdb_audit = sa.Table(
+    "hdb_audit",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("timestamp", sa.Float, nullable=False, index=True),
+    sa.Column("operation", sa.String, nullable=False),
+    sa.Column("database", sa.String, nullable=False),
+    sa.Column("table", sa.String, nullable=False),
+    sa.Column("user_name", sa.String),
+    sa.Column("source", sa.String, nullable=False),
+    sa.Column("request_id", sa.String),
+    sa.Column("hash_values", sa.JSON(none_as_null=True)),
+    sa.Column("records", sa.JSON(none_as_null=True)),
+)
+
 # One step per version of the schema: what to do, and the statement that notes it as done.
 _MIGRATIONS: tuple[tuple[Callable[[sa.Connection], None], str], ...] = (
     (metadata.create_all, "PRAGMA user_version = 1"),
+    (partial(hdb_audit.create, checkfirst=True), "PRAGMA user_version = 2"),
 )
 
 
@@ -110,19 +131,41 @@ class Database:
     """One SQLite file. `run` gives a function a connection inside a transaction of its own.
 
     Without `fsync` a power cut may take the last transactions; a killed process takes none.
+    `busy_seconds` is how long a writer waits for its turn, `transaction_seconds` how long a
+    request's transaction may keep the others from theirs.
     """
 
     model_calls = hdb_model_calls
+    audit = hdb_audit
 
-    def __init__(self, path: Path, *, fsync: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        fsync: bool = False,
+        busy_seconds: float = 5.0,
+        transaction_seconds: float = 30.0,
+        audited: bool = True,
+    ) -> None:
         self.path = path
+        self.busy_seconds = busy_seconds
+        self.transaction_seconds = transaction_seconds
+        self.audited = audited
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="harperpy-database")
-        self._engine = sa.create_engine(
-            f"sqlite:///{path}", connect_args={"timeout": 5.0, "check_same_thread": False}
-        )
-        event.listen(self._engine, "connect", _prepare)
-        if fsync:
-            event.listen(self._engine, "connect", _sync_each_commit)
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="harperpy-reader")
+        self._engine = self._make_engine(fsync=fsync)
+        self._writer = self._make_engine(_guard, _begin_by_hand, fsync=fsync, cached_statements=0)
+        self._reader = self._make_engine(_guard, _read_only, cached_statements=0)
+
+    def _make_engine(
+        self, *prepare: Callable[..., None], fsync: bool = False, **options: Any
+    ) -> sa.Engine:
+        # Nothing cached, where a gate stands: SQLite asks it when a statement is prepared.
+        settings = {"timeout": self.busy_seconds, "check_same_thread": False, **options}
+        engine = sa.create_engine(f"sqlite:///{self.path}", connect_args=settings)
+        for listener in (_prepare, *prepare, *([_sync_each_commit] if fsync else [])):
+            event.listen(engine, "connect", listener)
+        return engine
 
     @property
     def boolean_columns(self) -> frozenset[str]:
@@ -161,28 +204,74 @@ class Database:
     async def run(self, work: Callable[[sa.Connection], T]) -> T:
         """`work(connection)` in one transaction: committed on return, rolled back on raise.
 
-        Raises `ServiceUnavailable` while the file is locked by someone else or the disk is full.
+        Raises `ServiceUnavailable` while the file is locked by someone else or the disk is full,
+        and `TransactionError` in a request whose own transaction this would wait for.
         """
+        caller = current_caller.get()
+        if caller is not None and caller.writing:
+            message = (
+                "this request's transaction has written, and other work on the database waits for "
+                "its end: do it before the first write, or after `await tx.commit()`"
+            )
+            raise TransactionError(message)
         return await asyncio.wrap_future(self.submit(work))
 
     def submit(self, work: Callable[[sa.Connection], T]) -> Future[T]:
         """As `run`, for callers that do not wait; work is done in the order it is given."""
         return self._thread.submit(self._work, work)
 
+    async def read(self, work: Callable[[sa.Connection], T]) -> T:
+        """`work(connection)` of what is committed: it may not write, and waits for no writer."""
+        return await asyncio.wrap_future(self._readers.submit(self._read, work))
+
+    def occupy(self, work: Callable[[sa.Engine], None]) -> Future[None]:
+        """Let `work(engine)` have the writing thread until it returns."""
+        return self._thread.submit(work, self._writer)
+
     async def close(self) -> None:
         """Finish what was given, then close the file."""
         self._thread.submit(self._engine.dispose)
-        await asyncio.to_thread(self._thread.shutdown)
+        for threads in (self._thread, self._readers):
+            await asyncio.to_thread(threads.shutdown)
+        self._writer.dispose()
+        self._reader.dispose()
 
     def _work(self, work: Callable[[sa.Connection], T]) -> T:
         try:
             with self._engine.begin() as connection:
                 return work(connection)
         except exc.OperationalError as error:
-            if isinstance(error.orig, sqlite3.OperationalError) and _passing(error.orig):
-                message = f"the database is busy: {error.orig}"
-                raise ServiceUnavailable(message, headers={"Retry-After": "1"}) from error
+            if (refusal := plain_refusal(error)) is not None:
+                raise refusal from error
             raise
+
+    def _read(self, work: Callable[[sa.Connection], T]) -> T:
+        try:
+            with self._reader.connect() as connection:
+                return work(connection)
+        except exc.OperationalError as error:
+            if (refusal := plain_refusal(error)) is not None:
+                raise refusal from error
+            raise
+
+
+def plain_refusal(error: BaseException) -> ServiceUnavailable | Conflict | None:
+    """What a database's error means to who asked; None for one that only a developer can mend."""
+    cause = error.orig if isinstance(error, exc.DBAPIError) else None
+    if isinstance(cause, sqlite3.OperationalError) and _passing(cause):
+        message = f"the database is busy: {cause}"
+        return ServiceUnavailable(message, headers={"Retry-After": "1"})
+    if isinstance(cause, sqlite3.IntegrityError) and _doubled(cause):
+        return Conflict("There is a record with that key already.")
+    return None
+
+
+def _doubled(error: sqlite3.IntegrityError) -> bool:
+    return error.sqlite_errorcode in (
+        sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY,
+        sqlite3.SQLITE_CONSTRAINT_ROWID,
+        sqlite3.SQLITE_CONSTRAINT_UNIQUE,
+    )
 
 
 def _passing(error: sqlite3.OperationalError) -> bool:
@@ -199,6 +288,20 @@ def _prepare(connection: sqlite3.Connection, _: object) -> None:
 
 def _sync_each_commit(connection: sqlite3.Connection, _: object) -> None:
     connection.execute("PRAGMA synchronous = FULL")
+
+
+def _guard(connection: sqlite3.Connection, record: Any) -> None:
+    gate = record.info["gate"] = Gate()
+    connection.set_authorizer(gate)
+
+
+def _begin_by_hand(connection: sqlite3.Connection, _: object) -> None:
+    connection.isolation_level = None
+
+
+def _read_only(connection: sqlite3.Connection, _: object) -> None:
+    connection.isolation_level = None
+    connection.execute("PRAGMA query_only = ON")
 
 
 def _migrate(connection: sa.Connection) -> None:

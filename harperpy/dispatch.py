@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 from multidict import CIMultiDict
 
-from .accounting import current_caller
+from .accounting import Caller, current_caller
 from .auth import Authenticators, User, Verb
 from .backend import settled
 from .content import ResponseError
@@ -29,6 +30,7 @@ from .rendering import Early, Reply, error_body, merged, render
 from .request import Request, RequestTarget
 from .resource import METHOD_VERBS, Resource
 from .sse import encode_json
+from .transactions import Transaction
 
 logger = logging.getLogger("harperpy.dispatch")
 
@@ -59,6 +61,7 @@ class Dispatch:
         *,
         authorize_local: bool = False,
         local_user: Callable[[], Awaitable[User | None]],
+        begin: Callable[[Caller], Transaction],
     ) -> None:
         self._resources = resources
         self._authenticators = authenticators
@@ -67,10 +70,13 @@ class Dispatch:
         self._cors = cors
         self._authorize_local = authorize_local
         self._local_user = local_user
+        self._begin = begin
 
     def open(self, request: Request) -> Context:
         """The context of a request, current from now on in the running task."""
-        context = Context(request, self._models, stopping=self._health.stopping)
+        context = Context(
+            request, self._models, stopping=self._health.stopping, begin=self._begin
+        )
         current_caller.set(context)
         return context
 
@@ -121,11 +127,8 @@ class Dispatch:
         if request.method == "OPTIONS":
             return Reply(204, merged(context, {"Allow": ", ".join(entry.allow)}))
         verb, permission = _verb(request.method, entry, context)
-        await _authorise(entry, permission, target, context)
-        if verb in entry.plain:
-            context.check_accept()
         try:
-            value = await settled(entry.handlers[verb](target, request.body, context))
+            value = await context.settle(_invoke(entry, verb, permission, target, context))
             return await render(value, entry, context, early)
         except ResponseError as error:
             log_error(error)
@@ -187,6 +190,15 @@ def _verb(method: str, entry: Entry, context: Context) -> tuple[str, Verb]:
         message = f"Method {method} is not recognised."
         raise NotImplementedYet(message)
     raise MethodNotAllowed(method, entry.allow)
+
+
+async def _invoke(
+    entry: Entry, verb: str, permission: Verb, target: RequestTarget, context: Context
+) -> Any:
+    await _authorise(entry, permission, target, context)
+    if verb in entry.plain:
+        context.check_accept()
+    return await settled(entry.handlers[verb](target, context.request.body, context))
 
 
 async def _authorise(

@@ -16,6 +16,7 @@ HarperError                      500  any refusal; `status`, `code`, `param`, `t
 │   ├── NotImplementedYet        501
 │   ├── ServiceUnavailable       503
 │   │   └── ModelUnavailable     503  a model is loading or cannot load; says what mends it
+│   ├── TransactionError         500  a transaction is used as it cannot be; the log says how
 │   ├── PluginNotStarted         500  the mount belongs to a plugin that failed
 │   └── BackendError             502  a model provider failed; `upstream_status`
 │       ├── BackendTimeout       504
@@ -195,6 +196,10 @@ class ModelUnavailable(ServiceUnavailable):
     def public_message(self) -> str:
         """The error's own text: it is written for whoever asked."""
         return str(self)
+
+
+class TransactionError(ServerError):
+    """A transaction is used as it cannot be; the text, for the log, says how to mend it."""
 
 
 class PluginNotStarted(ServerError):

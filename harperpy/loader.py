@@ -33,6 +33,7 @@ BUILT_IN = (
     "users",
     "operations_api",
     "model_calls",
+    "audit",
     "echo",
     "openai",
     "local",

@@ -182,7 +182,7 @@ class People:
             select = sa.select(hdb_user.c.password).where(hdb_user.c.username == username)
             return connection.scalar(select)
 
-        hashed = await self._database.run(work)
+        hashed = await self._database.read(work)
         if self._nobody is None:
             self._nobody = await self._hash(secrets.token_urlsafe(15))
         async with self._hashing:
@@ -199,7 +199,7 @@ class People:
         def work(connection: sa.Connection) -> list[User]:
             return [_user(row) for row in connection.execute(joined)]
 
-        return await self._database.run(work)
+        return await self._database.read(work)
 
 
 _JOINED = (

@@ -7,13 +7,14 @@ import errno
 import fcntl
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import msgspec
 from aiohttp import web
 
-from .accounting import Ledger
+from .accounting import Ledger, current_caller
 from .auth import Authenticators, User
 from .config import Config
 from .context import Context
@@ -31,6 +32,7 @@ from .request import Request
 from .routing import Routes
 from .scope import Core, Scope
 from .tokens import Tokens
+from .transactions import Transaction
 from .wire import Wire
 
 SOCKET_NAME = "operations.sock"
@@ -121,8 +123,13 @@ class Server:
     async def operate(self, body: Mapping[str, Any]) -> Any:
         """Run an operation as the local super user."""
         request = Request("POST", "/", headers={}, trusted=True)
-        context = Context(request, self.core.models, await self.local_user())
-        return await self.core.operations.call(body, context)
+        begin = partial(Transaction, self.core.database, "ops")
+        context = Context(request, self.core.models, await self.local_user(), begin=begin)
+        before = current_caller.set(context)
+        try:
+            return await context.settle(self.core.operations.call(body, context))
+        finally:
+            current_caller.reset(before)
 
     async def local_user(self) -> User:
         """Whom the local socket speaks for: the first super user."""
@@ -158,7 +165,13 @@ class Server:
         url = self.config.database.url
         path = Path(url.removeprefix("sqlite:///")) if url else self.root / "system.db"
         fsync = self.config.accounting.durability == "fsync"
-        database = Database(path, fsync=fsync)
+        database = Database(
+            path,
+            fsync=fsync,
+            busy_seconds=self.config.database.busy_timeout / 1000,
+            transaction_seconds=self.config.database.transaction_timeout / 1000,
+            audited=self.config.logging.audit_log,
+        )
         people = People(database, authenticators.revoke)
         ledger = Ledger()
         self.routes = Routes(created)
@@ -203,16 +216,21 @@ class Server:
         hosts = _hosts(http.host, _DEV_HOSTS if self.dev else _RUN_HOSTS)
         self.http_port = await self._serve(rest, hosts, http.port, "http.port")
         origins = _origins(network, dev=self.dev)
-        operations = self._wire(self.core.operations_resources, origins)
+        operations = self._wire(self.core.operations_resources, origins, source="ops")
         hosts = _hosts(network.host, _DEV_HOSTS)
         self.operations_port = await self._serve(
             operations, hosts, network.port, "operationsApi.network.port"
         )
-        local = self._wire(self.core.operations_resources, (), trusted=True)
+        local = self._wire(self.core.operations_resources, (), source="ops", trusted=True)
         await self._serve_socket(local)
 
     def _wire(
-        self, resources: Resources, origins: tuple[str, ...], *, trusted: bool = False
+        self,
+        resources: Resources,
+        origins: tuple[str, ...],
+        *,
+        source: str = "rest",
+        trusted: bool = False,
     ) -> Wire:
         core = self.core
         dispatch = Dispatch(
@@ -223,6 +241,7 @@ class Server:
             Cors(origins),
             authorize_local=self.config.authentication.authorize_local,
             local_user=self.local_user,
+            begin=partial(Transaction, core.database, source),
         )
         http = self.config.http
         return Wire(

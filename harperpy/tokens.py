@@ -105,7 +105,7 @@ class Tokens:
         """Vouches for `Bearer hk_…`."""
         if not isinstance(credential, Bearer) or not credential.token.startswith(KEY_PREFIX):
             return None
-        username = await self._touch(credential.token)
+        username = await self._owner(credential.token)
         if username is None:
             message = "Incorrect API key provided."
             raise InvalidCredentials(message)
@@ -141,7 +141,7 @@ class Tokens:
         """An operation token ends with the refresh token that it came with."""
         of_user = (hdb_token.c.id == session) & (hdb_token.c.user == user.username)
         select = sa.select(1).where(of_user, hdb_token.c.kind == "refresh")
-        if not await self._database.run(lambda connection: connection.scalar(select)):
+        if not await self._database.read(lambda connection: connection.scalar(select)):
             message = "token revoked"
             raise InvalidCredentials(message)
 
@@ -153,6 +153,16 @@ class Tokens:
             connection.execute(sa.insert(hdb_token).values(row))
 
         await self._database.run(work)
+
+    async def _owner(self, key: str) -> str | None:
+        """The owner of a stored key; its use is noted when a writer's turn comes."""
+        stored = hdb_token.c.hash == self._hash(key)
+        select = sa.select(hdb_token.c.user).where(stored, hdb_token.c.kind == "api_key")
+        username = await self._database.read(lambda connection: connection.scalar(select))
+        if username is not None:
+            used = sa.update(hdb_token).where(stored).values(last_used=now_ms())
+            self._database.submit(lambda connection: connection.execute(used))
+        return username
 
     async def _touch(self, token: str) -> str | None:
         """The owner of a stored, current token, noting its use."""

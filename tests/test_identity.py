@@ -19,7 +19,7 @@ from harperpy.auth import Bearer, Credential
 from harperpy.testing import ECHO, RunningServer, running
 from helpers import basic, error_of, operation
 
-TABLES = {"hdb_role", "hdb_user", "hdb_token", "hdb_model_calls"}
+TABLES = {"hdb_role", "hdb_user", "hdb_token", "hdb_model_calls", "hdb_audit"}
 
 
 class Open(Resource):

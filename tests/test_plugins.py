@@ -31,6 +31,7 @@ BUILT_IN = {
     "users",
     "operations_api",
     "model_calls",
+    "audit",
     "echo",
     "openai",
     "local",

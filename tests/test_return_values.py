@@ -1,6 +1,7 @@
 """What a verb may return or raise, and exactly what the client gets of it."""
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping

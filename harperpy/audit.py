@@ -1,0 +1,160 @@
+"""Audit: what `system.hdb_audit` keeps of a plugin's write: who, when, where, which records.
+
+Of the values it keeps numbers, true, false and null, and of text only how long it was: it may be
+what someone asked a model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import sqlalchemy as sa
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.elements import BinaryExpression
+from sqlalchemy.sql.operators import eq, in_op
+
+from .accounting import Caller
+from .database import hdb_audit, now_ms
+from .secret import REDACTED, mask, names_secret
+
+_DATABASE = "data"
+_OF_A_ROW = re.compile(r"(.+)_m(\d+)")
+
+Row = Mapping[str, Any]
+
+
+class Author:
+    """On whose behalf a transaction writes, and by which way it came (`rest`, `ops`)."""
+
+    def __init__(self, caller: Caller, source: str) -> None:
+        self._caller = caller
+        self._source = source
+
+    def record(
+        self,
+        connection: sa.Connection,
+        statement: sa.Executable,
+        written: Iterable[tuple[str, str]],
+        result: sa.CursorResult[Any],
+        returned: Sequence[Row],
+    ) -> None:
+        """One row for each table that a statement has written, and what it returned."""
+        caller = self._caller
+        who = {
+            "timestamp": now_ms(),
+            "database": _DATABASE,
+            "user_name": caller.user.username if caller.user else None,
+            "source": self._source,
+            "request_id": caller.request_id,
+        }
+        for table, operation in _operations(written).items():
+            what = _described(statement, table, result, returned)
+            values = {**who, "operation": operation, "table": table, **what}
+            connection.execute(sa.insert(hdb_audit), [values])
+
+
+def _operations(written: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Table → what was done to it: an insert that may update is an upsert, as a rule of SQL's."""
+    done: dict[str, set[str]] = {}
+    for operation, table in written:
+        done.setdefault(table, set()).add(operation)
+    named: dict[str, str] = {}
+    for table, operations in done.items():
+        of_the_table = [each for each in operations if each.endswith("_table")]
+        if {"insert", "update"} <= operations:
+            named[table] = "upsert"
+        else:
+            named[table] = min(of_the_table or operations)
+    return named
+
+
+def _described(
+    statement: sa.Executable,
+    name: str,
+    result: sa.CursorResult[Any],
+    returned: Sequence[Row],
+) -> dict[str, list[Any] | None]:
+    """The keys and the values of the records, as far as the statement itself tells them."""
+    nothing: dict[str, list[Any] | None] = {"hash_values": None, "records": None}
+    table: Any = getattr(statement, "table", None)
+    if not isinstance(table, sa.Table) or table.name != name:
+        return nothing
+    columns: list[sa.Column[Any]] = list(table.columns)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+    keys = [column.name for column in columns if column.primary_key]
+    rows = list(_rows({column.name for column in columns}, result))
+    told = returned if returned and set(keys) <= set(returned[0]) else rows
+    found = [row[key] for row in told for key in keys if row.get(key) is not None]
+    if isinstance(statement, sa.Insert):
+        found = found or _made(result)
+    elif told is rows:
+        found = list(_compared(statement, keys, result))
+    secret = any(map(names_secret, keys))
+    hashes = [REDACTED if secret else _key(value) for value in found]
+    records = [{column: _value(column, row[column], keys) for column in row} for row in rows if row]
+    return {"hash_values": hashes or None, "records": records or None}
+
+
+def _rows(columns: Collection[str], result: sa.CursorResult[Any]) -> Iterator[dict[str, Any]]:
+    """The values by column of each record that the statement sets."""
+    for given in _given(result):
+        rows: dict[int, dict[str, Any]] = {0: {}}
+        for name, value in given.items():
+            one_of_many = _OF_A_ROW.fullmatch(name)
+            column, at = (one_of_many[1], int(one_of_many[2])) if one_of_many else (name, 0)
+            if column in columns:
+                rows.setdefault(at, {})[column] = value
+        yield from rows.values()
+
+
+def _given(result: sa.CursorResult[Any]) -> list[Row]:
+    """The parameters by name, once for each time that the statement was run."""
+    context: Any = result.context
+    return context.compiled_parameters
+
+
+def _made(result: sa.CursorResult[Any]) -> list[Any]:
+    """The keys that the database made for the new records, where it told them."""
+    context: Any = result.context
+    rows: Any = () if context.executemany else context.inserted_primary_key_rows
+    return [value for row in rows or () for value in row if value is not None]
+
+
+def _compared(
+    statement: sa.Executable, keys: Collection[str], result: sa.CursorResult[Any]
+) -> Iterator[Any]:
+    """The values that the statement's condition compares the primary key with."""
+    where: Any = getattr(statement, "whereclause", None)
+    context: Any = result.context
+    names: dict[Any, str] = context.compiled.bind_names
+    for node in visitors.iterate(where) if where is not None else ():
+        if not isinstance(node, BinaryExpression) or node.operator not in (eq, in_op):
+            continue
+        column: Any = node.left
+        value: Any = node.right
+        if isinstance(column, sa.Column) and column.name in keys and value in names:
+            one_of_many = re.compile(rf"{re.escape(names[value])}(_\d+)?")
+            for given in _given(result):
+                yield from (given[name] for name in given if one_of_many.fullmatch(name))
+
+
+def _key(value: Any) -> Any:
+    return value if isinstance(value, int | float) else mask(str(value))
+
+
+def _value(column: str, value: Any, keys: Collection[str]) -> Any:
+    if value is not None and not isinstance(value, bool) and names_secret(column):
+        return REDACTED
+    return _key(value) if column in keys and value is not None else _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """What may be kept of a value."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        return f"[{len(value)} characters]"
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"[{len(cast('bytes', value))} bytes]"
+    return f"[{type(value).__name__}]"
