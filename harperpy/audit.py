@@ -111,7 +111,8 @@ def _rows(columns: Collection[str], result: sa.CursorResult[Any]) -> Iterator[di
 def _given(result: sa.CursorResult[Any]) -> list[Row]:
     """The parameters by name, once for each time that the statement was run."""
     context: Any = result.context
-    return context.compiled_parameters
+    given: list[Row] = context.compiled_parameters
+    return given
 
 
 def _made(result: sa.CursorResult[Any]) -> list[Any]:

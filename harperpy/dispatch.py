@@ -74,9 +74,7 @@ class Dispatch:
 
     def open(self, request: Request) -> Context:
         """The context of a request, current from now on in the running task."""
-        context = Context(
-            request, self._models, stopping=self._health.stopping, begin=self._begin
-        )
+        context = Context(request, self._models, stopping=self._health.stopping, begin=self._begin)
         current_caller.set(context)
         return context
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from operator import methodcaller
 
 from sqlalchemy import delete
 
@@ -22,7 +23,7 @@ async def _clean(scope: Scope) -> None:
     while True:
         old = delete(audit).where(audit.c.timestamp < time.time() * 1000 - kept)
         try:
-            await scope.database.run(lambda connection, old=old: connection.execute(old))
+            await scope.database.run(methodcaller("execute", old))
         except HarperError as error:
             scope.logger.warning("old audit rows stay for another hour: %s", error)
         await asyncio.sleep(_CLEANING_SECONDS)

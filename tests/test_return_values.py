@@ -461,17 +461,6 @@ async def test_a_verb_may_ask_for_the_406_itself() -> None:
     assert 406 == (await got(verb, "POST", "image/png")).status
 
 
-async def test_no_model_is_called_for_an_answer_that_cannot_be_sent() -> None:
-    """The gateway's embeddings are refused first, and nobody is billed."""
-    async with running() as server:
-        body = {"model": "default", "input": "hello"}
-        headers = {"Accept": "image/png"}
-        answer = await ask(server, "POST", "/v1/embeddings", json=body, headers=headers)
-        rows = await server.rows()
-
-    assert (406, []) == (answer.status, rows)
-
-
 # --- status
 
 

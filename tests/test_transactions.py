@@ -480,7 +480,7 @@ async def test_who_waits_too_long_for_a_writer_is_told_to_come_back() -> None:
         assert ["slow"] == await texts(server)
 
 
-async def test_who_keeps_the_lock_too_long_loses_it() -> None:
+async def test_who_keeps_the_lock_too_long_loses_it(caplog: pytest.LogCaptureFixture) -> None:
     """After `database.transactionTimeout` the others go on, and the slow one gets an error."""
 
     async def slow(context: Context) -> str:
@@ -493,6 +493,7 @@ async def test_who_keeps_the_lock_too_long_loses_it() -> None:
     config = "database: {transactionTimeout: 50}"
     async with serving(slow, returns, config=config) as server:
         assert 500 == (await post(server)).status
+        assert "kept the write lock for 0.05 s" in caplog.text
         assert 200 == (await post(server, "/1")).status
         assert ["kept"] == await texts(server)
 
@@ -500,13 +501,15 @@ async def test_who_keeps_the_lock_too_long_loses_it() -> None:
 async def test_other_work_of_a_writing_request_does_not_wait_for_itself() -> None:
     """`database.run` in a request that has written is refused at once: it would wait for it."""
 
-    async def waits() -> None:
-        await write("lost")
-        await server.server.core.database.run(lambda _: None)
+    async def waits() -> str:
+        await write()
+        with pytest.raises(TransactionError, match="other work"):
+            await server.server.core.database.run(lambda _: None)
+        return "done"
 
     async with serving(waits) as server:
-        assert 500 == (await post(server)).status
-        assert [] == await texts(server)
+        assert 200 == (await post(server)).status
+        assert ["kept"] == await texts(server)
 
 
 @contextmanager
