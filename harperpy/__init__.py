@@ -16,6 +16,7 @@ from .backend import ModelBackend, define_backend
 from .config import Config, ModelConfig, load_config, redacted
 from .content import Blob, Body, EventStream, Response, ResponseError, decode_json, json_response
 from .context import Context, get_context
+from .contracts import Contract, FieldError, Problem
 from .database import Database
 from .errors import (
     Aborted,
@@ -78,10 +79,10 @@ from .parts import (
     TextPart,
 )
 from .prompts import paired
-from .registry import Resources
+from .registry import Entry, Resources
 from .replay import ReplayBuffer
 from .request import Request, RequestTarget
-from .resource import Resource
+from .resource import METHOD_VERBS, Resource
 from .routing import ModelInfo
 from .scope import Options, Scope
 from .secret import Secret, mask
@@ -121,12 +122,15 @@ __all__ = [
     "Conflict",
     "ContentPart",
     "Context",
+    "Contract",
     "Credential",
     "Database",
     "EmbedInput",
     "EmbedOpts",
     "EmbedResult",
+    "Entry",
     "EventStream",
+    "FieldError",
     "FilePart",
     "GenerateChunk",
     "GenerateOpts",
@@ -140,6 +144,7 @@ __all__ = [
     "InvalidCredentials",
     "JSONSchemaFormat",
     "Ledger",
+    "METHOD_VERBS",
     "Message",
     "ModelBackend",
     "ModelCall",
@@ -155,6 +160,7 @@ __all__ = [
     "Operations",
     "Options",
     "Permission",
+    "Problem",
     "Prompt",
     "RefusalPart",
     "RegistrationError",

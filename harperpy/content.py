@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import builtins
-import re
 from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 
 from .errors import HarperError, InvalidBody, PayloadTooLarge
+from .pointers import pointer, told
 from .sse import encode_json
 
 T = TypeVar("T")
-
-_LACKING = re.compile(r"Object missing required field `(.+)`")
 
 _ANY = msgspec.json.Decoder()
 
@@ -121,15 +119,11 @@ def decode_json(data: bytes, kind: type[T] | msgspec.json.Decoder[T]) -> T:
 
 def refused(error: msgspec.ValidationError) -> InvalidBody:
     """The refusal for a value of the wrong shape, with its path as `param` and JSON pointer."""
-    text, _, path = str(error).partition(" - at `$")
-    path = path.rstrip("`").lstrip(".")
-    if lacking := _LACKING.match(text):
-        path = f"{path}.{lacking[1]}" if path else lacking[1]
-    pointer = "/" + path.replace("[", ".").replace("]", "").replace(".", "/") if path else ""
+    text, path = told(str(error))
     return InvalidBody(
         f"{path}: {text}" if path else text,
         param=path or None,
-        errors=[{"path": pointer, "message": text}],
+        errors=[{"path": pointer(path), "message": text}],
     )
 
 

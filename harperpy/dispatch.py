@@ -193,26 +193,11 @@ def _verb(method: str, entry: Entry, context: Context) -> tuple[str, Verb]:
 async def _invoke(
     entry: Entry, verb: str, permission: Verb, target: RequestTarget, context: Context
 ) -> Any:
-    await _authorise(entry, permission, target, context)
+    if not await entry.permits(permission, target, context):
+        raise context.rejection or AccessViolation(context.user)
     if verb in entry.plain:
         context.check_accept()
     return await settled(entry.handlers[verb](target, context.request.body, context))
-
-
-async def _authorise(
-    entry: Entry, permission: Verb, target: RequestTarget, context: Context
-) -> None:
-    """Deny unless the resource is open or its hook says True; a hook that fails denies."""
-    public = entry.resource.public
-    if public is True or permission in public:
-        return
-    try:
-        verdict = await settled(entry.admits[permission](context.user, target, context))
-    except Exception:
-        logger.exception("allow_%s of %s failed; denied", permission, entry.resource.__name__)
-        verdict = False
-    if verdict is not True:
-        raise context.rejection or AccessViolation(context.user)
 
 
 def _own_headers(resource: type[Resource], context: Context) -> Mapping[str, str]:

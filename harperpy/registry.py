@@ -3,39 +3,52 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
-from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 from urllib.parse import unquote
 
 import msgspec
 
-from .backend import fitted, positional, required
-from .content import Body
+from .auth import Verb
+from .backend import fitted, positional, required, settled
 from .context import Context
+from .contracts import Contract, Handler, check_schemas, contract_of, typed
 from .errors import PluginNotStarted, RegistrationError, ResourceConflict
 from .request import RequestTarget
 from .resource import METHOD_VERBS, WITHOUT_BODY, Resource
 
-Handler: TypeAlias = Callable[[RequestTarget, Body, Context], Any]
+logger = logging.getLogger("harperpy.dispatch")
 
 _RESERVED = frozenset({"health"})
 _PLAIN = (dict, list, tuple, set, frozenset, str, int, float, Mapping, msgspec.Struct)
 
 
 class Entry:
-    """A mounted resource: its handlers by verb, bound and cut to what they take, once."""
+    """A mounted resource: its handlers by verb, bound and cut to what they take, once.
 
-    __slots__ = ("admits", "allow", "handlers", "owner", "path", "plain", "resource")
+    `contracts` says, verb by verb, what they take and answer.
+    """
+
+    __slots__ = ("admits", "allow", "contracts", "handlers", "owner", "path", "plain", "resource")
 
     def __init__(self, path: str, resource: type[Resource], owner: str) -> None:
         self.path = path
         self.resource = resource
         self.owner = owner
-        verbs = dict.fromkeys(verb for verb, _ in METHOD_VERBS.values())
-        self.handlers = {
-            verb: _handler(resource, verb) for verb in verbs if hasattr(resource, verb)
-        }
+        every = dict.fromkeys(verb for verb, _ in METHOD_VERBS.values())
+        verbs = [verb for verb in every if hasattr(resource, verb)]
+        check_schemas(resource, verbs)
+        self.contracts: dict[str, Contract] = {}
+        self.handlers: dict[str, Handler] = {}
+        for verb in verbs:
+            self.contracts[verb], decodes = contract_of(
+                resource, verb, takes_body=verb not in WITHOUT_BODY
+            )
+            self.handlers[verb] = typed(
+                _handler(resource, verb), self.contracts[verb], decodes=decodes
+            )
         # What can only be answered in a type that is negotiated need not begin without one.
         self.plain = frozenset(verb for verb in self.handlers if _gives_plain(resource, verb))
         self.admits = {
@@ -49,6 +62,18 @@ class Entry:
     def verbs(self) -> tuple[str, ...]:
         """The verbs it defines."""
         return tuple(self.handlers)
+
+    async def permits(self, permission: Verb, target: RequestTarget, context: Context) -> bool:
+        """Whether it is open to the context's user; a hook that fails denies."""
+        public = self.resource.public
+        if public is True or permission in public:
+            return True
+        try:
+            verdict = await settled(self.admits[permission](context.user, target, context))
+        except Exception:
+            logger.exception("allow_%s of %s failed; denied", permission, self.resource.__name__)
+            return False
+        return verdict is True
 
 
 class Resources:
@@ -176,5 +201,6 @@ def _failed(resource: type[Resource], owner: str) -> type[Resource]:
         message = f"plugin {owner} did not start"
         raise PluginNotStarted(message)
 
-    body = {verb: staticmethod(refuse) for verb, _ in METHOD_VERBS.values()}
+    body: dict[str, Any] = {verb: staticmethod(refuse) for verb, _ in METHOD_VERBS.values()}
+    body |= {"schemas": {}, "hidden": True}
     return type(resource.__name__, (resource,), body)

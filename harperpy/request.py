@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, Generic
 from urllib.parse import parse_qsl, unquote
 
+from typing_extensions import TypeVar  # its own knows no default before Python 3.13
+
 from .content import Body
+
+Query = TypeVar("Query", default=Any)
 
 
 class Request:
@@ -39,14 +44,17 @@ class Request:
         self.trusted = trusted
 
 
-class RequestTarget:
+class RequestTarget(Generic[Query]):
     """Where a request points inside the resource that answers it.
 
     `pathname` is the rest of the path (`""`, `"/"`, `"/123"`), `id` its decoded name or None,
-    `is_collection` says it ends in a slash or carries a query without an id.
+    `is_collection` says it ends in a slash or carries a query without an id. `query` is what comes
+    after `?`, decoded: a verb that takes a `RequestTarget[Search]` finds a `Search` there.
     """
 
-    __slots__ = ("_pairs", "_query", "id", "is_collection", "pathname", "search")
+    __slots__ = ("_pairs", "id", "is_collection", "pathname", "query", "search")
+
+    query: Query
 
     def __init__(self, pathname: str = "", search: str = "") -> None:
         self.pathname = pathname

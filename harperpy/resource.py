@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from .auth import User, Verb
 from .content import Response, json_response
 from .context import Context
+from .contracts import Contract, Problem
 from .errors import HarperError
 from .request import RequestTarget
 
@@ -51,6 +52,12 @@ class Resource:
     """Seconds of silence after which an event stream sends a comment."""
     settles_credentials: ClassVar[bool] = False
     """Whether a refused credential reaches the verb, as `context.rejection`."""
+    schemas: ClassVar[Mapping[str, Contract]] = {}
+    """By verb, what it takes and answers, where its annotations do not say it."""
+    error_type: ClassVar[Any] = Problem
+    """What the JSON of its refusals looks like; for a `present_error` of its own, that."""
+    hidden: ClassVar[bool] = False
+    """Whether `/openapi` leaves it out; it answers all the same."""
 
     @staticmethod
     def allow_read(user: User | None, target: RequestTarget, context: Context) -> Any:

@@ -1,0 +1,80 @@
+"""Where in a JSON document something does not fit: msgspec's own path, as a JSON pointer.
+
+msgspec names the fields and positions on the way, but `[...]` for any key of a mapping: which one
+it was is found by asking again with ever fewer of the keys.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, cast
+
+_PLACE = re.compile(r" - at (`key` in )?`\$(.*)`$", re.DOTALL)
+_FIELD = re.compile(r"Object (?:missing required|contains unknown) field `(.+)`", re.DOTALL)
+_STEP = re.compile(r"\[(\d+|\.\.\.)\]|\.?([^.\[\]]+)")
+_KEY = "..."
+
+
+def told(message: str) -> tuple[str, str]:
+    """A message of msgspec's, and the path that it names: `a[0].b`, `""` for the whole document."""
+    path = ""
+    if place := _PLACE.search(message):
+        message = message[: place.start()]
+        path = place[2].removeprefix(".") + ("[...]" if place[1] else "")
+    if field := _FIELD.fullmatch(message):
+        path = f"{path}.{field[1]}" if path else field[1]
+    return message, path
+
+
+def pointer(path: str) -> str:
+    """The path as a JSON pointer (RFC 6901)."""
+    return _joined(_steps(path))
+
+
+def exact(path: str, document: Any, complaint: Callable[[Any], str]) -> str:
+    """The pointer, with the keys that msgspec leaves out.
+
+    `complaint` says what msgspec holds against a document; the given one is left as it was.
+    """
+    steps = _steps(path)
+    expected = complaint(document)
+    here = document
+    for at, step in enumerate(steps):
+        if step == _KEY and isinstance(here, dict):
+            fields = cast("dict[str, Any]", here)
+            steps[at] = _guilty(fields, lambda: complaint(document) == expected)
+        here = _inside(here, steps[at])
+    return _joined(steps)
+
+
+def _steps(path: str) -> list[str]:
+    return [index or name for index, name in _STEP.findall(path)]
+
+
+def _joined(steps: list[str]) -> str:
+    return "".join("/" + step.replace("~", "~0").replace("/", "~1") for step in steps)
+
+
+def _inside(value: Any, step: str) -> Any:
+    if isinstance(value, dict):
+        return cast("dict[str, Any]", value).get(step)
+    if isinstance(value, list) and step.isdecimal():
+        items = cast("list[object]", value)
+        return items[int(step)] if int(step) < len(items) else None
+    return None
+
+
+def _guilty(fields: dict[str, Any], still: Callable[[], bool]) -> str:
+    """The first key that the complaint is about: the keys are halved until one is left."""
+    whole = dict(fields)
+    names = list(whole)
+    low, high = 0, len(names) - 1
+    while low < high:
+        middle = (low + high) // 2
+        fields.clear()
+        fields.update((name, whole[name]) for name in names[: middle + 1])
+        low, high = (low, middle) if still() else (middle + 1, high)
+    fields.clear()
+    fields.update(whole)
+    return names[low] if names else _KEY
