@@ -32,6 +32,7 @@ logger = logging.getLogger("harperpy.loader")
 BUILT_IN = (
     "users",
     "operations_api",
+    "openapi",
     "model_calls",
     "audit",
     "echo",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -19,7 +19,7 @@ from .errors import ConfigError
 from .models import Models
 from .operations import Operations
 from .people import People
-from .registry import Resources
+from .registry import Entry, Resources
 from .resource import Resource
 from .secret import decode_hook
 from .tokens import Tokens
@@ -65,6 +65,10 @@ class PluginResources:
     def set(self, path: str, resource: type[Resource], *, force: bool = False) -> None:
         """Mount a resource class. Raises `ResourceConflict` or `RegistrationError`."""
         self._resources.set(path, resource, owner=self._owner, force=force)
+
+    def __iter__(self) -> Iterator[Entry]:
+        """All mounts of the port, other plugins' too."""
+        return iter(self._resources)
 
 
 class Core(msgspec.Struct):

@@ -30,6 +30,7 @@ from helpers import HELLO, Answered, ask, operation
 BUILT_IN = {
     "users",
     "operations_api",
+    "openapi",
     "model_calls",
     "audit",
     "echo",

@@ -6,7 +6,15 @@ from typing import Any
 
 import msgspec
 
-from harperpy import Body, Context, EventStream, RequestTarget, json_response, openai_stream
+from harperpy import (
+    Body,
+    Context,
+    Contract,
+    EventStream,
+    RequestTarget,
+    json_response,
+    openai_stream,
+)
 
 from .answers import completion
 from .errors import OpenAIResource
@@ -19,6 +27,8 @@ _REQUEST = msgspec.json.Decoder(ChatRequest)
 
 class V1ChatCompletions(OpenAIResource):
     """OpenAI's chat completions, on any model."""
+
+    schemas = {"post": Contract(body=ChatRequest)}  # noqa: RUF012  # nobody changes it
 
     @staticmethod
     async def post(target: RequestTarget, data: Body, context: Context) -> Any:

@@ -9,6 +9,7 @@ import msgspec
 from harperpy import (
     Body,
     Context,
+    Contract,
     EmbedInput,
     InvalidBody,
     RequestTarget,
@@ -27,6 +28,8 @@ _REQUEST = msgspec.json.Decoder(EmbeddingRequest)
 
 class V1Embeddings(OpenAIResource):
     """OpenAI's embeddings, on any model."""
+
+    schemas = {"post": Contract(body=EmbeddingRequest)}  # noqa: RUF012  # nobody changes it
 
     @staticmethod
     async def post(target: RequestTarget, data: Body, context: Context) -> Response:

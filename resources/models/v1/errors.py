@@ -6,10 +6,27 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from harperpy import SSE, Context, HarperError, Resource, Response, json_response, openai_error
 
 # The version of the API that OpenAI's answers have named since its beginning.
 _VERSION = "2020-10-01"
+
+
+class OpenAIErrorDetail(msgspec.Struct):
+    """What went wrong, and which parameter is to blame."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIError(msgspec.Struct):
+    """A refusal as OpenAI words it."""
+
+    error: OpenAIErrorDetail
 
 
 class OpenAIResource(Resource):
@@ -17,6 +34,7 @@ class OpenAIResource(Resource):
 
     # Longer than a provider may take for its first byte, so that its silence is still a status.
     first_item_wait = 70.0
+    error_type = OpenAIError
 
     @staticmethod
     def present_headers(context: Context) -> Mapping[str, str]:

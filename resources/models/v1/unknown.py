@@ -24,6 +24,7 @@ class V1Unknown(OpenAIResource):
     """Says which URL it does not know."""
 
     sub_paths = True
+    hidden = True
 
     @staticmethod
     def get(target: RequestTarget, context: Context) -> NoReturn:
