@@ -90,7 +90,7 @@ def _told(body: bytes) -> _Error:
 def _first(given: Any) -> Any:
     """The value; of a list, which some answer with, its first."""
     if isinstance(given, list) and given:
-        return cast("list[Any]", given)[0]
+        return cast("list[object]", given)[0]
     return cast("Any", given)
 
 
