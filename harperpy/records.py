@@ -41,7 +41,7 @@ class Rows:
 
     def _cells(self, record: Any) -> dict[str, Any]:
         if isinstance(record, Mapping):
-            record = dict(cast("Mapping[Any, Any]", record))
+            record = dict(cast("Mapping[object, object]", record))
         plain: Any = msgspec.to_builtins(record, str_keys=True)
         if not isinstance(plain, dict) or not plain:
             self._refuse(f"it is {type(record).__name__}, not a record with fields")

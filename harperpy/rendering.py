@@ -63,7 +63,7 @@ Early = Callable[[Reply], None]
 async def render(value: Any, entry: Entry, context: Context, early: Early) -> Reply:
     """The reply for what a handler returned. Raises `NotFound` for a get that returned nothing."""
     if isinstance(value, dict) and "status" in value:
-        value = _meant(cast("dict[Any, Any]", value))
+        value = _meant(cast("dict[object, object]", value))
     if isinstance(value, Response):
         return await _render_response(value, entry, context, early)
     if isinstance(value, EventStream):
