@@ -65,6 +65,7 @@ from .messages import (
     TopLogprob,
     estimate_tokens,
 )
+from .middleware import Middleware, Next
 from .models import Models
 from .operations import NoParameters, Operations
 from .parts import (
@@ -80,6 +81,7 @@ from .parts import (
 )
 from .prompts import paired
 from .registry import Entry, Resources
+from .rendering import Reply
 from .replay import ReplayBuffer
 from .request import Request, RequestTarget
 from .resource import METHOD_VERBS, Resource
@@ -146,6 +148,7 @@ __all__ = [
     "Ledger",
     "METHOD_VERBS",
     "Message",
+    "Middleware",
     "ModelBackend",
     "ModelCall",
     "ModelConfig",
@@ -154,6 +157,7 @@ __all__ = [
     "ModelNotFound",
     "ModelUnavailable",
     "Models",
+    "Next",
     "NoParameters",
     "NotFound",
     "NotImplementedYet",
@@ -165,6 +169,7 @@ __all__ = [
     "RefusalPart",
     "RegistrationError",
     "ReplayBuffer",
+    "Reply",
     "Request",
     "RequestTarget",
     "Resource",

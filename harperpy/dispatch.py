@@ -11,7 +11,7 @@ from multidict import CIMultiDict
 from .accounting import Caller, current_caller
 from .auth import Authenticators, User, Verb
 from .backend import settled
-from .content import ResponseError
+from .content import EventStream, Response, ResponseError
 from .context import Context
 from .cors import Cors
 from .errors import (
@@ -20,13 +20,15 @@ from .errors import (
     MethodNotAllowed,
     NotFound,
     NotImplementedYet,
+    ServerError,
     ServiceUnavailable,
 )
 from .framing import as_harper_error, log_error
 from .health import Health
+from .middleware import Middlewares
 from .models import Models
 from .registry import Entry, Resources
-from .rendering import Early, Reply, error_body, merged, render
+from .rendering import Early, Reply, checked, error_body, merged, render
 from .request import Request, RequestTarget
 from .resource import METHOD_VERBS, Resource
 from .sse import encode_json
@@ -59,6 +61,7 @@ class Dispatch:
         health: Health,
         cors: Cors,
         *,
+        middlewares: Middlewares,
         authorize_local: bool = False,
         local_user: Callable[[], Awaitable[User | None]],
         begin: Callable[[Caller], Transaction],
@@ -68,6 +71,8 @@ class Dispatch:
         self._models = models
         self._health = health
         self._cors = cors
+        self._middlewares = middlewares
+        self._nowhere = Entry("", Resource, "")
         self._authorize_local = authorize_local
         self._local_user = local_user
         self._begin = begin
@@ -82,6 +87,8 @@ class Dispatch:
         """The reply to a request. `early` is told of a stream's head that cannot wait longer."""
         request = context.request
         found = self._resources.match(request.path, request.query)
+        if found is not None:
+            context.app = found[0].path
 
         def begin(reply: Reply) -> None:
             self._mark(reply, found, context)
@@ -90,7 +97,7 @@ class Dispatch:
         try:
             reply = await self._answer(context, found, begin)
         except Exception as error:  # noqa: BLE001  # every error becomes an answer here
-            reply = self._refusal(error, found, context)
+            reply = self.refusal(error, found, context)
         if not reply.committed:
             self._mark(reply, found, context)
         return reply
@@ -117,11 +124,18 @@ class Dispatch:
         if self._health.phase != "ready":
             message = f"the server is {self._health.phase}"
             raise ServiceUnavailable(message, headers={"Retry-After": "1"})
-        await self._authenticate(context, found)
+        if (chain := self._middlewares.chain) is not None:
+            reply = await chain(_Way(self, context, found, early))
+            return reply if reply.committed else await _sound(reply, context)
+        await self.authenticate(context, found)
         if found is None:
             raise NotFound
+        return await self.call(context, found, early)
+
+    async def call(self, context: Context, found: Found, early: Early) -> Reply:
+        """Authorise and call the resource that was found."""
+        request = context.request
         entry, target = found
-        context.app = entry.path
         if request.method == "OPTIONS":
             return Reply(204, merged(context, {"Allow": ", ".join(entry.allow)}))
         verb, permission = _verb(request.method, entry, context)
@@ -132,7 +146,13 @@ class Dispatch:
             log_error(error)
             return await render(error.response, entry, context, early)
 
-    async def _authenticate(self, context: Context, found: Found | None) -> None:
+    async def rendered(
+        self, answer: Response | EventStream, context: Context, found: Found | None, early: Early
+    ) -> Reply:
+        """What a middleware answers by itself."""
+        return await render(answer, found[0] if found else self._nowhere, context, early)
+
+    async def authenticate(self, context: Context, found: Found | None) -> None:
         """Who is asking; a refused credential ends it here unless the resource settles it."""
         request = context.request
         header = request.headers.get("authorization")
@@ -148,7 +168,7 @@ class Dispatch:
 
     async def _report_health(self, context: Context) -> Reply:
         try:
-            await self._authenticate(context, None)
+            await self.authenticate(context, None)
         except InvalidCredentials:
             # A probe with an old key still learns whether the server is up, and no more.
             context.user = None
@@ -157,7 +177,7 @@ class Dispatch:
         headers = merged(context, {"Content-Type": "application/json"})
         return Reply(status, headers, encode_json(body))
 
-    def _refusal(self, error: Exception, found: Found | None, context: Context) -> Reply:
+    def refusal(self, error: Exception, found: Found | None, context: Context) -> Reply:
         """The error as its resource words it; the default wording if that fails too."""
         log_error(error)
         refusal = as_harper_error(error)
@@ -175,6 +195,44 @@ class Dispatch:
         if refusal.status == 401:
             _challenge(headers, context)
         return Reply(response.status, headers, error_body(response, headers))
+
+
+class _Way:
+    """One request's way through the middlewares of a port."""
+
+    __slots__ = ("_dispatch", "_early", "_found", "context")
+
+    def __init__(
+        self, dispatch: Dispatch, context: Context, found: Found | None, early: Early
+    ) -> None:
+        self._dispatch = dispatch
+        self._found = found
+        self._early = early
+        self.context = context
+
+    async def authenticate(self) -> None:
+        await self._dispatch.authenticate(self.context, self._found)
+
+    async def resources(self) -> Reply | None:
+        if self._found is None:
+            return None
+        return await self._dispatch.call(self.context, self._found, self._early)
+
+    async def rendered(self, answer: Response | EventStream) -> Reply:
+        return await self._dispatch.rendered(answer, self.context, self._found, self._early)
+
+    def refused(self, error: Exception) -> Reply:
+        return self._dispatch.refusal(error, self._found, self.context)
+
+
+async def _sound(reply: Reply, context: Context) -> Reply:
+    """The reply if its headers, which middlewares may have changed, can be sent."""
+    try:
+        checked(reply.headers, context)
+    except ServerError:
+        await reply.close()
+        raise
+    return reply
 
 
 def _verb(method: str, entry: Entry, context: Context) -> tuple[str, Verb]:

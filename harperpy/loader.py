@@ -23,6 +23,7 @@ from .config import Config, ModelConfig
 from .errors import ConfigError, HarperError, RegistrationError
 from .health import Health, PluginStatus
 from .hookspecs import BackendFactory, ModelEntry
+from .middleware import Middlewares
 from .registry import Resources
 from .routing import Kind, Registration, Routes
 from .scope import Scope
@@ -175,8 +176,8 @@ class Loader:
         trace = None if isinstance(error, HarperError) else error
         logger.error("plugin %s did not start: %s", name, told, exc_info=trace)
 
-    def withdraw(self, *registries: Resources) -> None:
-        """Let the mounts of the failed plugins say so."""
+    def withdraw(self, *registries: Resources | Middlewares) -> None:
+        """Let the mounts of the failed plugins say so, and take their middlewares away."""
         for name, status in self._health.plugins.items():
             if status.status == "error":
                 for resources in registries:

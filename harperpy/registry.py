@@ -127,7 +127,7 @@ class Resources:
             return entry, RequestTarget("", search)
         segments = path.split("/")
         for count in range(len(segments), -1, -1):
-            name = "/".join(map(_decoded, segments[:count]))
+            name = "/".join(map(decoded_segment, segments[:count]))
             entry = self._entries.get(name)
             rest = "/".join(segments[count:])
             pathname = f"/{rest}" if count < len(segments) else ""
@@ -136,7 +136,7 @@ class Resources:
         return None
 
 
-def _decoded(segment: str) -> str:
+def decoded_segment(segment: str) -> str:
     """A percent-decoded segment; one that would smuggle in a slash stays as it is."""
     decoded = unquote(segment) if "%" in segment else segment
     return segment if "/" in decoded else decoded

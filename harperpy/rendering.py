@@ -158,13 +158,18 @@ def merged(context: Context, own: dict[str, str] | None = None) -> CIMultiDict[s
     for name, value in context.response_headers.items():
         if name.lower() not in taken:
             headers.add(name, value)
+    checked(headers, context)
+    return headers
+
+
+def checked(headers: CIMultiDict[str], context: Context) -> None:
+    """Raises `ServerError` for a value that cannot be sent."""
     for name, value in headers.items():
         if not isinstance(value, str) or _FORBIDDEN.search(value):  # pyright: ignore[reportUnnecessaryIsInstance]
             # The refusal is merged with what else the handler set.
             context.response_headers.popall(name, None)
             message = f"the header {name!r} is not text that HTTP allows"
             raise ServerError(message)
-    return headers
 
 
 def _agreed(context: Context) -> str | None:

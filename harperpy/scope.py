@@ -16,6 +16,7 @@ from .backend import settled
 from .config import Config
 from .database import Database
 from .errors import ConfigError
+from .middleware import Middlewares, PluginServer
 from .models import Models
 from .operations import Operations
 from .people import People
@@ -79,6 +80,7 @@ class Core(msgspec.Struct):
     root: Path
     resources: Resources
     operations_resources: Resources
+    middlewares: Mapping[str, Middlewares]
     models: Models
     operations: Operations
     authenticators: Authenticators
@@ -92,7 +94,8 @@ class Scope:
     """What a plugin is handed: the registries to fill, the services to use, its own options.
 
     `resources` are the mounts of the REST port, `operations_resources` those of the operations
-    port. What a plugin opens it closes with `on_close`; its tasks end with it.
+    port; `server.http` wraps their requests. What a plugin opens it closes with `on_close`; its
+    tasks end with it.
     """
 
     def __init__(self, name: str, options: Mapping[str, Any], core: Core) -> None:
@@ -103,6 +106,7 @@ class Scope:
         self.root = core.root
         self.resources = PluginResources(core.resources, name)
         self.operations_resources = PluginResources(core.operations_resources, name)
+        self.server = PluginServer(core.middlewares, name)
         self.models = core.models
         self.operations = core.operations
         self.authenticators = core.authenticators
@@ -129,7 +133,8 @@ class Scope:
         self._closers.append(closer)
 
     async def close(self) -> None:
-        """End the plugin's tasks, then call its closers; one that fails does not stop the next."""
+        """Withdraw its middlewares, end its tasks, then call its closers, failing ones or not."""
+        self.server.close()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

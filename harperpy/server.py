@@ -24,6 +24,7 @@ from .dispatch import Dispatch
 from .errors import ConfigError
 from .health import Health
 from .loader import Loader
+from .middleware import Middlewares
 from .models import Models
 from .operations import Operations
 from .people import SUPER_USER, People
@@ -181,6 +182,7 @@ class Server:
             root=self.root,
             resources=Resources(),
             operations_resources=Resources(),
+            middlewares={"rest": Middlewares(), "operations": Middlewares()},
             models=Models(self.routes, ledger),
             operations=Operations(),
             authenticators=authenticators,
@@ -203,45 +205,44 @@ class Server:
         loader.find()
         loader.make_models(self.config, self.routes)
         await loader.apply(self._scope)
-        loader.withdraw(core.resources, core.operations_resources)
+        chains = tuple(core.middlewares.values())
+        for owner, error in (one for chain in chains for one in chain.strangers()):
+            loader.failed(owner, error)
+        loader.withdraw(core.resources, core.operations_resources, *chains)
         for part in (core.resources, core.operations_resources, core.operations, self.routes):
             part.freeze()
+        for chain in chains:
+            chain.freeze()
 
     def _scope(self, name: str, options: Mapping[str, Any]) -> Scope:
         return Scope(name, options, self.core)
 
     async def _listen(self) -> None:
         http, network = self.config.http, self.config.operations_api.network
-        rest = self._wire(self.core.resources, _origins(http, dev=self.dev))
+        rest = self._wire("rest", _origins(http, dev=self.dev))
         hosts = _hosts(http.host, _DEV_HOSTS if self.dev else _RUN_HOSTS)
         self.http_port = await self._serve(rest, hosts, http.port, "http.port")
         origins = _origins(network, dev=self.dev)
-        operations = self._wire(self.core.operations_resources, origins, source="ops")
+        operations = self._wire("operations", origins)
         hosts = _hosts(network.host, _DEV_HOSTS)
         self.operations_port = await self._serve(
             operations, hosts, network.port, "operationsApi.network.port"
         )
-        local = self._wire(self.core.operations_resources, (), source="ops", trusted=True)
+        local = self._wire("operations", (), trusted=True)
         await self._serve_socket(local)
 
-    def _wire(
-        self,
-        resources: Resources,
-        origins: tuple[str, ...],
-        *,
-        source: str = "rest",
-        trusted: bool = False,
-    ) -> Wire:
+    def _wire(self, port: str, origins: tuple[str, ...], *, trusted: bool = False) -> Wire:
         core = self.core
         dispatch = Dispatch(
-            resources,
+            core.resources if port == "rest" else core.operations_resources,
             core.authenticators,
             core.models,
             self.health,
             Cors(origins),
+            middlewares=core.middlewares[port],
             authorize_local=self.config.authentication.authorize_local,
             local_user=self.local_user,
-            begin=partial(Transaction, core.database, source),
+            begin=partial(Transaction, core.database, "rest" if port == "rest" else "ops"),
         )
         http = self.config.http
         return Wire(
