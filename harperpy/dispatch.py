@@ -16,6 +16,7 @@ from .context import Context
 from .cors import Cors
 from .errors import (
     AccessViolation,
+    ClientError,
     InvalidCredentials,
     MethodNotAllowed,
     NotFound,
@@ -27,10 +28,11 @@ from .framing import as_harper_error, log_error
 from .health import Health
 from .middleware import Middlewares
 from .models import Models
+from .negotiation import EVENTS, negotiate
 from .registry import Entry, Resources
 from .rendering import Early, Reply, checked, error_body, merged, render
 from .request import Request, RequestTarget
-from .resource import METHOD_VERBS, Resource
+from .resource import METHOD_VERBS, ProtocolName, Resource
 from .sse import encode_json
 from .transactions import Transaction
 
@@ -86,7 +88,11 @@ class Dispatch:
     async def answer(self, context: Context, early: Early = lambda _: None) -> Reply:
         """The reply to a request. `early` is told of a stream's head that cannot wait longer."""
         request = context.request
-        found = self._resources.match(request.path, request.query)
+        found = self._resources.match(
+            request.path,
+            request.query,
+            _protocol(request) if self._resources.selective else "rest",
+        )
         if found is not None:
             context.app = found[0].path
 
@@ -233,6 +239,17 @@ async def _sound(reply: Reply, context: Context) -> Reply:
         await reply.close()
         raise
     return reply
+
+
+def _protocol(request: Request) -> ProtocolName:
+    """By what a resource is reached: a get that agrees on an event stream is of a kind."""
+    accept = request.headers.get("accept", "")
+    if request.method not in ("GET", "HEAD") or EVENTS not in accept.lower():
+        return "rest"
+    try:
+        return "sse" if negotiate(accept) == EVENTS else "rest"
+    except ClientError:
+        return "rest"
 
 
 def _verb(method: str, entry: Entry, context: Context) -> tuple[str, Verb]:

@@ -14,7 +14,7 @@ from .content import EventStream, Response
 from .context import Context
 from .errors import NotFound, RegistrationError
 from .framing import log_error
-from .registry import decoded_segment
+from .patterns import decoded_segment
 from .rendering import Reply
 
 Next: TypeAlias = Callable[[Context], Awaitable[Reply]]

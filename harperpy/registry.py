@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
-from urllib.parse import unquote
 
 import msgspec
 
@@ -16,8 +17,9 @@ from .backend import fitted, positional, required, settled
 from .context import Context
 from .contracts import Contract, Handler, check_schemas, contract_of, typed
 from .errors import PluginNotStarted, RegistrationError, ResourceConflict
+from .patterns import Pattern, decoded_segment, has_parameters
 from .request import RequestTarget
-from .resource import METHOD_VERBS, WITHOUT_BODY, Resource
+from .resource import METHOD_VERBS, PROTOCOLS, WITHOUT_BODY, ProtocolName, Resource
 
 logger = logging.getLogger("harperpy.dispatch")
 
@@ -31,12 +33,25 @@ class Entry:
     `contracts` says, verb by verb, what they take and answer.
     """
 
-    __slots__ = ("admits", "allow", "contracts", "handlers", "owner", "path", "plain", "resource")
+    __slots__ = (
+        "admits",
+        "allow",
+        "contracts",
+        "handlers",
+        "owner",
+        "path",
+        "pattern",
+        "plain",
+        "protocols",
+        "resource",
+    )
 
     def __init__(self, path: str, resource: type[Resource], owner: str) -> None:
         self.path = path
         self.resource = resource
         self.owner = owner
+        self.pattern = Pattern(path) if has_parameters(path) else None
+        self.protocols = frozenset(resource.protocols)
         every = dict.fromkeys(verb for verb, _ in METHOD_VERBS.values())
         verbs = [verb for verb in every if hasattr(resource, verb)]
         check_schemas(resource, verbs)
@@ -75,18 +90,28 @@ class Entry:
             return False
         return verdict is True
 
+    def takes(self, pathname: str, protocol: ProtocolName) -> bool:
+        """Whether it answers this protocol, with this left of the path."""
+        return protocol in self.protocols and (self.resource.sub_paths or pathname in ("", "/"))
+
 
 class Resources:
     """The mounts of one port; open until the server starts, then frozen."""
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
+        self._patterns: dict[str, Entry] = {}
         self._frozen = False
+        self.selective = False
+        """Whether any mount is hidden for a protocol."""
 
     def set(
         self, path: str, resource: type[Resource], *, owner: str = "", force: bool = False
     ) -> None:
         """Mount a resource class. `""` is the root, which takes what nothing else does.
+
+        `:name` in the path stands for any one segment, `*name` at its end for all that is left;
+        their values are the target's `params`. They answer where no mount without them does.
 
         Raises `ResourceConflict` for a taken path (unless `force`), `RegistrationError` for a class
         that cannot be mounted.
@@ -98,48 +123,77 @@ class Resources:
         if path in _RESERVED:
             message = f"{path!r} cannot be mounted: the server itself answers there"
             raise RegistrationError(message)
-        known = self._entries.get(path)
+        _check(resource)
+        entry = Entry(path, resource, owner)
+        place, key = self._place(entry)
+        known = place.get(key)
         if known and known.resource is not resource and not force:
             message = (
                 f"{path!r} is taken by {known.resource.__name__} of plugin {known.owner!r}; "
                 f"{resource.__name__} of {owner!r} cannot have it"
             )
             raise ResourceConflict(message)
-        _check(resource)
-        self._entries[path] = Entry(path, resource, owner)
+        place[key] = entry
+        self._patterns = dict(sorted(self._patterns.items(), key=_rank))
+        self.selective = any(entry.protocols != PROTOCOLS for entry in self)
 
     def fail(self, owner: str) -> None:
         """Let every mount of a plugin that did not start say so."""
         for entry in [entry for entry in self if entry.owner == owner]:
-            self._entries[entry.path] = Entry(entry.path, _failed(entry.resource, owner), owner)
+            place, key = self._place(entry)
+            place[key] = Entry(entry.path, _failed(entry.resource, owner), owner)
 
     def freeze(self) -> None:
         """Take no more mounts."""
         self._frozen = True
 
     def __iter__(self) -> Iterator[Entry]:
-        return iter(self._entries.values())
+        return chain(self._entries.values(), self._patterns.values())
 
-    def match(self, path: str, search: str = "") -> tuple[Entry, RequestTarget] | None:
+    def match(
+        self, path: str, search: str = "", protocol: ProtocolName = "rest"
+    ) -> tuple[Entry, RequestTarget] | None:
         """The entry for a request path, and what is left of the path below it."""
         path = path.removeprefix("/")
-        if entry := self._entries.get(path):
+        entry = self._entries.get(path)
+        if entry and protocol in entry.protocols:
             return entry, RequestTarget("", search)
         segments = path.split("/")
         for count in range(len(segments), -1, -1):
+            if not count and (found := self._match_pattern(segments, search, protocol)):
+                return found
             name = "/".join(map(decoded_segment, segments[:count]))
             entry = self._entries.get(name)
-            rest = "/".join(segments[count:])
-            pathname = f"/{rest}" if count < len(segments) else ""
-            if entry and (entry.resource.sub_paths or pathname in ("", "/")):
+            pathname = _below(segments, count)
+            if entry and entry.takes(pathname, protocol):
                 return entry, RequestTarget(pathname, search)
         return None
 
+    def _match_pattern(
+        self, segments: list[str], search: str, protocol: ProtocolName
+    ) -> tuple[Entry, RequestTarget] | None:
+        for entry in self._patterns.values():
+            if entry.pattern and (found := entry.pattern.match(segments)):
+                values, count = found
+                pathname = _below(segments, count)
+                if entry.takes(pathname, protocol):
+                    return entry, RequestTarget(pathname, search, values)
+        return None
 
-def decoded_segment(segment: str) -> str:
-    """A percent-decoded segment; one that would smuggle in a slash stays as it is."""
-    decoded = unquote(segment) if "%" in segment else segment
-    return segment if "/" in decoded else decoded
+    def _place(self, entry: Entry) -> tuple[dict[str, Entry], str]:
+        """Where an entry is kept, and under what: one shape of a pattern is one path."""
+        if entry.pattern is None:
+            return self._entries, entry.path
+        return self._patterns, entry.pattern.shape
+
+
+def _below(segments: list[str], count: int) -> str:
+    """What is left of a path after so many of its segments."""
+    return "/" + "/".join(segments[count:]) if count < len(segments) else ""
+
+
+def _rank(pattern: tuple[str, Entry]) -> tuple[int, ...]:
+    return pattern[1].pattern.rank if pattern[1].pattern else ()
 
 
 def _check(resource: Any) -> None:
@@ -155,6 +209,16 @@ def _check(resource: Any) -> None:
                 f"write @staticmethod on the line above 'def {name}'"
             )
             raise RegistrationError(message)
+    protocols: Any = resource.protocols
+    unknown = [protocols] if isinstance(protocols, str) else [*{*protocols} - PROTOCOLS]
+    if unknown:
+        near = difflib.get_close_matches(str(unknown[0]), PROTOCOLS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        known = ", ".join(sorted(PROTOCOLS))
+        message = (
+            f"{resource.__name__}.protocols: expected a set of {known}, got {unknown[0]!r}{hint}"
+        )
+        raise RegistrationError(message)
 
 
 def _handler(resource: type[Resource], verb: str) -> Handler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Generic
 from urllib.parse import parse_qsl, unquote
 
@@ -11,6 +12,8 @@ from typing_extensions import TypeVar  # its own knows no default before Python 
 from .content import Body
 
 Query = TypeVar("Query", default=Any)
+
+_NO_PARAMS: Mapping[str, str] = MappingProxyType({})
 
 
 class Request:
@@ -48,18 +51,23 @@ class RequestTarget(Generic[Query]):
     """Where a request points inside the resource that answers it.
 
     `pathname` is the rest of the path (`""`, `"/"`, `"/123"`), `id` its decoded name or None,
-    `is_collection` says it ends in a slash or carries a query without an id. `query` is what comes
-    after `?`, decoded: a verb that takes a `RequestTarget[Search]` finds a `Search` there.
+    `is_collection` says it ends in a slash or carries a query without an id. `params` are the
+    decoded values of a mount such as `users/:id` or `files/*path`; one called `id` is the `id`
+    where nothing is left of the path. `query` is what comes after `?`, decoded: a verb that takes a
+    `RequestTarget[Search]` finds a `Search` there.
     """
 
-    __slots__ = ("_pairs", "id", "is_collection", "pathname", "query", "search")
+    __slots__ = ("_pairs", "id", "is_collection", "params", "pathname", "query", "search")
 
     query: Query
 
-    def __init__(self, pathname: str = "", search: str = "") -> None:
+    def __init__(
+        self, pathname: str = "", search: str = "", params: Mapping[str, str] = _NO_PARAMS
+    ) -> None:
         self.pathname = pathname
         self.search = search
-        self.id = unquote(pathname.strip("/")) or None
+        self.params = params
+        self.id = unquote(pathname.strip("/")) or params.get("id")
         self.is_collection = pathname.endswith("/") or (not self.id and bool(search))
         self._pairs: list[tuple[str, str]] | None = None
 

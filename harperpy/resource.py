@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from http import HTTPStatus
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from .auth import User, Verb
 from .content import Response, json_response
@@ -23,6 +23,10 @@ METHOD_VERBS: dict[str, tuple[str, Verb]] = {
     "QUERY": ("query", "read"),
 }
 """HTTP method → the verb a resource defines, and the permission it takes."""
+
+ProtocolName: TypeAlias = Literal["rest", "sse", "ws", "mcp"]
+"""By what a resource is reached; `sse` is a GET whose `Accept` asks for an event stream."""
+PROTOCOLS: frozenset[ProtocolName] = frozenset({"rest", "sse", "ws", "mcp"})
 
 _NO_HEADERS: Mapping[str, str] = {}
 WITHOUT_BODY = frozenset({"get", "delete"})
@@ -46,6 +50,8 @@ class Resource:
     """True, or the permissions that need no login."""
     sub_paths: ClassVar[bool] = False
     """Whether it answers below its mount too (`/notes/1`)."""
+    protocols: ClassVar[Collection[ProtocolName]] = PROTOCOLS
+    """What reaches it; for any other protocol a shorter mount answers, or nothing."""
     first_item_wait: ClassVar[float] = 60.0
     """Seconds a stream's status waits for its first item; later errors come in-band."""
     keepalive: ClassVar[float] = 15.0

@@ -26,6 +26,7 @@ ORDER = (
     "records",
     "negotiation",
     "request",
+    "patterns",
     "auth",
     "parts",
     "messages",
