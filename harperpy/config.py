@@ -64,6 +64,7 @@ Count = Annotated[int, Meta(ge=0, description="an integer of 0 or more")]
 Size = Annotated[int, Meta(ge=1, description=_SIZE_TEXT, extra={"parse": _in_units(_BYTE_UNITS)})]
 Duration = Annotated[int, Meta(ge=1, description=_TIME_TEXT, extra=_TIME)]
 DurationOrOff = Annotated[int, Meta(ge=0, description=f"{_TIME_TEXT} (0 is off)", extra=_TIME)]
+Patience = Annotated[int, Meta(ge=0, description=f"{_TIME_TEXT} (0 is not at all)", extra=_TIME)]
 HttpUrl = Annotated[str, Meta(pattern="^https?://.", description="an http:// or https:// URL")]
 SqliteUrl = Annotated[
     str,
@@ -96,7 +97,10 @@ class _Section(Struct, frozen=True, rename="camel"):
 
 
 class HttpConfig(_Section, frozen=True, kw_only=True):
-    """The REST port. `host` and `cors` of None are chosen by mode; `timeout` is in milliseconds."""
+    """The REST port. `host` and `cors` of None are chosen by mode; times are in milliseconds.
+
+    `max_concurrent_requests` (None: no bound) leaves out GET, HEAD, OPTIONS and what streams.
+    """
 
     port: Port = 9926
     host: Text | None = None
@@ -105,10 +109,12 @@ class HttpConfig(_Section, frozen=True, kw_only=True):
     cors: Flag | None = None
     cors_access_list: tuple[Text, ...] = ("*",)
     timeout: DurationOrOff = 120_000
+    max_concurrent_requests: Positive | None = None
+    request_queue_limit: Patience = 20_000
 
     @property
     def timeout_seconds(self) -> float:
-        """How long an answer that is no stream may take, in seconds; 0 is no limit."""
+        """How long a body may take to arrive, and a verb to return, in seconds; 0 is no limit."""
         return self.timeout / 1000
 
 

@@ -23,7 +23,7 @@ class Body:
     `await body` decodes by Content-Type; `decode(T)` into the type you name.
     """
 
-    __slots__ = ("_bytes", "_chunks", "_length", "_limit", "content_type")
+    __slots__ = ("_bytes", "_chunks", "_length", "_limit", "arriving", "content_type")
 
     def __init__(
         self,
@@ -36,6 +36,8 @@ class Body:
         self._chunks = chunks
         self._length = length
         self._limit = limit
+        self.arriving = False
+        """Whether it is being read and has not ended."""
         self._bytes: bytes | None = None if chunks is not None else b""
         self.content_type = content_type.partition(";")[0].strip().lower()
 
@@ -57,11 +59,13 @@ class Body:
             yield self._bytes or b""
             return
         taken = 0
+        self.arriving = True
         async for chunk in chunks:
             taken += len(chunk)
             if taken > self._limit:
                 raise PayloadTooLarge(self._limit)
             yield chunk
+        self.arriving = False
 
     async def text(self) -> str:
         """The whole body as UTF-8. Raises `InvalidBody` where it is not."""

@@ -30,8 +30,9 @@ class Context(Caller):
     """One request's context: who asks, from where, and what the answer's head will carry.
 
     `signal` fires when the client leaves before the answer is complete, never when it is; its
-    `reason` is `client_disconnected`, or `server_shutdown` if the server could not wait. `stopping`
-    fires before that, as the server begins to stop: streams without end are to end then.
+    `reason` is `client_disconnected`, `timeout` if the verb took too long, or `server_shutdown` if
+    the server could not wait. `stopping` fires before that, as the server begins to stop: streams
+    without end are to end then.
     `status` and `response_headers` apply to plain return values and to streams, until the head is
     sent. `started` is when it began, by `time.perf_counter()`. `rejection` is the refused
     credential of a resource that settles credentials itself.

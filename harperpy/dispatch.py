@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -16,6 +18,8 @@ from .context import Context
 from .cors import Cors
 from .errors import (
     AccessViolation,
+    AnswerTimeout,
+    BodyTimeout,
     ClientError,
     InvalidCredentials,
     MethodNotAllowed,
@@ -34,6 +38,7 @@ from .rendering import Early, Reply, checked, error_body, merged, render
 from .request import Request, RequestTarget
 from .resource import METHOD_VERBS, ProtocolName, Resource
 from .sse import encode_json
+from .throttle import SAFE, Throttle
 from .transactions import Transaction
 
 logger = logging.getLogger("harperpy.dispatch")
@@ -64,6 +69,8 @@ class Dispatch:
         cors: Cors,
         *,
         middlewares: Middlewares,
+        throttle: Throttle | None = None,
+        time_limit: float = 0.0,
         authorize_local: bool = False,
         local_user: Callable[[], Awaitable[User | None]],
         begin: Callable[[Caller], Transaction],
@@ -74,6 +81,8 @@ class Dispatch:
         self._health = health
         self._cors = cors
         self._middlewares = middlewares
+        self._throttle = throttle
+        self._time_limit = time_limit
         self._nowhere = Entry("", Resource, "")
         self._authorize_local = authorize_local
         self._local_user = local_user
@@ -130,6 +139,21 @@ class Dispatch:
         if self._health.phase != "ready":
             message = f"the server is {self._health.phase}"
             raise ServiceUnavailable(message, headers={"Retry-After": "1"})
+        if self._throttle is None or request.method in SAFE:
+            return await self._passed(context, found, early)
+        leave = await self._throttle.enter()
+
+        def begin(reply: Reply) -> None:
+            leave()
+            early(reply)
+
+        try:
+            return await self._passed(context, found, begin)
+        finally:
+            leave()
+
+    async def _passed(self, context: Context, found: Found | None, early: Early) -> Reply:
+        """Through the port's middlewares, if there are any, to the resource."""
         if (chain := self._middlewares.chain) is not None:
             reply = await chain(_Way(self, context, found, early))
             return reply if reply.committed else await _sound(reply, context)
@@ -146,11 +170,40 @@ class Dispatch:
             return Reply(204, merged(context, {"Allow": ", ".join(entry.allow)}))
         verb, permission = _verb(request.method, entry, context)
         try:
-            value = await context.settle(_invoke(entry, verb, permission, target, context))
+            value = await context.settle(self._invoke(entry, verb, permission, target, context))
             return await render(value, entry, context, early)
         except ResponseError as error:
             log_error(error)
             return await render(error.response, entry, context, early)
+
+    async def _invoke(
+        self, entry: Entry, verb: str, permission: Verb, target: RequestTarget, context: Context
+    ) -> Any:
+        if not await entry.permits(permission, target, context):
+            raise context.rejection or AccessViolation(context.user)
+        if verb in entry.plain:
+            context.check_accept()
+        value = entry.handlers[verb](target, context.request.body, context)
+        return await self._in_time(value, entry, context) if inspect.isawaitable(value) else value
+
+    async def _in_time(self, value: Awaitable[Any], entry: Entry, context: Context) -> Any:
+        """What a verb returns, within its time."""
+        own = entry.resource.time_limit
+        seconds = self._time_limit if own is None else own
+        if not seconds:
+            return await value
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                return await value
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            if context.request.body.arriving:
+                raise BodyTimeout(seconds) from error
+            context.abort("timeout")
+            message = f"a verb of {entry.resource.__name__} took more than {seconds:g} s"
+            raise AnswerTimeout(message) from error
 
     async def rendered(
         self, answer: Response | EventStream, context: Context, found: Found | None, early: Early
@@ -265,14 +318,6 @@ def _verb(method: str, entry: Entry, context: Context) -> tuple[str, Verb]:
     raise MethodNotAllowed(method, entry.allow)
 
 
-async def _invoke(
-    entry: Entry, verb: str, permission: Verb, target: RequestTarget, context: Context
-) -> Any:
-    if not await entry.permits(permission, target, context):
-        raise context.rejection or AccessViolation(context.user)
-    if verb in entry.plain:
-        context.check_accept()
-    return await settled(entry.handlers[verb](target, context.request.body, context))
 
 
 def _own_headers(resource: type[Resource], context: Context) -> Mapping[str, str]:

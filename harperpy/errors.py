@@ -9,11 +9,13 @@ HarperError                      500  any refusal; `status`, `code`, `param`, `t
 │   │   └── ModelNotFound        404  no backend answers to that model name
 │   ├── MethodNotAllowed         405  `allow` lists what the resource answers
 │   ├── Conflict                 409
+│   ├── BodyTimeout              408
 │   ├── PayloadTooLarge          413
 │   ├── CapabilityError          400  the model's backend lacks what the call needs
 │   └── UpstreamRejected         4xx  a provider refused the call's content; its words pass on
 ├── ServerError                  500  ours to mend; the text never leaves the house
 │   ├── NotImplementedYet        501
+│   ├── AnswerTimeout            504
 │   ├── ServiceUnavailable       503
 │   │   └── ModelUnavailable     503  a model is loading or cannot load; says what mends it
 │   ├── TransactionError         500  a transaction is used as it cannot be; the log says how
@@ -141,6 +143,16 @@ class Conflict(ClientError):
     status = 409
 
 
+class BodyTimeout(ClientError):
+    """The body did not arrive in time."""
+
+    status = 408
+    code = "request_timeout"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the request body took more than {seconds:g} s to arrive")
+
+
 class PayloadTooLarge(ClientError):
     """The body is larger than this server takes."""
 
@@ -178,6 +190,14 @@ class NotImplementedYet(ServerError):
     def public_message(self) -> str:
         """The error's own text: it names a missing feature, never an internal."""
         return str(self)
+
+
+class AnswerTimeout(ServerError):
+    """A verb took longer than `http.timeout` or its class's `time_limit`."""
+
+    status = 504
+    code = "timeout"
+    title = "The answer took longer than this server allows."
 
 
 class ServiceUnavailable(ServerError):

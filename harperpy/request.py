@@ -67,7 +67,7 @@ class RequestTarget(Generic[Query]):
         self.pathname = pathname
         self.search = search
         self.params = params
-        self.id = unquote(pathname.strip("/")) or params.get("id")
+        self.id = (unquote(pathname.strip("/")) if pathname else "") or params.get("id")
         self.is_collection = pathname.endswith("/") or (not self.id and bool(search))
         self._pairs: list[tuple[str, str]] | None = None
 

@@ -54,6 +54,9 @@ class Resource:
     """What reaches it; for any other protocol a shorter mount answers, or nothing."""
     first_item_wait: ClassVar[float] = 60.0
     """Seconds a stream's status waits for its first item; later errors come in-band."""
+    time_limit: ClassVar[float | None] = None
+    """Seconds a verb may take before it returns, 0 for no limit; None for `http.timeout`. A stream
+    that it has returned goes on for as long as it likes."""
     keepalive: ClassVar[float] = 15.0
     """Seconds of silence after which an event stream sends a comment."""
     settles_credentials: ClassVar[bool] = False

@@ -32,6 +32,7 @@ from .registry import Resources
 from .request import Request
 from .routing import Routes
 from .scope import Core, Scope
+from .throttle import Throttle
 from .tokens import Tokens
 from .transactions import Transaction
 from .wire import Wire
@@ -240,6 +241,8 @@ class Server:
             self.health,
             Cors(origins),
             middlewares=core.middlewares[port],
+            throttle=self._throttle() if port == "rest" else None,
+            time_limit=self.config.http.timeout_seconds if port == "rest" else 0.0,
             authorize_local=self.config.authentication.authorize_local,
             local_user=self.local_user,
             begin=partial(Transaction, core.database, "rest" if port == "rest" else "ops"),
@@ -251,6 +254,11 @@ class Server:
             body_seconds=http.timeout_seconds,
             trusted=trusted,
         )
+
+    def _throttle(self) -> Throttle | None:
+        http = self.config.http
+        limit = http.max_concurrent_requests
+        return None if limit is None else Throttle(limit, http.request_queue_limit / 1000)
 
     async def _runner(self, wire: Wire) -> web.ServerRunner:
         runner = web.ServerRunner(wire.server(), shutdown_timeout=_DRAIN_SECONDS)

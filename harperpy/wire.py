@@ -13,12 +13,13 @@ from http import HTTPStatus
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
 from .content import Body
 from .context import Context
 from .dispatch import Dispatch
-from .errors import ClientError
+from .errors import BodyTimeout, ClientError
 from .negotiation import JSON
 from .rendering import Reply
 from .request import Request
@@ -31,6 +32,9 @@ _CLOSE_SECONDS = 5.0
 _UNSENT_BYTES = 64 * 1024
 _KEEPALIVE = b": keepalive\n\n"
 _SERVER = "harperpy"
+# Not the same, as the library tells the one from the other by nothing else.
+_LINE_SIZE = 16_384
+_FIELD_SIZE = 16_394
 
 logger = logging.getLogger("harperpy.wire")
 
@@ -76,6 +80,10 @@ class _Handler(RequestHandler):
         if request.writer.output_size > 0:
             told = "the answer had begun"
             raise ConnectionError(told) from exc
+        if isinstance(exc, LineTooLong):
+            status = 431 if _FIELD_SIZE in exc.args else 414
+        elif status == 400 and "Too many headers" in str(exc):
+            status = 431
         refused = _new_id("req_")
         logger.log(
             logging.INFO if status < 500 else logging.ERROR,
@@ -136,8 +144,8 @@ class Wire:
             handler_cancellation=True,
             access_log=None,
             keepalive_timeout=keepalive_seconds,
-            max_line_size=16 * 1024,
-            max_field_size=16 * 1024,
+            max_line_size=_LINE_SIZE,
+            max_field_size=_FIELD_SIZE,
         )
 
     async def handle(self, raw: web.BaseRequest) -> web.StreamResponse:
@@ -191,8 +199,7 @@ class Wire:
                 async with asyncio.timeout_at(deadline):
                     chunk = await raw.content.readany()
             except TimeoutError as error:
-                message = f"the request body took more than {limit:g} s to arrive"
-                raise ClientError(message, status=408, code="request_timeout") from error
+                raise BodyTimeout(limit) from error
             except web.RequestPayloadError as error:
                 message = "the request body is not what its headers say"
                 raise ClientError(message) from error

@@ -47,6 +47,8 @@ def at(config: object, path: str) -> object:
         ("http.cors_access_list", ("*",)),
         ("http.timeout", 120_000),
         ("http.timeout_seconds", 120.0),
+        ("http.max_concurrent_requests", None),
+        ("http.request_queue_limit", 20_000),
         ("operations_api.network.port", 9925),
         ("operations_api.network.host", "localhost"),
         ("operations_api.network.cors", None),
@@ -233,7 +235,8 @@ models:
             "http: {quux: 1}",
             (
                 "http.quux: unknown key; the known keys are "
-                "cors, corsAccessList, host, maxBodySize, port, timeout, workers"
+                "cors, corsAccessList, host, maxBodySize, maxConcurrentRequests, port, "
+                "requestQueueLimit, timeout, workers"
             ),
         ),
         (
@@ -288,6 +291,14 @@ SQLITE = "expected an SQLite URL such as sqlite:///data/system.db (no other data
             "http.corsAccessList: expected a string or a list of strings, got 5",
         ),
         ("http: {maxBodySize: 0}", f"http.maxBodySize: {SIZE}, got 0"),
+        (
+            "http: {maxConcurrentRequests: 0}",
+            "http.maxConcurrentRequests: expected an integer above 0, got 0",
+        ),
+        (
+            "http: {requestQueueLimit: -1}",
+            f"http.requestQueueLimit: {DURATION} (0 is not at all), got -1",
+        ),
         ("http: {maxBodySize: 10 apples}", f'http.maxBodySize: {SIZE}, got "10 apples"'),
         ("http: {timeout: soon}", f'http.timeout: {DURATION} (0 is off), got "soon"'),
         ("accounting: {retention: 0}", f"accounting.retention: {DURATION}, got 0"),

@@ -57,6 +57,7 @@ ORDER = (
     "operations",
     "health",
     "cors",
+    "throttle",
     "scope",
     "hookspecs",
     "loader",

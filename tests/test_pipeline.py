@@ -1009,14 +1009,22 @@ async def test_an_open_parent_does_not_open_what_is_mounted_below_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "request_head", ["GARBAGE\r\n\r\n", f"GET / HTTP/1.1\r\nX-Long: {'a' * 20_000}\r\n\r\n"]
+    ("request_head", "status"),
+    [
+        ("GARBAGE\r\n\r\n", 400),
+        (f"GET / HTTP/1.1\r\nX-Long: {'a' * 20_000}\r\n\r\n", 431),
+        (f"GET / HTTP/1.1\r\nX-{'a' * 20_000}: 1\r\n\r\n", 431),
+        ("GET / HTTP/1.1\r\n" + "X-Many: 1\r\n" * 200 + "\r\n", 431),
+        (f"GET /{'a' * 20_000} HTTP/1.1\r\nHost: test\r\n\r\n", 414),
+    ],
+    ids=["no http", "a long value", "a long name", "many headers", "a long path"],
 )
 async def test_what_is_no_http_is_refused_like_all_else(
-    server: RunningServer, request_head: str
+    server: RunningServer, request_head: str, status: int
 ) -> None:
     """A malformed request has a problem body, a request id, and no word of the library beneath."""
     answer = await ask_raw(server, request_head)
-    assert 400 == answer.status
+    assert status == answer.status == answer.json["status"]
     assert "harperpy" == answer.headers["server"]
     assert answer.headers["x-request-id"] == answer.json["request_id"]
 

@@ -35,6 +35,8 @@ class OpenAIResource(Resource):
     # Longer than a provider may take for its first byte, so that its silence is still a status.
     first_item_wait = 70.0
     error_type = OpenAIError
+    # Each model has a time limit of its own, and reasoning takes long.
+    time_limit = 0.0
 
     @staticmethod
     def present_headers(context: Context) -> Mapping[str, str]:
