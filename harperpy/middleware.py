@@ -237,7 +237,7 @@ def _told(links: Mapping[str, Link]) -> dict[str, set[str]]:
 
 
 def _with_places(links: Mapping[str, Link], ahead: dict[str, set[str]]) -> dict[str, set[str]]:
-    """What says nothing else stands after `authentication` and before `resources`."""
+    """What says nothing else stands before `resources`; `authentication` is looked at first."""
     early = _reached(AUTHENTICATION, ahead)
     free = [
         name
@@ -245,8 +245,6 @@ def _with_places(links: Mapping[str, Link], ahead: dict[str, set[str]]) -> dict[
         if name not in {AUTHENTICATION, RESOURCES, *early}
         and RESOURCES not in _reached(name, ahead)
     ]
-    for name in free:
-        ahead[name].add(AUTHENTICATION)
     ahead[RESOURCES].update(free)
     return ahead
 

@@ -689,7 +689,7 @@ async def test_a_stream_that_is_never_written_is_closed() -> None:
     trace = Trace()
 
     async with running(resources={"it": serving(lambda: trace.stream(["a", ...]))}) as server:
-        dispatch = server.server._wire(server.server.core.resources, ())._dispatch
+        dispatch = server.server._wire("rest", ())._dispatch
         headers = {"authorization": f"Bearer {server.api_key}"}
         reply = await dispatch.answer(dispatch.open(Request("GET", "/it", headers=headers)))
         assert not trace.ended.is_set()

@@ -53,6 +53,8 @@ MOUNTS = {
     "x/*": shown("x-wild"),
     "x/:a/:b/:c/*tail": shown("x-tail"),
     "files/*path": shown("files"),
+    "deep/:a": shown("deep", below=True),
+    "deep/:a/:b/end": shown("end"),
     "static": shown("static", below=True),
     "static/:id": shown("never"),
 }
@@ -89,6 +91,9 @@ MATCHES: dict[str, list[Any]] = {
     "/files": ["root", {}, "/files"],
     "/files/": ["root", {}, "/files/"],
     "/files//": ["root", {}, "/files//"],
+    "/deep/1/2": ["deep", {"a": "1"}, "/2"],
+    "/deep/1/2/end": ["end", {"a": "1", "b": "2"}, ""],
+    "/deep/1/2/end/3": ["deep", {"a": "1"}, "/2/end/3"],
     "/static/7": ["static", {}, "/7"],
     "/": ["root", {}, ""],
     "/other": ["root", {}, "/other"],
