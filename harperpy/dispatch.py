@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Mapping
@@ -12,10 +11,10 @@ from multidict import CIMultiDict
 
 from .accounting import Caller, current_caller
 from .auth import Authenticators, User, Verb
-from .backend import settled
 from .content import EventStream, Response, ResponseError
 from .context import Context
 from .cors import Cors
+from .deadlines import Deadline, Deadlines
 from .errors import (
     AccessViolation,
     AnswerTimeout,
@@ -83,6 +82,7 @@ class Dispatch:
         self._middlewares = middlewares
         self._throttle = throttle
         self._time_limit = time_limit
+        self._deadlines: dict[float, Deadlines] = {}
         self._nowhere = Entry("", Resource, "")
         self._authorize_local = authorize_local
         self._local_user = local_user
@@ -192,12 +192,15 @@ class Dispatch:
         seconds = self._time_limit if own is None else own
         if not seconds:
             return await value
-        limit = asyncio.timeout(seconds)
+        deadlines = self._deadlines.get(seconds)
+        if deadlines is None:
+            deadlines = self._deadlines[seconds] = Deadlines(seconds)
+        deadline = Deadline(deadlines)
         try:
-            async with limit:
+            with deadline:
                 return await value
         except TimeoutError as error:
-            if not limit.expired():
+            if not deadline.expired:
                 raise
             if context.request.body.arriving:
                 raise BodyTimeout(seconds) from error
@@ -316,8 +319,6 @@ def _verb(method: str, entry: Entry, context: Context) -> tuple[str, Verb]:
         message = f"Method {method} is not recognised."
         raise NotImplementedYet(message)
     raise MethodNotAllowed(method, entry.allow)
-
-
 
 
 def _own_headers(resource: type[Resource], context: Context) -> Mapping[str, str]:

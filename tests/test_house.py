@@ -58,6 +58,7 @@ ORDER = (
     "health",
     "cors",
     "throttle",
+    "deadlines",
     "scope",
     "hookspecs",
     "loader",

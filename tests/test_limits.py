@@ -252,7 +252,7 @@ async def forever() -> None:
     await asyncio.Event().wait()
 
 
-def slow(make: Callable[[], Any], **attributes: Any) -> type[Resource]:
+def slow(make: Callable[..., Any], **attributes: Any) -> type[Resource]:
     """A public resource whose get is this."""
     return type("Slow", (Resource,), {"get": staticmethod(make), "public": True, **attributes})
 
@@ -282,6 +282,47 @@ async def test_a_verb_that_takes_too_long_is_504(
     assert contexts[0].signal is not None
     assert "timeout" == contexts[0].signal.reason
     assert "a verb of Slow took more than 0.02 s" in caplog.text
+
+
+async def test_each_verb_has_its_own_time() -> None:
+    """One after another, many at once, beside those that end in time: each is ended by itself."""
+
+    async def get(target: RequestTarget) -> str:
+        if target.get("quick"):
+            return "done"
+        await forever()
+        return "never"
+
+    config = f"{ECHO}\nhttp: {{timeout: 20}}"
+    async with (
+        asyncio.timeout(SECONDS),
+        running(config, resources={"it": slow(get), "own": slow(get, time_limit=0.03)}) as server,
+    ):
+        for _ in range(3):
+            paths = ["/it", "/it?quick=1", "/own", "/it", "/own?quick=1"]
+            found = await asyncio.gather(*(ask(server, "GET", path) for path in paths))
+            assert [504, 200, 504, 504, 200] == [answer.status for answer in found]
+        assert 504 == (await ask(server, "GET", "/it")).status
+
+
+async def test_a_client_that_leaves_ends_a_verb_as_before() -> None:
+    """The limit is no obstacle to a cancellation that comes from elsewhere."""
+    gate, seen = asyncio.Event(), asyncio.Event()
+
+    async def get() -> None:
+        gate.set()
+        try:
+            await forever()
+        except asyncio.CancelledError:
+            seen.set()
+            raise
+
+    async with asyncio.timeout(SECONDS), running(resources={"it": slow(get)}) as server:
+        call = asyncio.create_task(ask(server, "GET", "/it"))
+        await gate.wait()
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        await seen.wait()
 
 
 async def test_a_timeout_of_a_verbs_own_is_its_own_failure() -> None:

@@ -1,0 +1,81 @@
+"""Deadlines: end what takes too long, at next to no cost for what does not."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+from typing import Self
+
+
+class Deadlines:
+    """Blocks that may all take equally long; one timer looks after all of them.
+
+    A timer for each block, as `asyncio.timeout` sets it, would cost more than the dispatch itself.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        # The oldest first: they are equally long.
+        self._running: dict[Deadline, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, deadline: Deadline) -> None:
+        """Look after a block from now on."""
+        loop = asyncio.get_running_loop()
+        self._running[deadline] = when = loop.time() + self.seconds
+        if self._timer is None:
+            self._timer = loop.call_at(when, self._look, loop)
+
+    def remove(self, deadline: Deadline) -> None:
+        """The block has ended."""
+        self._running.pop(deadline, None)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        now = loop.time()
+        for deadline, when in list(self._running.items()):
+            if when > now:
+                self._timer = loop.call_at(when, self._look, loop)
+                return
+            self.remove(deadline)
+            deadline.expire()
+
+
+class Deadline:
+    """Ends its block when its time is over, by the rules of `asyncio.timeout`."""
+
+    __slots__ = ("_before", "_deadlines", "_task", "expired")
+
+    def __init__(self, deadlines: Deadlines) -> None:
+        self._deadlines = deadlines
+        self.expired = False
+
+    def __enter__(self) -> Self:
+        task = asyncio.current_task()
+        if task is None:
+            message = "a Deadline ends a task's block; there is none here"
+            raise RuntimeError(message)
+        self._task = task
+        self._before = task.cancelling()
+        self._deadlines.add(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._deadlines.remove(self)
+        # Someone else cancelled this task too: then the cancellation is theirs to see.
+        if (
+            self.expired
+            and self._task.uncancel() <= self._before
+            and kind is asyncio.CancelledError
+        ):
+            raise TimeoutError from error
+
+    def expire(self) -> None:
+        """Cancel the block."""
+        self.expired = True
+        self._task.cancel()
