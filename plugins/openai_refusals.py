@@ -72,7 +72,7 @@ def _told(body: bytes) -> _Error:
     """What a refusal says, in OpenAI's form or in the plainer ones that others use."""
     try:
         given = _first(msgspec.json.decode(body))
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _Error()
     error: Any = _field(given, "error") or given
     if isinstance(error, str):

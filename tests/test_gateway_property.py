@@ -263,8 +263,8 @@ def check(answer: Answered, body: Any) -> None:
 
 
 def choices(body: Any) -> int:
-    """How many choices an answer to that body has; the provider of this test knows of one only."""
-    return 1 if body.get("model") == "gpt" else body.get("n") or 1
+    """How many choices an answer to that body has."""
+    return body.get("n") or 1
 
 
 def prove(

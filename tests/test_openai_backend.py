@@ -74,6 +74,7 @@ async def only_row(server: RunningServer) -> dict[str, Any]:
         b'{"error": null}',
         b'{"error": {"message": ["no"]}}',
         b'{"detail": ["no"]}',
+        b'{"error": "\xed\xa0"}',
     ],
 )
 async def test_a_refusal_without_words_gets_ours(

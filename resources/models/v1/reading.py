@@ -30,7 +30,7 @@ def _anything(body: bytes) -> Any:
     """A body as it is; None for one that Python has no value for."""
     try:
         return _ANY.decode(body)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 
