@@ -89,7 +89,7 @@ class OpenAPIResource(Resource):
 async def _open_to(context: Context, entries: Iterable[Entry]) -> AsyncIterator[Shown]:
     """The entries that the caller may use, with the methods they may use of each."""
     for entry in entries:
-        if entry.resource.hidden:
+        if entry.resource.hidden or "rest" not in entry.protocols:
             continue
         methods = tuple(
             [

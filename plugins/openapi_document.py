@@ -22,6 +22,7 @@ _SCHEMES = {
     "basic": {"type": "http", "scheme": "basic", "description": "A user's name and password."},
 }
 _PARAMETER = re.compile(r"^(?::(\w+)|\*(\w*))$")
+_NAME = re.compile(r"\{\w+\}")
 _DECIMAL = {"type": "string", "format": "decimal"}
 _NUMBER = r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$"
 DESCRIBED = {
@@ -37,8 +38,13 @@ def document(shown: Iterable[Shown], *, title: str, version: str) -> dict[str, A
     shown = list(shown)
     schemas = _Schemas(shown)
     paths: dict[str, dict[str, Any]] = {}
+    shapes: set[str] = set()
     for entry, methods in shown:
         for path, parameters in _places(entry):
+            # Of two that match the same requests the first answers; OpenAPI takes one only.
+            if (shape := _NAME.sub("{}", path)) in shapes:
+                continue
+            shapes.add(shape)
             paths[path] = {
                 method.lower(): _operation(entry, method, path, schemas) for method in methods
             }

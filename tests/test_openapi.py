@@ -390,6 +390,105 @@ async def test_a_mount_is_described_at_the_root_too() -> None:
     assert {"/", "/{id}"} == set(whole["paths"])
 
 
+def mounted(name: str, **attributes: Any) -> type[Resource]:
+    """A resource of that name, with one verb."""
+
+    def get(target: RequestTarget) -> str:
+        return target.pathname
+
+    return type(name, (Resource,), {"get": staticmethod(get), **attributes})
+
+
+@pytest.mark.parametrize(
+    ("protocols", "shown"),
+    [
+        ({"rest", "sse", "ws", "mcp"}, True),
+        ({"rest"}, True),
+        ({"rest", "mcp"}, True),
+        ({"sse"}, False),
+        ({"ws", "mcp"}, False),
+        ((), False),
+    ],
+)
+async def test_what_is_hidden_for_rest_is_left_out(protocols: Any, *, shown: bool) -> None:
+    """A plain request would not find it; no tag and no schema tells of it either."""
+    mounts = {"it": mounted("Secret", protocols=protocols)}
+    async with running(resources=mounts) as server:
+        answer = await ask(server, "GET", "/openapi")
+        asked = await ask(server, "GET", "/it")
+
+    assert shown == (200 == asked.status)
+    assert shown == ("/it" in answer.json["paths"])
+    assert shown == ("Secret" in answer.text)
+
+
+PLACES = {
+    "users/:id": (False, {"/users/{id}": ["id"]}),
+    "users/:id/posts/:post": (False, {"/users/{id}/posts/{post}": ["id", "post"]}),
+    "files/*rest": (False, {"/files/{rest}": ["rest"]}),
+    "wild/*": (False, {"/wild/{wildcard}": ["wildcard"]}),
+    ":tenant/notes": (False, {"/{tenant}/notes": ["tenant"]}),
+    "a/:x": (True, {"/a/{x}": ["x"], "/a/{x}/{id}": ["x", "id"]}),
+    "a/:id": (True, {"/a/{id}": ["id"], "/a/{id}/{rest}": ["id", "rest"]}),
+}
+
+
+@pytest.mark.parametrize("mount", PLACES)
+async def test_parameters_of_a_mount_are_parameters_of_the_path(mount: str) -> None:
+    """`:id` is `{id}`, `*rest` is `{rest}`, each required text; what is written there is found."""
+    below, expected = PLACES[mount]
+    async with running(resources={mount: mounted("It", sub_paths=below)}) as server:
+        whole = await document(server)
+        found = [
+            (await ask(server, "GET", path.replace("{", "").replace("}", ""))).status
+            for path in expected
+        ]
+
+    OpenAPIV31SpecValidator(whole).validate()
+    described = {path: item for path, item in whole["paths"].items() if path not in GATEWAY}
+    schema = {"type": "string", "minLength": 1}
+    assert {
+        path: [{"name": name, "in": "path", "required": True, "schema": schema} for name in names]
+        for path, names in expected.items()
+    } == {path: item["parameters"] for path, item in described.items()}
+    assert {200} == set(found)
+
+
+@pytest.mark.parametrize(
+    ("mounts", "path", "expected"),
+    [
+        ({"a": True, "a/:name": False}, "/a/{id}", "First"),
+        ({"a/:name": False, "a": True}, "/a/{id}", "Second"),
+        ({"a/:x": True, "a/:x/:y": False}, "/a/{x}/{y}", "Second"),
+        ({"a/:x/*y": False, "a/:x/:z": False}, "/a/{x}/{z}", "Second"),
+    ],
+)
+async def test_of_two_mounts_at_one_place_the_one_that_answers_is_described(
+    mounts: dict[str, bool], path: str, expected: str
+) -> None:
+    """OpenAPI knows no two paths that differ in their parameters' names only."""
+
+    def get(target: RequestTarget, context: Context) -> str:
+        del target
+        return context.handler_path
+
+    names = dict(zip(mounts, ("First", "Second"), strict=True))
+    resources = {
+        mount: mounted(names[mount], sub_paths=below, get=staticmethod(get))
+        for mount, below in mounts.items()
+    }
+    async with running(resources=resources) as server:
+        whole = await document(server)
+        answer = await ask(server, "GET", path.replace("{", "").replace("}", ""))
+
+    OpenAPIV31SpecValidator(whole).validate()
+    places = [one for one in whole["paths"] if one not in GATEWAY]
+    shapes = [re.sub(r"{\w+}", "{}", one) for one in places]
+    assert len(shapes) == len(set(shapes))
+    assert expected == names[answer.json]
+    assert [expected] == whole["paths"][path]["get"]["tags"]
+
+
 @pytest.mark.parametrize(
     ("options", "info"),
     [
