@@ -1,9 +1,8 @@
 """config.yaml, decoded once into frozen structs; every refusal names file, key and expectation."""
 
-import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -23,6 +22,7 @@ from msgspec import (
 from .document import Document, KeyPath, Report, Tree
 from .errors import ConfigError
 from .secret import Plain, Secret, decode_hook, encode_hook, mask, masked, names_secret
+from .spelling import nearest
 
 _LONGEST_SHOWN = 60
 _TIME_UNITS = {"": 1, "ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
@@ -296,7 +296,7 @@ class _Decoder:
         values = {each.name: UNSET for each in fields.values() if each.required}
         for key, value in raw.items():
             if key not in fields:
-                self._report.add((*path, key), f"unknown key; {_nearest(key, fields, 'keys')}")
+                self._report.add((*path, key), f"unknown key; {nearest(key, fields, 'keys')}")
             elif value is not None:
                 values[fields[key].name] = self._value(fields[key].type, value, (*path, key))
         for key, each in fields.items():
@@ -332,7 +332,7 @@ class _Decoder:
         for name in entry.fallback:
             if name not in {*known, UNSET}:
                 sentence = f"no {path[1]} model is called '{name}'"
-                help_ = _nearest(name, others, "other models")
+                help_ = nearest(name, others, "other models")
                 self._report.add((*path, "fallback"), f"{sentence}; {help_}")
 
     def _items(self, hint: Any, raw: Tree, path: KeyPath) -> tuple[Any, ...]:
@@ -384,17 +384,3 @@ def _found(value: Tree, *, hidden: bool) -> str:
             return json.dumps(cut, ensure_ascii=False)
         case _:
             return json.dumps(value, default=str)
-
-
-def _nearest(name: str, known: Iterable[str], what: str) -> str:
-    """The half-sentence that helps after a name that nobody knows."""
-    spelled = {_letters(each): each for each in known}
-    near = difflib.get_close_matches(_letters(name), spelled, n=1)
-    if near:
-        return f"did you mean '{spelled[near[0]]}'?"
-    listed = ", ".join(sorted(spelled.values()))
-    return f"the known {what} are {listed}" if listed else f"there are no {what}"
-
-
-def _letters(name: str) -> str:
-    return re.sub("[-_]", "", name).lower()

@@ -16,6 +16,7 @@ import harperpy
 # The core in reading order: a file imports only files above it, for types too.
 ORDER = (
     "errors",
+    "spelling",
     "secret",
     "document",
     "config",
