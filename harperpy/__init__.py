@@ -68,6 +68,7 @@ from .messages import (
 from .middleware import Middleware, Next
 from .models import Models
 from .operations import NoParameters, Operations
+from .options import Options
 from .parts import (
     AudioPart,
     ContentPart,
@@ -86,7 +87,7 @@ from .replay import ReplayBuffer
 from .request import Request, RequestTarget
 from .resource import METHOD_VERBS, Resource
 from .routing import ModelInfo
-from .scope import Options, Scope
+from .scope import Scope
 from .secret import Secret, mask
 from .server import Server
 from .signal import AbortController, AbortSignal

@@ -296,7 +296,7 @@ async def _check(directory: Path) -> Health:
         # A database outside of the data folder is in use: the check leaves it alone.
         config = msgspec.structs.replace(config, database=DatabaseConfig())
         _import_from(directory)
-        server = Server(config, directory=directory, root=Path(root), dev=True, environ={})
+        server = Server(config, directory=directory, root=Path(root), dev=True)
         logging.disable(logging.CRITICAL)
         await server.open()
         await server.stop()

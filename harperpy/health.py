@@ -42,7 +42,13 @@ class Health:
         """An HTTP status and a body; with the plugins if `whole`."""
         if self.phase != "ready":
             return 503, {"status": self.phase}
-        body: dict[str, Any] = {"status": "degraded" if self.degraded else "ok"}
-        if whole:
-            body["plugins"] = msgspec.to_builtins(self.plugins)
-        return 200, body
+        body = self.whole()
+        return 200, body if whole else {"status": body["status"]}
+
+    def whole(self) -> dict[str, Any]:
+        """The state of the server, and of each plugin."""
+        phase = "degraded" if self.degraded else "ok"
+        return {
+            "status": phase if self.phase == "ready" else self.phase,
+            "plugins": msgspec.to_builtins(self.plugins),
+        }

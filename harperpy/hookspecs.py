@@ -1,8 +1,12 @@
-"""The hooks a plugin may implement: plain functions of these names in its module."""
+"""The hooks a plugin may implement: plain functions of these names in its module.
+
+A plugin that needs others says so beside them: `requires = ["users"]`, by their names in
+config.yaml. It starts after them, and not at all if one of them did not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -11,13 +15,19 @@ import pluggy
 
 from .backend import ModelBackend
 from .config import ModelConfig
+from .errors import RegistrationError
 from .routing import DEFAULT, Kind, is_pattern
+from .spelling import closest
 
 if TYPE_CHECKING:
     from .scope import Scope
 
 hookspec = pluggy.HookspecMarker("harperpy")
 hookimpl = pluggy.HookimplMarker("harperpy")
+
+HOOKS = ("handle_application", "register_model_backends")
+# Only a slip of the keys is meant for a hook: `register_backends` may be a function of one's own.
+_MISSPELT = 0.9
 
 
 class ModelEntry(msgspec.Struct, frozen=True):
@@ -61,8 +71,24 @@ def register_model_backends(register: Callable[[str, BackendFactory], None]) -> 
 
 @hookspec
 def handle_application(scope: Scope) -> Awaitable[None] | None:
-    """Called once per plugin, in the order of config.yaml, each with a Scope of its own.
+    """Called once per plugin, each with a Scope of its own, in the order of config.yaml.
 
     Fill the registries here; they are frozen when all plugins are done. May be async. Must not
     serve requests, block, or reach for another plugin's scope.
     """
+
+
+def check_hooks(plugin: object, implemented: Collection[str]) -> None:
+    """Raises `RegistrationError` for a plugin with a misspelt hook, or with none."""
+    has_hook = any(hook in implemented for hook in HOOKS)
+    free = [hook for hook in HOOKS if hook not in implemented]
+    for name in dir(plugin):
+        if name.startswith("_") or name in HOOKS:
+            continue
+        near = closest(name, free, _MISSPELT if has_hook else 0.6)
+        if near and callable(getattr(plugin, name, None)):
+            message = f"'{name}' is no hook; did you mean '{near}'?"
+            raise RegistrationError(message)
+    if not has_hook:
+        message = f"it defines neither '{HOOKS[0]}' nor '{HOOKS[1]}': there is nothing to call"
+        raise RegistrationError(message)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -22,11 +21,13 @@ from .backend import ModelBackend, settled
 from .config import Config, ModelConfig
 from .errors import ConfigError, HarperError, RegistrationError
 from .health import Health, PluginStatus
-from .hookspecs import BackendFactory, ModelEntry
+from .hookspecs import BackendFactory, ModelEntry, check_hooks
 from .middleware import Middlewares
+from .ordering import missing, ordered, required
 from .registry import Resources
 from .routing import Kind, Registration, Routes
 from .scope import Scope
+from .spelling import closest
 
 logger = logging.getLogger("harperpy.loader")
 
@@ -93,21 +94,57 @@ class Loader:
         self._given = given or {}
         self._offline = offline
         self.plugins = [*_named(config.plugins), *(Plugin(name, {}) for name in self._given)]
+        self._off = [name for name, options in config.plugins.items() if options is False]
+        self._requires: dict[str, tuple[str, ...]] = {}
         self.scopes: list[Scope] = []
 
     def find(self) -> None:
-        """Import every plugin; one that cannot be is reported."""
+        """Import every plugin, and put them in order; one that cannot be is reported."""
+        found: dict[str, object] = {}
         for plugin in self.plugins:
             self._health.plugins[plugin.name] = PluginStatus()
             try:
-                self._manager.register(self._import(plugin), plugin.name)
+                found[plugin.name] = self._import(plugin)
+                self._requires[plugin.name] = required(found[plugin.name])
             except Exception as error:  # noqa: BLE001  # whatever a plugin raises ends it alone
                 self.failed(plugin.name, error)
+        self._put_in_order()
+        for plugin in self.plugins:
+            if not self._is_down(plugin.name):
+                self._register(plugin.name, found[plugin.name])
+
+    def _put_in_order(self) -> None:
+        """Each plugin after those that it requires; else the order of config.yaml stays."""
+        names = [plugin.name for plugin in self.plugins]
+        order, wrong = ordered({name: self._requires.get(name, ()) for name in names})
+        self.plugins.sort(key=lambda plugin: order.index(plugin.name))
+        for name in names:
+            needs = self._requires.get(name, ())
+            if message := missing(needs, names, self._off) or wrong.get(name):
+                self.failed(name, RegistrationError(message))
+
+    def _is_down(self, name: str) -> bool:
+        """Whether a plugin failed; without one that it requires, it fails here and now."""
+        for need in self._requires.get(name, ()):
+            if (known := self._health.plugins.get(need)) and known.status == "error":
+                self.failed(name, RegistrationError(f"it requires {need}, which did not start"))
+        return self._health.plugins[name].status == "error"
+
+    def _register(self, name: str, plugin: object) -> None:
+        try:
+            self._manager.register(plugin, name)
+            callers = self._manager.get_hookcallers(plugin) or []
+            check_hooks(plugin, [caller.name for caller in callers])
+        except Exception as error:  # noqa: BLE001  # whatever a plugin raises ends it alone
+            self.failed(name, error)
+            if self._manager.has_plugin(name):
+                self._manager.unregister(name=name)
 
     def make_models(self, config: Config, routes: Routes) -> None:
         """Make the backends of `models:`. Raises `ConfigError` for a kind that no plugin knows."""
         for impl in self._manager.hook.register_model_backends.get_hookimpls():
-            self._take_kinds(impl)
+            if not self._is_down(impl.plugin_name):
+                self._take_kinds(impl)
         kinds: tuple[tuple[Kind, Mapping[str, ModelConfig]], ...] = (
             ("generative", config.models.generative),
             ("embedding", config.models.embedding),
@@ -137,7 +174,7 @@ class Loader:
         functions = {impl.plugin_name: impl for impl in hooks}
         for plugin in self.plugins:
             status = self._health.plugins[plugin.name]
-            if status.status == "error":
+            if self._is_down(plugin.name):
                 continue
             options = {
                 key: value for key, value in plugin.options.items() if key not in _OWN_OPTIONS
@@ -161,8 +198,7 @@ class Loader:
             async with limit:
                 await settled(impl.function(*given))
         except Exception as error:  # noqa: BLE001  # whatever a plugin raises ends it alone
-            slow = TimeoutError(f"handle_application took more than {plugin.seconds:g} s")
-            cause = slow if limit.expired() else error
+            cause = _too_slow(plugin, scope) if limit.expired() else error
             self.failed(plugin.name, scope.first_error or cause)
 
     def failed(self, name: str, error: BaseException) -> None:
@@ -189,8 +225,8 @@ class Loader:
             return factory
         failed = [name for name, status in self._health.plugins.items() if status.status == "error"]
         hint = f"; the plugins {', '.join(failed)} did not start" if failed else ""
-        near = difflib.get_close_matches(kind, self._kinds, 1)
-        hint = hint or (f"; did you mean '{near[0]}'?" if near else "")
+        near = closest(kind, self._kinds)
+        hint = hint or (f"; did you mean '{near}'?" if near else "")
         known = ", ".join(sorted(self._kinds))
         message = f"{entry.where}.backend: expected one of {known}, got '{kind}'{hint}"
         raise ConfigError(message)
@@ -205,8 +241,8 @@ class Loader:
         for entry_point in importlib.metadata.entry_points(group="harperpy", name=plugin.name):
             found = entry_point.load()
             return found if isinstance(found, ModuleType) else sys.modules[found.__module__]
-        near = difflib.get_close_matches(plugin.name, BUILT_IN, 1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        near = closest(plugin.name, BUILT_IN)
+        hint = f"; did you mean '{near}'?" if near else ""
         message = (
             f"config.yaml: plugins.{plugin.name}: expected the name of a built-in or installed "
             f"plugin, or 'path:' or 'package:' to say where it lives{hint}"
@@ -237,6 +273,13 @@ def _made(factory: BackendFactory, entry: ModelEntry) -> ModelBackend:
     except Exception as error:
         message = f"{entry.where}: {_told(error)}"
         raise ConfigError(message) from error
+
+
+def _too_slow(plugin: Plugin, scope: Scope) -> TimeoutError:
+    """What to say of a plugin that is out of time, and what of it still runs."""
+    tasks = ", ".join(scope.pending)
+    still = f"; its tasks that still run: {tasks}" if tasks else ""
+    return TimeoutError(f"handle_application took more than {plugin.seconds:g} s{still}")
 
 
 def _told(error: BaseException) -> str:

@@ -1,12 +1,13 @@
-"""Scope: all that a plugin is handed. Options: its block of config.yaml."""
+"""Scope: all that a plugin is handed."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -16,13 +17,15 @@ from .backend import settled
 from .config import Config
 from .database import Database
 from .errors import ConfigError
+from .health import Health
 from .middleware import Middlewares, PluginServer
 from .models import Models
 from .operations import Operations
+from .options import Options
 from .people import People
 from .registry import Entry, Resources
 from .resource import Resource
-from .secret import decode_hook
+from .secret import Secret
 from .tokens import Tokens
 
 T = TypeVar("T")
@@ -30,30 +33,20 @@ T = TypeVar("T")
 _CLOSE_SECONDS = 5.0
 
 
-class Options:
-    """A plugin's block of config.yaml."""
+class Secrets:
+    """The secrets that the environment holds."""
 
-    def __init__(self, plugin: str, values: Mapping[str, Any]) -> None:
+    def __init__(self, plugin: str, environ: Mapping[str, str]) -> None:
         self._plugin = plugin
-        self._values = dict(values)
+        self._environ = environ
 
-    def get(self, path: str, default: Any = None) -> Any:
-        """The value at a dotted path."""
-        value: Any = self._values
-        for name in path.split("."):
-            if not isinstance(value, Mapping) or name not in value:
-                return default
-            value = cast("Mapping[str, Any]", value)[name]
-        return value
-
-    def decode(self, kind: type[T]) -> T:
-        """The block as a msgspec Struct. Raises `ConfigError` naming what does not fit."""
-        try:
-            return msgspec.convert(self._values, kind, strict=False, dec_hook=decode_hook)
-        except msgspec.ValidationError as error:
-            text, _, path = str(error).partition(" - at `$")
-            message = f"config.yaml: plugins.{self._plugin}{path.rstrip('`')}: {text}"
-            raise ConfigError(message) from error
+    def get(self, name: str) -> Secret:
+        """The secret in this environment variable. Raises `ConfigError` if it has none."""
+        if value := self._environ.get(name):
+            return Secret(value)
+        state = "empty" if name in self._environ else "not set"
+        message = f"plugins.{self._plugin}: the environment variable {name} is {state}"
+        raise ConfigError(message)
 
 
 class PluginResources:
@@ -88,19 +81,22 @@ class Core(msgspec.Struct):
     database: Database
     people: People
     tokens: Tokens
+    health: Health
+    environ: Mapping[str, str]
 
 
 class Scope:
     """What a plugin is handed: the registries to fill, the services to use, its own options.
 
     `resources` are the mounts of the REST port, `operations_resources` those of the operations
-    port; `server.http` wraps their requests. What a plugin opens it closes with `on_close`; its
-    tasks end with it.
+    port; `server.http` wraps their requests. What a plugin opens with `enter` is closed with it, as
+    is what it gives to `on_close`; its tasks end with it. `secrets` come from the environment.
     """
 
     def __init__(self, name: str, options: Mapping[str, Any], core: Core) -> None:
         self.plugin_name = name
         self.options = Options(name, options)
+        self.secrets = Secrets(name, core.environ)
         self.config = core.config
         self.directory = core.directory
         self.root = core.root
@@ -116,6 +112,7 @@ class Scope:
         self.tokens = core.tokens
         self.logger = logging.getLogger(f"harperpy.plugins.{name}")
         self.first_error: BaseException | None = None
+        self._health = core.health
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closers: list[Callable[[], Awaitable[None] | None]] = []
 
@@ -123,10 +120,27 @@ class Scope:
         self, work: Coroutine[Any, Any, T], *, name: str | None = None
     ) -> asyncio.Task[T]:
         """Run in the background until done or the plugin closes; a failure is logged."""
+        name = name or getattr(work, "__qualname__", None)
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task
+
+    @property
+    def pending(self) -> list[str]:
+        """The names of its tasks that still run."""
+        return sorted(task.get_name() for task in self._tasks)
+
+    def status(self) -> dict[str, Any]:
+        """What state the server and its plugins are in, as super users read it in `/health`."""
+        return self._health.whole()
+
+    async def enter(self, manager: AbstractAsyncContextManager[T]) -> T:
+        """Enter this now, and leave it when the server stops: last in, first left."""
+        stack = AsyncExitStack()
+        value = await stack.enter_async_context(manager)
+        self.on_close(stack.aclose)
+        return value
 
     def on_close(self, closer: Callable[[], Awaitable[None] | None]) -> None:
         """Call this when the server stops: last in, first called, each within five seconds."""

@@ -188,6 +188,8 @@ class Server:
             operations=Operations(),
             authenticators=authenticators,
             ledger=ledger,
+            health=self.health,
+            environ=self._environ,
             database=database,
             people=people,
             tokens=Tokens(

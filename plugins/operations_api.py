@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +38,7 @@ def handle_application(scope: Scope) -> None:
     own = ServerOperations(scope)
     scope.operations.add("sql", own.sql, Sql)
     scope.operations.add("get_configuration", own.get_configuration, NoParameters)
+    scope.operations.add("get_status", own.get_status, NoParameters)
 
 
 class OperationsResource(Resource):
@@ -71,6 +73,7 @@ class ServerOperations:
     def __init__(self, scope: Scope) -> None:
         self._config = scope.config
         self._database = scope.database
+        self._status = scope.status
 
     async def sql(self, request: Sql) -> list[dict[str, Any]]:
         """The rows of one read-only SELECT over the system tables."""
@@ -92,3 +95,7 @@ class ServerOperations:
     async def get_configuration(self) -> dict[str, Any]:
         """The configuration, its secrets redacted."""
         return redacted(self._config)
+
+    async def get_status(self) -> dict[str, Any]:
+        """The state of the server and of each plugin, and what runs."""
+        return {**self._status(), "version": importlib.metadata.version("harperpy")}

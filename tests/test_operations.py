@@ -202,6 +202,7 @@ CLOSED: dict[str, dict[str, Any]] = {
     "list_roles": {},
     "sql": {"sql": "SELECT * FROM hdb_user"},
     "get_configuration": {},
+    "get_status": {},
 }
 OWN: dict[str, dict[str, Any]] = {
     "user_info": {},

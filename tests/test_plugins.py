@@ -269,7 +269,7 @@ OPTIONS: list[tuple[str, str]] = [
     ),
     (
         "bookTitle: Sea, colour: red",
-        "config.yaml: plugins.reader: Object contains unknown field `colour`",
+        "config.yaml: plugins.reader.colour: unknown key; the known keys are bookTitle, chapters",
     ),
 ]
 
