@@ -1,6 +1,7 @@
 """The rules between plugins, and how a plugin that breaks one is told."""
 
 import logging
+import subprocess
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -8,13 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
 
+import aiohttp
 import msgspec
 import pytest
 
 from harperpy import ConfigError, Scope, Secret
 from harperpy.testing import ECHO, RunningServer, running
 from helpers import ask, operation
-from test_cli import FREE, harperpy
+from test_cli import FREE, Serving, harperpy, serving
 
 STARTING = """
 requires = {requires}
@@ -428,6 +430,120 @@ async def test_get_status_tells_what_health_tells_super_users() -> None:
     assert {"status": "ok", "error": None} == told["plugins"]["users"]
 
 
+# A published one
+
+PROJECT = """
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "harperpy-greeter"
+version = "1.2.3"
+dependencies = ["harperpy"]
+
+[project.entry-points.harperpy]
+greeter = "harperpy_greeter"
+
+[tool.setuptools]
+packages = ["harperpy_greeter"]
+"""
+GREETER = """
+import msgspec
+
+from harperpy import Resource
+
+requires = ["users"]
+
+
+class Options(msgspec.Struct, forbid_unknown_fields=True):
+    word: str = "hello"
+
+
+class Greeting(Resource):
+    public = True
+    word = ""
+
+    @classmethod
+    def get(cls):
+        return cls.word
+
+
+def handle_application(scope):
+    word = scope.options.decode(Options).word
+    scope.resources.set("greeting", type("Greeting", (Greeting,), {"word": word}))
+"""
+
+
+def run(folder: Path, module: str, *arguments: str | Path) -> None:
+    """Run a module of ours in a folder; when it fails, what it printed is the reason."""
+    done = subprocess.run(
+        (sys.executable, "-m", module, *arguments),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert 0 == done.returncode, f"{done.stdout}{done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a plugin's own package is installed, from a wheel built without network."""
+    tree, place = tmp_path_factory.mktemp("greeter"), tmp_path_factory.mktemp("site")
+    (tree / "harperpy_greeter").mkdir()
+    (tree / "pyproject.toml").write_text(PROJECT)
+    (tree / "harperpy_greeter" / "__init__.py").write_text(GREETER)
+    run(tree, "build", "--wheel", "--no-isolation", "--outdir", "dist", ".")
+    [wheel] = (tree / "dist").glob("*.whl")
+    run(tree, "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", place, wheel)
+    return place
+
+
+async def greeting(server: Serving) -> tuple[int, str]:
+    """What a running server says to everyone under the plugin's path."""
+    async with aiohttp.ClientSession() as client, client.get(f"{server.url}/greeting") as answer:
+        return answer.status, await answer.text()
+
+
+async def test_a_published_plugin_is_on_when_it_is_named(installed: Path, tmp_path: Path) -> None:
+    """Built, installed, named in config.yaml: checked as fine, and it serves, with its options."""
+    more = {"PYTHONPATH": str(installed)}
+    (tmp_path / "config.yaml").write_text(f"{FREE}{ECHO}\nplugins: {{greeter: {{word: moin}}}}")
+
+    checked = await harperpy(tmp_path, "check", **more)
+    assert (0, "config.yaml and all plugins are fine.\n") == (checked.code, checked.out)
+    async with serving(tmp_path, environ=more) as server:
+        assert (200, '"moin"') == await greeting(server)
+
+
+PUBLISHED: dict[str, tuple[str, str]] = {
+    "misspelt": ("greter: true", "plugin greter does not start: config.yaml: plugins.greter"),
+    "its option misspelt": (
+        "greeter: {wrod: x}",
+        "plugins.greeter.wrod: unknown key; did you mean 'word'?",
+    ),
+    "without what it requires": (
+        "{users: false, greeter: true}",
+        "plugin greeter does not start: it requires 'users', which config.yaml turns off",
+    ),
+}
+
+
+@pytest.mark.parametrize(("block", "words"), PUBLISHED.values(), ids=PUBLISHED)
+async def test_a_published_plugin_that_is_named_wrongly(
+    installed: Path, tmp_path: Path, block: str, words: str
+) -> None:
+    """`harperpy check` says what to mend."""
+    block = block if block.startswith("{") else f"{{{block}}}"
+    (tmp_path / "config.yaml").write_text(f"{FREE}{ECHO}\nplugins: {block}")
+
+    checked = await harperpy(tmp_path, "check", PYTHONPATH=str(installed))
+
+    assert 1 == checked.code
+    assert words in checked.err
+
+
 NEEDY = """
 def handle_application(scope):
     scope.secrets.get("VAULT_KEY")
@@ -444,3 +560,12 @@ async def test_check_reads_secrets_where_a_server_would(tmp_path: Path) -> None:
 
     assert (0, 1) == (with_it.code, without.code)
     assert "the environment variable VAULT_KEY is not set" in without.err
+
+
+async def test_nothing_installed_is_on_unless_it_is_named(installed: Path, tmp_path: Path) -> None:
+    """An entry point alone starts nothing."""
+    (tmp_path / "config.yaml").write_text(f"{FREE}{ECHO}")
+    async with serving(tmp_path, environ={"PYTHONPATH": str(installed)}) as server:
+        status, _ = await greeting(server)
+
+    assert 404 == status
