@@ -291,6 +291,8 @@ async def test_twenty_calls_at_once(live: Live, mode: str) -> None:
 async def test_the_local_model_answers(local_live: Live) -> None:
     """A real model answers a server."""
     async with connected(local_live, "auto", "default") as client:
-        answer = await result_of(client, "answer", "What is the capital of France?")
+        # At no temperature: what a small model draws by chance is often wrong.
+        question = "What is the capital of France?"
+        answer = await result_of(client, "answer", question, temperature=0)
 
     assert "Paris" in answer
