@@ -503,11 +503,11 @@ async def test_the_configuration_names_the_server(options: str, info: dict[str, 
 
 
 async def test_an_unknown_option_fails_the_plugin_alone() -> None:
-    """With a sentence that names it."""
+    """With a sentence that names it, and the nearest right one."""
     async with running(f"{ECHO}\nplugins: {{openapi: {{titel: a}}}}") as server:
         health = (await ask(server, "GET", "/health")).json
 
-    told = "config.yaml: plugins.openapi: Object contains unknown field `titel`"
+    told = "config.yaml: plugins.openapi.titel: unknown key; did you mean 'title'?"
     assert told == health["plugins"]["openapi"]["error"]
 
 
