@@ -310,4 +310,5 @@ def _add_call(calls: dict[int, ToolCall], delta: ToolCallDelta | ToolCall) -> No
         calls[index] = ToolCall(id=delta.id or f"call_{index}", name="", type=delta.type)
     call = calls[index]
     call.name = call.name or delta.name or ""
+    call.extra_content = delta.extra_content or call.extra_content
     call.arguments = call.arguments_text() + as_json_text(delta.arguments)

@@ -45,13 +45,15 @@ _PIECE = re.compile(r"[A-Za-z]{1,8}|\d{1,3}|[^\sA-Za-z\d]")
 class ToolCall(msgspec.Struct, kw_only=True):
     """A finished call of a tool: `arguments` as an object, or as the model's own JSON text.
 
-    A custom tool's `arguments` are its input: text in whatever form the tool takes.
+    A custom tool's `arguments` are its input: text in whatever form the tool takes. What a provider
+    wants to see again with the call is in `extra_content`.
     """
 
     id: str
     name: str
     arguments: dict[str, Any] | str = ""
     type: ToolType = "function"
+    extra_content: dict[str, Any] | None = None
 
     def arguments_text(self) -> str:
         """The arguments as JSON text; the model's own bytes where they were kept."""
@@ -76,6 +78,7 @@ class ToolCallDelta(msgspec.Struct, kw_only=True, gc=False):
     name: str | None = None
     arguments: dict[str, Any] | str | None = None
     type: ToolType = "function"
+    extra_content: dict[str, Any] | None = None
 
 
 class Message(msgspec.Struct, kw_only=True):

@@ -77,7 +77,8 @@ def _message(item: Any, at: int) -> Message:
 def _call(call: Any) -> Any:
     """OpenAI nests name and arguments under `function` or `custom`; Harper does not."""
     if _is_object(call) and _is_object(function := call.get("function")):
-        return {"id": call.get("id"), **function}
+        extra = {"extra_content": call.get("extra_content")}
+        return {"id": call.get("id"), **function, **extra}
     if _is_object(call) and _is_object(custom := call.get("custom")):
         told = {"name": custom.get("name"), "arguments": custom.get("input")}
         return {"id": call.get("id"), "type": "custom", **told}

@@ -293,8 +293,9 @@ def _call(choice: _Choice, delta: ToolCallDelta | ToolCall) -> dict[str, Any]:
     index = choice.calls.setdefault(key, len(choice.calls))
     text = "input" if delta.type == "custom" else "arguments"
     told: dict[str, Any] = {text: as_json_text(delta.arguments)}
+    extra = {} if delta.extra_content is None else {"extra_content": delta.extra_content}
     if known:
-        return {"index": index, delta.type: told}
+        return {"index": index, delta.type: told, **extra}
     call_id = delta.id or f"call_{secrets.token_hex(12)}"
     told = {"name": delta.name or "", **told}
-    return {"index": index, "id": call_id, "type": delta.type, delta.type: told}
+    return {"index": index, "id": call_id, "type": delta.type, delta.type: told, **extra}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -35,6 +35,13 @@ class Called(msgspec.Struct, gc=False):
     id: Any = None
     function: Function | None = None
     custom: Custom | None = None
+    extra_content: Any = None
+
+    @property
+    def extra(self) -> dict[str, Any] | None:
+        """What the provider wants to see again with the call."""
+        given = self.extra_content
+        return cast("dict[str, Any]", given) if isinstance(given, dict) else None
 
     @property
     def told(self) -> tuple[ToolType, str | None, str | None]:
@@ -53,19 +60,21 @@ def whole_call(call: Called) -> ToolCall:
         type=kind,
         name=name or "",
         arguments=arguments or ("{}" if kind == "function" else ""),
+        extra_content=call.extra,
     )
 
 
 class _Known:
     """A call that has begun. Until its name is there, its pieces are held back."""
 
-    __slots__ = ("id", "index", "kind", "name", "pieces")
+    __slots__ = ("extra", "id", "index", "kind", "name", "pieces")
 
     def __init__(self, index: int | None, given: str | None) -> None:
         self.index = index
         self.id = given
         self.kind: ToolType = "function"
         self.name: str | None = None
+        self.extra: dict[str, Any] | None = None
         self.pieces: list[str] = []
 
     @property
@@ -113,14 +122,21 @@ class Calls:
         if len(self._known) > _MOST_CALLS or self._length > _MOST_ARGUMENTS:
             message = "the stream holds more tool calls than anyone can use"
             raise BackendError(message)
+        known.extra = call.extra or known.extra
         if known.name is not None:
-            return ToolCallDelta(index=at, type=kind, arguments=arguments)
+            extra = call.extra
+            return ToolCallDelta(index=at, type=kind, arguments=arguments, extra_content=extra)
         return self._head(at, known, name) if name else None
 
     def _head(self, at: int, known: _Known, name: str) -> ToolCallDelta:
         known.name = name
         return ToolCallDelta(
-            index=at, id=known.id, type=known.kind, name=name, arguments="".join(known.pieces)
+            index=at,
+            id=known.id,
+            type=known.kind,
+            name=name,
+            arguments="".join(known.pieces),
+            extra_content=known.extra,
         )
 
     def _find(self, call: Called, name: str | None) -> tuple[int, _Known]:

@@ -92,7 +92,8 @@ def _message(message: Message) -> dict[str, Any]:
 def _call(call: ToolCall) -> dict[str, Any]:
     text = "input" if call.type == "custom" else "arguments"
     told = {"name": call.name, text: call.arguments_text()}
-    return {"id": call.id, "type": call.type, call.type: told}
+    body = {"id": call.id, "type": call.type, call.type: told}
+    return body if call.extra_content is None else {**body, "extra_content": call.extra_content}
 
 
 def _add_tools(body: dict[str, Any], tools: list[ToolDef], opts: GenerateOpts) -> None:

@@ -110,6 +110,29 @@ async def test_pieces_of_tool_calls_are_put_in_order(
         assert [] == [one for one in rest if one.id or one.function.name]
 
 
+async def test_what_a_provider_wants_to_see_again_comes_and_goes(
+    gateway: RunningServer, upstream: ScriptedUpstream
+) -> None:
+    """Gemini signs its thoughts in `extra_content` of a call, and refuses the call without it."""
+    extra = {"google": {"thought_signature": "c2lnbmVk"}}
+    call = {"id": "c1", "type": "function", "extra_content": extra,
+            "function": {"name": "f", "arguments": "{}"}}  # fmt: skip
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    upstream.script(
+        Answer(body={"choices": [{"index": 0, "message": message}]}),
+        Answer(events=[chunk({"tool_calls": [{"index": 0, **call}]}), chunk({}, "tool_calls")]),
+    )
+    whole = (await make(gateway, "whole")).json["choices"][0]["message"]
+    first, *_ = events((await make(gateway, "stream")).text)
+    result = {"role": "tool", "tool_call_id": "c1", "content": "rain"}
+    body = {**HELLO, "messages": [*HELLO["messages"], whole, result]}
+    await ask(gateway, "POST", "/v1/chat/completions", json=body)
+
+    assert [call] == whole["tool_calls"]
+    assert [{"index": 0, **call}] == first["choices"][0]["delta"]["tool_calls"]
+    assert [call] == upstream.requests[2].body["messages"][1]["tool_calls"]
+
+
 async def test_a_call_in_the_old_protocols_form_is_a_call(
     gateway: RunningServer, upstream: ScriptedUpstream
 ) -> None:

@@ -47,6 +47,8 @@ class FunctionToolCallIn(msgspec.Struct, tag_field="type", tag="function"):
 
     id: Given
     function: FunctionCallIn
+    # Signatures of thoughts, which some providers want back.
+    extra_content: dict[str, Any] | None = None
 
 
 class CustomToolCallIn(msgspec.Struct, tag_field="type", tag="custom"):

@@ -128,7 +128,12 @@ def _call(call: FunctionToolCallIn | CustomToolCallIn) -> ToolCall:
     if isinstance(call, CustomToolCallIn):
         custom = call.custom
         return ToolCall(id=call.id, type="custom", name=custom.name, arguments=custom.input)
-    return ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments)
+    return ToolCall(
+        id=call.id,
+        name=call.function.name,
+        arguments=call.function.arguments,
+        extra_content=call.extra_content,
+    )
 
 
 def _tool(tool: ToolIn) -> ToolDef:
