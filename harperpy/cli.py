@@ -6,7 +6,6 @@ import asyncio
 import importlib.metadata
 import logging
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Coroutine
@@ -16,14 +15,14 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from .accounting import current_caller
-from .banner import banner, http_url
 from .config import Config, DatabaseConfig, load_config
 from .errors import ClientError, ConfigError, HarperError, SetupError
 from .health import Health
+from .reload import Parent
 from .remote import Remote
 from .scaffold import write_project
 from .server import SOCKET_NAME, Server
+from .serving import Inherited, Serving, serve
 
 T = TypeVar("T")
 
@@ -62,12 +61,23 @@ def version() -> None:
 @_DIRECTORY
 @_ROOT
 @_OFFLINE
-def dev(directory: Path, root: Path | None, *, offline: bool) -> None:
+@click.option("--no-reload", is_flag=True, help="Do not start anew when a file changes.")
+@click.option("--inherited", hidden=True)
+def dev(
+    directory: Path, root: Path | None, *, offline: bool, no_reload: bool, inherited: str | None
+) -> None:
     """Serve DIR on this machine only; on the first start make an administrator and print its key.
 
-    DIR holds config.yaml, resources.py and plugins/; all of them may be missing.
+    DIR holds config.yaml, resources.py and plugins/; all of them may be missing. When config.yaml
+    or a Python file changes, the server starts anew, and no connection is refused meanwhile.
     """
-    _serve(directory, root, dev=True, offline=offline)
+    what = Serving(directory, root, dev=True, offline=offline, version=_version())
+    if no_reload or inherited:
+        _serve(what, msgspec.json.decode(inherited, type=Inherited) if inherited else None)
+        return
+    given = [str(directory), *(["--root", str(root)] if root else [])]
+    parent = Parent(what, [*given, *(["--offline"] if offline else [])])
+    sys.exit(_told(lambda: asyncio.run(parent.run())))
 
 
 @main.command()
@@ -79,7 +89,7 @@ def run(directory: Path, root: Path | None, *, offline: bool) -> None:
 
     The first start needs HDB_ADMIN_USERNAME and HDB_ADMIN_PASSWORD in the environment.
     """
-    _serve(directory, root, dev=False, offline=offline)
+    _serve(Serving(directory, root, dev=False, offline=offline, version=_version()))
 
 
 @main.command(short_help="Write a new project into the folder NAME.")
@@ -256,38 +266,9 @@ def sql(select: str, **where: Any) -> None:
     _show(Target(**where).operate("sql", sql=select))
 
 
-def _serve(directory: Path, root: Path | None, *, dev: bool, offline: bool) -> None:
-    _import_from(directory)
-
-    async def serve() -> None:
-        config = _config(directory)
-        _log(config, dev=dev)
-        server = Server(config, directory=directory, root=root, dev=dev, offline=offline)
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        if not await _before(stop, server.start()):
-            return
-        try:
-            click.echo(banner(server, _version()))
-            click.echo(f"\nReady on {http_url(server)} (Ctrl-C stops)")
-            await stop.wait()
-        finally:
-            await server.stop()
-
-    _told(lambda: _run(serve()))
-
-
-async def _before(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
-    """Whether the work was done before the stop, which cancels it."""
-    working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
-    done, _ = await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
-    for task in (working, stopping):
-        task.cancel()
-    await asyncio.wait((working, stopping))
-    if working in done:
-        working.result()
-    return working in done
+def _serve(what: Serving, inherited: Inherited | None = None) -> None:
+    _import_from(what.directory)
+    _told(lambda: _run(serve(what, inherited)))
 
 
 async def _check(directory: Path) -> Health:
@@ -369,21 +350,3 @@ def _show(result: Any) -> None:
 
 def _version() -> str:
     return importlib.metadata.version("harperpy")
-
-
-class _WithRequestId(logging.Filter):
-    """Gives each line the id of the request it was written in."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        caller = current_caller.get()
-        record.request_id = (caller.request_id if caller else None) or "-"
-        return True
-
-
-def _log(config: Config, *, dev: bool) -> None:
-    level = (config.logging.level or ("info" if dev else "warn")).upper()
-    handler = logging.StreamHandler()
-    handler.addFilter(_WithRequestId())
-    line = "%(asctime)s %(levelname)s %(request_id)s %(name)s: %(message)s"
-    handler.setFormatter(logging.Formatter(line))
-    logging.basicConfig(level={"WARN": "WARNING"}.get(level, level), handlers=[handler])

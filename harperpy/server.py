@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import fcntl
+import contextlib
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -23,6 +22,7 @@ from .database import Database, read_secret
 from .dispatch import Dispatch
 from .errors import ConfigError
 from .health import Health
+from .held import BACKLOG, Held, Place, data_root, lock_root, no_such_family, places, port_taken
 from .loader import Loader
 from .middleware import Middlewares
 from .models import Models
@@ -40,9 +40,10 @@ from .wire import Wire
 SOCKET_NAME = "operations.sock"
 
 _DRAIN_SECONDS = 10.0
-_DEV_HOSTS = ("127.0.0.1", "::1")
-_RUN_HOSTS = ("0.0.0.0", "::")  # noqa: S104  # 'run' serves all interfaces, by contract
-_NO_SUCH_FAMILY = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}
+# When another process takes over the ports: for running requests, and for a first one to come.
+_HAND_OVER_SECONDS = 0.5
+_FIRST_REQUEST_SECONDS = 0.25
+_TAKEN_SECONDS = 0.02
 
 
 class FirstStart(msgspec.Struct, frozen=True):
@@ -58,7 +59,8 @@ class Server:
 
     `directory` holds the application, `root` the data. `plugins` are modules (or any objects with
     `handle_application`) to apply after those that the configuration names. `offline` servers
-    fetch nothing.
+    fetch nothing. `held` is what a parent process keeps for it: such a server takes connections
+    when it is ready, as they wait until then.
     """
 
     def __init__(
@@ -71,12 +73,14 @@ class Server:
         environ: Mapping[str, str] | None = None,
         plugins: Mapping[str, object] | None = None,
         offline: bool = False,
+        held: Held | None = None,
     ) -> None:
         self._offline = offline
+        self._held = held
         self._plugins = plugins or {}
         self.config = config
         self.directory = directory
-        self.root = root or Path(config.root_path or directory / ".harperpy")
+        self.root = data_root(config, directory, root)
         self.dev = dev
         self.health = Health()
         self.first_start: FirstStart | None = None
@@ -84,12 +88,15 @@ class Server:
         self._environ = os.environ if environ is None else environ
         self._lock: TextIO | None = None
         self._runners: list[web.ServerRunner] = []
+        self._wires: list[Wire] = []
 
     async def start(self) -> None:
         """Listen, start the plugins, and be ready. Raises `ConfigError` in one sentence."""
         try:
             await self._open()
-            await self._listen()
+            if self._held is None:
+                await self._listen()
+            await self._serve_socket(self._wire("operations", (), trusted=True))
             await self._apply()
             # After all that may fail: what is made up here is shown once, by who started it.
             await self._meet_the_first()
@@ -98,6 +105,8 @@ class Server:
             await self.stop()
             raise
         self.health.phase = "ready"
+        if self._held is not None:
+            await self._listen()
 
     async def open(self) -> None:
         """Start without ports, for the command line while no server runs."""
@@ -108,9 +117,18 @@ class Server:
             await self.stop()
             raise
 
-    async def stop(self) -> None:
-        """Take no more requests, let the running ones end within ten seconds, and close all."""
+    async def stop(self, *, hand_over: bool = False) -> None:
+        """Take no more requests, let the running ones end within ten seconds, and close all.
+
+        With `hand_over` another process takes the next requests: who is connected is answered, but
+        nothing is waited for longer than a moment.
+        """
+        if hand_over:
+            await self._hand_over()
         self.health.stop()
+        if hand_over:
+            servers = [runner.server for runner in self._runners]
+            await asyncio.gather(*(_hurry(server) for server in servers if server is not None))
         await asyncio.gather(*(runner.cleanup() for runner in self._runners))
         self._runners.clear()
         if hasattr(self, "loader"):
@@ -142,8 +160,7 @@ class Server:
         if self.config.http.workers != 1:
             message = "config.yaml: http.workers: expected 1, more do not exist yet"
             raise ConfigError(message)
-        _make_root(self.root)
-        self._lock = _lock(self.root)
+        self._lock = self._held.lock if self._held else lock_root(self.root)
         secret = read_secret(self.root)
         core = self._put_together(secret, int((self.root / "secret.key").stat().st_mtime))
         await core.database.open()
@@ -221,18 +238,24 @@ class Server:
         return Scope(name, options, self.core)
 
     async def _listen(self) -> None:
-        http, network = self.config.http, self.config.operations_api.network
-        rest = self._wire("rest", _origins(http, dev=self.dev))
-        hosts = _hosts(http.host, _DEV_HOSTS if self.dev else _RUN_HOSTS)
-        self.http_port = await self._serve(rest, hosts, http.port, "http.port")
-        origins = _origins(network, dev=self.dev)
-        operations = self._wire("operations", origins)
-        hosts = _hosts(network.host, _DEV_HOSTS)
-        self.operations_port = await self._serve(
-            operations, hosts, network.port, "operationsApi.network.port"
-        )
-        local = self._wire("operations", (), trusted=True)
-        await self._serve_socket(local)
+        network = self.config.operations_api.network
+        where = places(self.config, dev=self.dev)
+        rest = self._wire("rest", _origins(self.config.http, dev=self.dev))
+        self.http_port = await self._serve(rest, "rest", where["rest"])
+        operations = self._wire("operations", _origins(network, dev=self.dev))
+        self.operations_port = await self._serve(operations, "operations", where["operations"])
+
+    async def _hand_over(self) -> None:
+        """Take no more connections, and answer the first request of each that was taken."""
+        for runner in self._runners:
+            for site in runner.sites:
+                await site.stop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_REQUEST_SECONDS):
+                # What was taken in this turn of the loop is seen in the next ones.
+                await asyncio.sleep(_TAKEN_SECONDS)
+                while any(wire.awaits_first for wire in self._wires):  # noqa: ASYNC110  # once, at the end
+                    await asyncio.sleep(_TAKEN_SECONDS)
 
     def _wire(self, port: str, origins: tuple[str, ...], *, trusted: bool = False) -> Wire:
         core = self.core
@@ -263,23 +286,27 @@ class Server:
         return None if limit is None else Throttle(limit, http.request_queue_limit / 1000)
 
     async def _runner(self, wire: Wire) -> web.ServerRunner:
+        self._wires.append(wire)
         runner = web.ServerRunner(wire.server(), shutdown_timeout=_DRAIN_SECONDS)
         await runner.setup()
         self._runners.append(runner)
         return runner
 
-    async def _serve(self, wire: Wire, hosts: tuple[str, ...], port: int, key: str) -> int:
+    async def _serve(self, wire: Wire, name: str, place: Place) -> int:
         """Listen on each host; a second one is left out where the machine lacks its family."""
         runner = await self._runner(wire)
-        for host in hosts:
+        if self._held is not None:
+            for one in self._held.sockets[name]:
+                await web.SockSite(runner, one, backlog=BACKLOG).start()
+            return runner.addresses[0][1]
+        port = place.port
+        for host in place.hosts:
             try:
                 await web.TCPSite(runner, host, port).start()
             except OSError as error:
-                if error.errno in _NO_SUCH_FAMILY and host != hosts[0]:
+                if no_such_family(error) and host != place.hosts[0]:
                     continue
-                reason = "is in use" if error.errno == errno.EADDRINUSE else f"fails: {error}"
-                message = f"cannot listen on {host}:{port} ({key}): the port {reason}"
-                raise ConfigError(message) from error
+                raise port_taken(error, host, port, place.key) from error
             port = runner.addresses[0][1]
         return port
 
@@ -298,38 +325,13 @@ class Server:
             os.umask(before)
 
 
-def _hosts(given: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
-    return default if given is None else _DEV_HOSTS if given == "localhost" else (given,)
+async def _hurry(server: web.Server) -> None:
+    """Let the running requests end, and cut off what does not."""
+    server.pre_shutdown()
+    await server.shutdown(_HAND_OVER_SECONDS)
 
 
 def _origins(section: Any, *, dev: bool) -> tuple[str, ...]:
     """The origins a port allows: its list where `cors` is on, any in dev unless it is off."""
     enabled = dev if section.cors is None else section.cors
     return tuple(section.cors_access_list or ("*",)) if enabled else ()
-
-
-def _make_root(root: Path) -> None:
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        root.chmod(0o700)
-    except OSError as error:
-        message = f"cannot use {root} as data folder: {error.strerror}"
-        raise ConfigError(message) from error
-
-
-def _lock(root: Path) -> TextIO:
-    """Hold the folder for this process; the lock ends with it, however it ends."""
-    lock = (root / "harperpy.lock").open("a+", encoding="utf-8")
-    os.fchmod(lock.fileno(), 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.seek(0)
-        holder = lock.read().strip() or "unknown"
-        lock.close()
-        message = f"another harperpy (process {holder}) already uses the data folder {root}"
-        raise ConfigError(message) from error
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    return lock

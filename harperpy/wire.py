@@ -63,12 +63,21 @@ class _Request(web.BaseRequest):
 class _Handler(RequestHandler):
     """aiohttp's connection, whose own refusals (of what is no HTTP) look like ours."""
 
-    __slots__ = ()
+    __slots__ = ("_fresh",)
+
+    def __init__(self, *given: Any, fresh: set[RequestHandler], **options: Any) -> None:
+        super().__init__(*given, **options)
+        self._fresh = fresh
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self._fresh.add(self)
         if isinstance(transport, asyncio.WriteTransport):
             transport.set_write_buffer_limits(high=_UNSENT_BYTES)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._fresh.discard(self)
+        super().connection_lost(exc)
 
     def handle_error(
         self,
@@ -106,7 +115,8 @@ class _Handler(RequestHandler):
 class _Server(web.Server):
     """aiohttp's server with our connections."""
 
-    def __init__(self, handler: Any, **options: Any) -> None:
+    def __init__(self, handler: Any, *, fresh: set[RequestHandler], **options: Any) -> None:
+        self._fresh = fresh
         self._options = {
             name: value
             for name, value in options.items()
@@ -115,7 +125,8 @@ class _Server(web.Server):
         super().__init__(handler, **options)
 
     def __call__(self) -> RequestHandler:
-        return _Handler(self, loop=asyncio.get_running_loop(), **self._options)
+        loop = asyncio.get_running_loop()
+        return _Handler(self, loop=loop, fresh=self._fresh, **self._options)
 
 
 class Wire:
@@ -130,16 +141,24 @@ class Wire:
         self._trusted = trusted
         self._prefix = _new_id("req_")
         self._count = itertools.count(1)
+        self._fresh: set[RequestHandler] = set()
+
+    @property
+    def awaits_first(self) -> bool:
+        """Whether there is a connection that has brought no request yet."""
+        return bool(self._fresh)
 
     def server(self, keepalive_seconds: float = 75.0) -> web.Server:
         """The aiohttp server that calls this wire."""
         loop = asyncio.get_running_loop()
 
         def make(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> _Request:
+            self._fresh.discard(protocol)
             return _Request(message, payload, protocol, writer, task, loop)
 
         return _Server(
             self.handle,
+            fresh=self._fresh,
             request_factory=make,
             handler_cancellation=True,
             access_log=None,

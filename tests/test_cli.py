@@ -191,7 +191,14 @@ async def get(url: str, credential: str = "") -> tuple[int, Any]:
 
 HELP: dict[str, list[str]] = {
     "": ["harperpy init demo", "harperpy dev demo", "init", "dev", "run", "check", "user", "sql"],
-    "dev": ["this machine only", "DIR holds config.yaml", "--root", "$HARPERPY_ROOT", ".harperpy"],
+    "dev": [
+        "this machine only",
+        "DIR holds config.yaml",
+        "--no-reload",
+        "--root",
+        "$HARPERPY_ROOT",
+        ".harperpy",
+    ],
     "run": ["all interfaces", "HDB_ADMIN_USERNAME", "HDB_ADMIN_PASSWORD", "--root"],
     "init": ["new project", "NAME"],
     "check": ["without serving", "DIR"],

@@ -331,7 +331,8 @@ async def test_a_killed_server_leaves_no_child(tmp_path: Path) -> None:
             headers = {"Authorization": f"Bearer {key[0]}"}
             answer = await session.post(f"{url[0]}/chat/completions", json=body, headers=headers)
             assert 200 == answer.status
-        (child,) = _children(process.pid)
+        (served,) = _children(process.pid)
+        (child,) = _children(served)
     finally:
         process.kill()
         await process.communicate()

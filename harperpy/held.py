@@ -1,0 +1,193 @@
+"""What one process has at a time: a data folder's lock, and the sockets of the ports."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import msgspec
+
+from .config import Config
+from .errors import ConfigError
+
+_DEV_HOSTS = ("127.0.0.1", "::1")
+_RUN_HOSTS = ("0.0.0.0", "::")  # noqa: S104  # 'run' serves all interfaces, by contract
+_NO_SUCH_FAMILY = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}
+BACKLOG = 1024
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where a port is served, and the key of config.yaml that says so."""
+
+    hosts: tuple[str, ...]
+    port: int
+    key: str
+
+
+def places(config: Config, *, dev: bool) -> dict[str, Place]:
+    """Where each port of a server is to be."""
+    http, network = config.http, config.operations_api.network
+    return {
+        "rest": Place(_hosts(http.host, dev=dev), http.port, "http.port"),
+        "operations": Place(
+            _hosts(network.host, dev=True), network.port, "operationsApi.network.port"
+        ),
+    }
+
+
+def port_taken(error: OSError, host: str, port: int, key: str) -> ConfigError:
+    """Why a port cannot be served, in one sentence."""
+    reason = "is in use" if error.errno == errno.EADDRINUSE else f"fails: {error}"
+    return ConfigError(f"cannot listen on {host}:{port} ({key}): the port {reason}")
+
+
+def no_such_family(error: OSError) -> bool:
+    """Whether the machine lacks the kind of address."""
+    return error.errno in _NO_SUCH_FAMILY
+
+
+def data_root(config: Config, directory: Path, root: Path | None) -> Path:
+    """The data folder: as asked for, else as configured, else in the project's folder."""
+    return root or Path(config.root_path or directory / ".harperpy")
+
+
+def lock_root(root: Path) -> TextIO:
+    """Make the folder and hold it for this process; the lock ends with it, however it ends."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        root.chmod(0o700)
+    except OSError as error:
+        message = f"cannot use {root} as data folder: {error.strerror}"
+        raise ConfigError(message) from error
+    lock = (root / "harperpy.lock").open("a+", encoding="utf-8")
+    os.fchmod(lock.fileno(), 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        message = f"another harperpy (process {holder}) already uses the data folder {root}"
+        raise ConfigError(message) from error
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+class Held:
+    """The lock and the listening sockets that a parent keeps while its children come and go."""
+
+    def __init__(self, lock: TextIO, sockets: Mapping[str, list[socket.socket]]) -> None:
+        self.lock = lock
+        self.sockets = dict(sockets)
+
+    @property
+    def numbers(self) -> dict[str, list[int]]:
+        """The file descriptors, as `inherit` takes them."""
+        found = {name: [one.fileno() for one in many] for name, many in self.sockets.items()}
+        return {"lock": [self.lock.fileno()], **found}
+
+    def close(self) -> None:
+        """Let go of all."""
+        self.close_sockets()
+        self.lock.close()
+
+    def close_sockets(self) -> None:
+        """From now on a new connection is refused."""
+        for one in (one for many in self.sockets.values() for one in many):
+            one.close()
+
+
+class Holder:
+    """Holds what a configuration asks for; what the next one asks for too is kept."""
+
+    def __init__(self) -> None:
+        self._root: Path | None = None
+        self._places: dict[str, Place] = {}
+        self._held: Held | None = None
+
+    def hold(self, root: Path, wanted: Mapping[str, Place]) -> Held:
+        """The lock and the sockets for this. Raises `ConfigError`, and then nothing changed."""
+        before = self._held
+        taken = [] if before and root == self._root else [lock_root(root)]
+        lock = taken[0] if taken else before.lock if before else lock_root(root)
+        kept = before.sockets if before else {}
+        fresh: dict[str, list[socket.socket]] = {}
+        try:
+            for name, place in wanted.items():
+                if name not in kept or self._places[name] != place:
+                    fresh[name] = listen(place)
+        except ConfigError:
+            Held(lock, fresh).close() if taken else _close(fresh.values())
+            raise
+        _close(many for name, many in kept.items() if name in fresh)
+        if before and taken:
+            before.lock.close()
+        self._root, self._places = root, dict(wanted)
+        self._held = Held(lock, {**kept, **fresh})
+        return self._held
+
+
+def inherit(numbers: Mapping[str, list[int]]) -> Held:
+    """What a parent holds, in its child; the child's own children get none of it."""
+    for number in (number for many in numbers.values() for number in many):
+        os.set_inheritable(number, False)  # noqa: FBT003  # takes no keyword
+    (lock,) = numbers["lock"]
+    sockets = {
+        name: [socket.socket(fileno=number) for number in many]
+        for name, many in numbers.items()
+        if name != "lock"
+    }
+    return Held(os.fdopen(lock, "a+", encoding="utf-8"), sockets)
+
+
+def listen(place: Place) -> list[socket.socket]:
+    """A socket for each host; a second one is left out where the machine lacks its family."""
+    made: list[socket.socket] = []
+    port = place.port
+    for host in place.hosts:
+        try:
+            made.append(_listening(host, port))
+        except OSError as error:
+            if no_such_family(error) and host != place.hosts[0]:
+                continue
+            _close([made])
+            raise port_taken(error, host, port, place.key) from error
+        port = made[0].getsockname()[1]
+    return made
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    kind, (family, *_, address) = socket.SOCK_STREAM, _address(host, port)
+    one = socket.socket(family, kind)
+    try:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        one.bind(address)
+        one.listen(BACKLOG)
+        one.settimeout(0)
+    except OSError:
+        one.close()
+        raise
+    return one
+
+
+def _address(host: str, port: int) -> Any:
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+
+
+def _close(sockets: Iterable[list[socket.socket]]) -> None:
+    for one in (one for many in sockets for one in many):
+        one.close()
+
+
+def _hosts(given: str | None, *, dev: bool) -> tuple[str, ...]:
+    default = _DEV_HOSTS if dev else _RUN_HOSTS
+    return default if given is None else _DEV_HOSTS if given == "localhost" else (given,)

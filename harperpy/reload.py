@@ -1,0 +1,247 @@
+"""A parent that holds the ports and starts its server anew when a file of the project changes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import click
+import msgspec
+
+from .config import Config
+from .errors import ConfigError
+from .held import Held, Holder, data_root, places
+from .serving import HAND_OVER, READY, STOPS, Inherited, Serving
+
+_LOOK_SECONDS = 0.3
+_SETTLED_SECONDS = 0.05
+# A server that is still there so long after it was asked to hand over hangs.
+_HANG_SECONDS = 3.0
+_COMMAND = "from harperpy.cli import main; main(prog_name='harperpy')"
+_NO_PROJECT = {"__pycache__", "node_modules", "site-packages"}
+
+Files = dict[Path, tuple[int, int, int]]
+
+
+def look(directory: Path, root: Path) -> Files:
+    """config.yaml and the Python files of a project, and what tells their versions apart."""
+    data = root.resolve()
+    found: Files = {}
+    for folder, names, files in os.walk(directory):
+        here = Path(folder)
+        names[:] = [name for name in names if _is_project(here / name, data)]
+        for name in files:
+            if name.endswith(".py") or (here == directory and name == "config.yaml"):
+                _note(here / name, found)
+    return found
+
+
+def _is_project(folder: Path, data: Path) -> bool:
+    name = folder.name
+    if name.startswith(".") or name in _NO_PROJECT or folder.resolve() == data:
+        return False
+    return not (folder / "pyvenv.cfg").exists()
+
+
+def _note(file: Path, found: Files) -> None:
+    try:
+        stat = file.stat()
+    except FileNotFoundError:
+        return
+    found[file] = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+
+
+def differing(before: Files, after: Files) -> list[Path]:
+    """The files that changed, came or went."""
+    return sorted(path for path in {*before, *after} if before.get(path) != after.get(path))
+
+
+class Child:
+    """One server process, and the line to it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, line: socket.socket) -> None:
+        self._process = process
+        self._line = line
+        self.ended = asyncio.ensure_future(process.wait())
+        self.ready = asyncio.ensure_future(self._is_ready())
+
+    async def hand_over(self) -> None:
+        """Have it answer whom it took, and end."""
+        try:
+            self._line.send(HAND_OVER)
+            await asyncio.wait_for(asyncio.shield(self.ended), _HANG_SECONDS)
+        except TimeoutError:
+            self._process.kill()
+        except OSError:
+            # It has just ended by itself.
+            pass
+        await self._gone()
+
+    async def stop(self) -> int:
+        """Have it end as by the signal; its exit code."""
+        if not self.ended.done():
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+        return await self._gone()
+
+    async def _is_ready(self) -> bool:
+        try:
+            return await asyncio.get_running_loop().sock_recv(self._line, 1) == READY
+        except OSError:
+            return False
+
+    async def _gone(self) -> int:
+        code = await self.ended
+        await self.ready
+        self._line.close()
+        return code if code >= 0 else 128 - code
+
+
+class Parent:
+    """Keeps the ports and the data folder, and one child at a time."""
+
+    def __init__(self, what: Serving, arguments: list[str]) -> None:
+        self._what = what
+        self._arguments = arguments
+        self._holder = Holder()
+        self._stop = asyncio.Event()
+        self._child: Child | None = None
+        self._was_ready = False
+
+    async def run(self) -> int:
+        """Serve until a signal; the exit code. Raises `ConfigError` if the start is refused."""
+        for number in STOPS:
+            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
+        self._stopping = asyncio.ensure_future(self._stop.wait())
+        config = self._what.config()
+        self._root = data_root(config, self._what.directory, self._what.root)
+        self._seen = self._running = await self._look()
+        self._held = self._hold(config)
+        self._child = await self._start()
+        code = None
+        while code is None:
+            code = await self._next()
+        self._stopping.cancel()
+        return code
+
+    async def _next(self) -> int | None:
+        """See to what happens first; an exit code if that is the end."""
+        child = self._child
+        waited = {self._stopping}
+        if child is not None:
+            waited |= {child.ended, *(() if child.ready.done() else (child.ready,))}
+        done, _ = await asyncio.wait(
+            waited, timeout=_LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED
+        )
+        if self._stop.is_set():
+            self._held.close_sockets()
+            return await child.stop() if child else 0
+        if child is not None and child.ended in done:
+            return await self._lost(child)
+        if child is not None and child.ready in done:
+            await self._told(child)
+            return None
+        seen = await self._look()
+        if seen != self._seen:
+            await self._settle(seen)
+            await self._restart()
+        return None
+
+    async def _told(self, child: Child) -> None:
+        """A child is ready, unless it is about to have ended."""
+        if not child.ready.result():
+            await child.ended
+        elif self._was_ready:
+            seconds = time.monotonic() - self._began
+            click.echo(f"restarted: {self._changed} changed ({seconds:.1f} s)")
+        else:
+            self._was_ready = True
+
+    async def _lost(self, child: Child) -> int | None:
+        """A child ended by itself: for good, or until what is wrong with it is mended."""
+        code = await child.stop()
+        if code == 0 or not self._was_ready:
+            return code
+        self._child = None
+        click.echo("harperpy: the server is down and waits for a file to change", err=True)
+        return None
+
+    async def _restart(self) -> None:
+        """Start anew on the files as they are; if they cannot be read, all stays as it is."""
+        self._began = time.monotonic()
+        changed = differing(self._running, self._seen)
+        self._changed = self._names(changed)
+        try:
+            config = self._what.config()
+            _compile(changed)
+            self._held = self._hold(config)
+        except ConfigError as error:
+            click.echo(f"harperpy: {error}", err=True)
+            return
+        self._running = self._seen
+        if self._child is not None:
+            await self._child.hand_over()
+        self._child = None if self._stop.is_set() else await self._start()
+
+    async def _start(self) -> Child:
+        ours, theirs = socket.socketpair()
+        ours.settimeout(0)
+        numbers = self._held.numbers
+        inherited = Inherited(theirs.fileno(), numbers, first=not self._was_ready)
+        given = ["--inherited", msgspec.json.encode(inherited).decode()]
+        command = [sys.executable, "-P", "-c", _COMMAND, "dev", *self._arguments, *given]
+        passed = [theirs.fileno(), *(one for many in numbers.values() for one in many)]
+        # Until the child has its handlers, a signal waits for them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        try:
+            process = await asyncio.create_subprocess_exec(*command, pass_fds=passed)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+            theirs.close()
+        return Child(process, ours)
+
+    def _hold(self, config: Config) -> Held:
+        root = data_root(config, self._what.directory, self._what.root)
+        held = self._holder.hold(root, places(config, dev=True))
+        self._root = root
+        return held
+
+    async def _look(self) -> Files:
+        return await asyncio.to_thread(look, self._what.directory, self._root)
+
+    async def _settle(self, seen: Files) -> None:
+        """Wait while more files are being written."""
+        before: Files = {}
+        while seen != before:
+            before = seen
+            await asyncio.sleep(_SETTLED_SECONDS)
+            seen = await self._look()
+        self._seen = seen
+
+    def _names(self, changed: list[Path]) -> str:
+        if not changed:
+            return "a file"
+        more = f" and {len(changed) - 1} more" if changed[1:] else ""
+        return f"{changed[0].relative_to(self._what.directory)}{more}"
+
+
+def _compile(files: list[Path]) -> None:
+    """Raises `ConfigError` for a file that is no Python."""
+    for file in files:
+        if file.suffix != ".py" or not file.exists():
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                compile(file.read_bytes(), str(file), "exec", dont_inherit=True)
+        except (SyntaxError, ValueError) as error:
+            where = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
+            reason = error.msg if isinstance(error, SyntaxError) else error
+            message = f"{file}{where}: {reason}"
+            raise ConfigError(message) from error

@@ -1,0 +1,135 @@
+"""One process that serves a project until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from .accounting import current_caller
+from .banner import banner, http_url
+from .config import Config, load_config
+from .held import inherit
+from .server import Server
+
+READY = b"r"
+HAND_OVER = b"h"
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Inherited(msgspec.Struct):
+    """What a child of `dev` is given: descriptors, and whether its start is the first one."""
+
+    control: int
+    numbers: dict[str, list[int]]
+    first: bool
+
+
+class Serving(msgspec.Struct, frozen=True):
+    """What is served: the command's own words."""
+
+    directory: Path
+    root: Path | None
+    dev: bool
+    offline: bool
+    version: str
+
+    def config(self) -> Config:
+        """The project's config.yaml."""
+        return load_config(self.directory / "config.yaml", os.environ)
+
+
+async def serve(what: Serving, inherited: Inherited | None = None) -> None:
+    """Serve until a signal, or a parent, ends it."""
+    stop = asyncio.Event()
+    for number in STOPS:
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    # A parent blocks them until somebody is there to hear.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    parent = _Parent(inherited.control, stop) if inherited else None
+    config = what.config()
+    _log(config, dev=what.dev)
+    server = Server(
+        config,
+        directory=what.directory,
+        root=what.root,
+        dev=what.dev,
+        offline=what.offline,
+        held=inherit(inherited.numbers) if inherited else None,
+    )
+    if not await _before(stop, server.start()):
+        return
+    try:
+        # A configuration that names another data folder may make its first start here.
+        if inherited is None or inherited.first or server.first_start:
+            click.echo(banner(server, what.version))
+            click.echo(f"\nReady on {http_url(server)} (Ctrl-C stops)")
+        if parent:
+            parent.ready()
+        await stop.wait()
+    finally:
+        await server.stop(hand_over=parent is not None and parent.takes_over)
+
+
+class _Parent:
+    """The parent's end of a line: a word means that it takes over, silence that it is dead."""
+
+    def __init__(self, control: int, stop: asyncio.Event) -> None:
+        self.takes_over = False
+        self._line = socket.socket(fileno=control)
+        self._line.set_inheritable(False)
+        self._loop = asyncio.get_running_loop()
+        self._stop = stop
+        # No task: it must hear while the project's code keeps the loop busy.
+        threading.Thread(target=self._hear, daemon=True, name="harperpy-dev").start()
+
+    def ready(self) -> None:
+        """Say that connections are taken."""
+        self._line.send(READY)
+
+    def _hear(self) -> None:
+        if self._line.recv(1):
+            self.takes_over = True
+            self._loop.call_soon_threadsafe(self._stop.set)
+        if not self._line.recv(1):
+            # The parent was killed, and so is its server: the signal goes no further than here.
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def _before(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Whether the work was done before the stop, which cancels it."""
+    working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    done, _ = await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
+    for task in (working, stopping):
+        task.cancel()
+    await asyncio.wait((working, stopping))
+    if working in done:
+        working.result()
+    return working in done
+
+
+class _WithRequestId(logging.Filter):
+    """Gives each line the id of the request it was written in."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        caller = current_caller.get()
+        record.request_id = (caller.request_id if caller else None) or "-"
+        return True
+
+
+def _log(config: Config, *, dev: bool) -> None:
+    level = (config.logging.level or ("info" if dev else "warn")).upper()
+    handler = logging.StreamHandler()
+    handler.addFilter(_WithRequestId())
+    line = "%(asctime)s %(levelname)s %(request_id)s %(name)s: %(message)s"
+    handler.setFormatter(logging.Formatter(line))
+    logging.basicConfig(level={"WARN": "WARNING"}.get(level, level), handlers=[handler])

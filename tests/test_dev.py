@@ -1,0 +1,288 @@
+"""`harperpy dev` starts anew when a file changes, and nobody is refused meanwhile."""
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from test_cli import (
+    ECHO,
+    FREE,
+    SECONDS,
+    SECRETS,
+    Serving,
+    closed,
+    configured,
+    events,
+    get,
+    harperpy,
+    said,
+    serving,
+    slow,
+    started,
+    streaming,
+    until,
+)
+
+__all__ = ["slow"]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project whose resource /Word answers `one`."""
+    folder = configured(tmp_path / "project")
+    say(folder, "one")
+    return folder
+
+
+def say(folder: Path, word: str, more: str = "") -> None:
+    """Write a resource that answers this word."""
+    put(
+        folder / "resources.py",
+        "from harperpy import Resource\n\n\nclass Word(Resource):\n    public = True\n\n"
+        f"    @staticmethod\n    def get():\n        return {word!r}\n{more}",
+    )
+
+
+def put(file: Path, text: str) -> None:
+    """Write a file at once, as editors do."""
+    made = file.with_suffix(".new")
+    made.write_text(text)
+    made.replace(file)
+
+
+async def restarted(server: Serving) -> str:
+    """The line of the next restart."""
+    printed = await until(server.process, "restarted: ")
+    return printed.splitlines()[-1]
+
+
+async def logged(folder: Path, text: str, times: int = 1) -> str:
+    """The log, once a text stands in it so often."""
+    async with asyncio.timeout(SECONDS):
+        while (log := (folder / "log").read_text()).count(text) < times:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    return log
+
+
+async def exchange(url: str) -> str:
+    """A GET on a connection of its own: status and body. Unlike aiohttp's it is never repeated."""
+    where = urlsplit(url)
+    reader, writer = await asyncio.open_connection("127.0.0.1", where.port)
+    try:
+        head = f"GET {where.path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        writer.write(head.encode())
+        answer = (await reader.read()).decode()
+    finally:
+        writer.close()
+    status, _, body = answer.partition("\r\n\r\n")
+    return f"{status[9:12]} {body}".strip() or "nothing"
+
+
+class Loop:
+    """Requests without end, each on a connection of its own; what was answered, and what failed."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.failed: list[str] = []
+        self.answers: dict[str, int] = {}
+        self.longest = 0.0
+        self._heard = asyncio.Condition()
+
+    async def run(self) -> None:
+        """Ask, and ask again."""
+        while True:
+            began = time.monotonic()
+            try:
+                answer = await exchange(self.url)
+            except OSError as error:
+                self.failed.append(repr(error))
+                continue
+            self.longest = max(self.longest, time.monotonic() - began)
+            async with self._heard:
+                self.answers[answer] = self.answers.get(answer, 0) + 1
+                self._heard.notify_all()
+
+    async def heard(self, answer: str) -> None:
+        """Return when this was answered."""
+        async with asyncio.timeout(SECONDS), self._heard:
+            await self._heard.wait_for(lambda: answer in self.answers)
+
+
+@asynccontextmanager
+async def asking(url: str, clients: int = 4) -> AsyncIterator[Loop]:
+    """A loop of several clients while the block runs."""
+    loop = Loop(url)
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(loop.run()) for _ in range(clients)]
+        yield loop
+        for task in tasks:
+            task.cancel()
+
+
+async def test_no_request_is_refused_while_it_restarts(project: Path) -> None:
+    """Under a loop of new connections every request is answered, by the old code or the new."""
+    words = [f"word{number}" for number in range(10)]
+    async with serving(project) as server, asking(f"{server.url}/Word") as loop:
+        await loop.heard('200 "one"')
+        lines: list[str] = []
+        for word in words:
+            say(project, word)
+            lines.append(await restarted(server))
+            await loop.heard(f'200 "{word}"')
+    measured = (*lines, f"{sum(loop.answers.values())} answers, longest {loop.longest:.2f} s")
+    print(*measured, sep="\n")  # noqa: T201  # how long it took is shown, and never judged
+
+    assert [] == loop.failed
+    assert {f'200 "{word}"' for word in ("one", *words)} == set(loop.answers)
+    assert all(line.startswith("restarted: resources.py changed (") for line in lines)
+
+
+async def test_the_banner_and_its_secrets_are_printed_once(project: Path) -> None:
+    """After a restart one line is all, the key still works, and the process is the same."""
+    async with serving(project) as server:
+        say(project, "two")
+        printed = await until(server.process, "restarted: ")
+        assert 1 == len(printed.splitlines())
+        assert SECRETS.search(printed) is None
+        assert (200, "two") == await get(f"{server.url}/Word")
+        assert 200 == (await get(f"{server.url}/v1/models", f"Bearer {server.key}"))[0]
+        assert str(server.process.pid) == (project / ".harperpy" / "harperpy.lock").read_text()
+        assert "HDB_ADMIN" == (await said(project, "user", "list"))[0]["username"]
+
+
+BROKEN = {
+    "a file that is no Python": ("resources.py", "class Word(:\n", "resources.py:1: "),
+    "a config.yaml with an unknown key": ("config.yaml", "htpp: {}\n", "did you mean 'http'?"),
+}
+
+
+@pytest.mark.parametrize(("name", "text", "told"), BROKEN.values(), ids=BROKEN)
+async def test_the_old_server_stays_until_the_file_is_mended(
+    project: Path, name: str, text: str, told: str
+) -> None:
+    """What is wrong is said in a sentence, and the old code goes on answering."""
+    good = (project / name).read_text()
+    async with serving(project) as server, asking(f"{server.url}/Word", 1) as loop:
+        put(project / name, text)
+        assert "Traceback" not in await logged(project, told)
+        assert (200, "one") == await get(f"{server.url}/Word")
+        put(project / name, good.replace("one", "two") + "\n")
+        assert name in await restarted(server)
+        assert loop.failed == []
+
+
+async def test_a_server_that_cannot_start_again_waits_for_a_change(project: Path) -> None:
+    """Its sentence is printed, and who connects in the meantime waits for the mended one."""
+    good = (project / "config.yaml").read_text()
+    async with serving(project) as server:
+        wrong = "models: {generative: {default: {backend: ecoh}}}\n"
+        put(project / "config.yaml", FREE + wrong)
+        log = await logged(project, "waits for a file to change")
+        assert "did you mean 'echo'?" in log
+        assert "Traceback" not in log
+        asked = asyncio.create_task(get(f"{server.url}/Word"))
+        put(project / "config.yaml", good)
+        await restarted(server)
+        assert (200, "one") == await asked
+
+
+async def test_a_changed_config_is_used(project: Path) -> None:
+    """A model of a new config.yaml is there, on the same ports."""
+    async with serving(project) as server:
+        put(project / "config.yaml", FREE + ECHO.replace("default", "fresh"))
+        assert (await restarted(server)).startswith("restarted: config.yaml changed")
+        status, found = await get(f"{server.url}/v1/models", f"Bearer {server.key}")
+        assert 200 == status
+        assert {"fresh"} <= {model["id"] for model in found["data"]}
+        assert 200 == (await get(f"{server.operations_url}/health"))[0]
+
+
+async def test_only_the_projects_own_files_matter(project: Path) -> None:
+    """Neither the data, nor caches, nor packages start it anew; a new module of its own does."""
+    others = [".venv/a.py", "node_modules/a.py", "__pycache__/a.py", ".git/a.py", "env/a.py"]
+    for name in others:
+        (project / name).parent.mkdir()
+    (project / "env" / "pyvenv.cfg").write_text("")
+    async with serving(project, "dev", "--root", "data") as server:
+        for name in [*others, "data/a.py", "notes.txt"]:
+            (project / name).write_text("new")
+        (project / "lib").mkdir()
+        (project / "lib" / "own.py").write_text("NEW = 1\n")
+        assert (await restarted(server)).startswith("restarted: lib/own.py changed (")
+
+
+async def test_a_stream_is_told_that_the_server_restarts(slow: Path) -> None:
+    """One that does not end by itself ends in its own words, and is not waited for."""
+    async with serving(slow) as server, streaming(server) as response:
+        (slow / "more.py").write_text("")
+        *_, last = events(await response.text())
+        assert "restarted: more.py changed" in await restarted(server)
+    print(last)
+
+
+async def test_a_start_that_hangs_is_given_up_for_the_next_change(project: Path) -> None:
+    """Also where the project's own code keeps the server from hearing."""
+    async with serving(project) as server:
+        say(project, "two", "\nimport time\nprint('hanging', flush=True)\ntime.sleep(3600)\n")
+        await until(server.process, "hanging")
+        say(project, "three")
+        await restarted(server)
+        assert (200, "three") == await get(f"{server.url}/Word")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_ends_both_after_a_restart(project: Path, number: int) -> None:
+    """With exit code 0 and no trace; nobody listens any more, and the folder is free."""
+    async with serving(project) as server:
+        say(project, "two")
+        await restarted(server)
+        assert 0 == await server.end(number)
+        await closed(server.url)
+    assert "Traceback" not in (project / "log").read_text()
+    async with serving(project) as again:
+        assert (200, "two") == await get(f"{again.url}/Word")
+
+
+async def test_a_server_that_crashes_is_started_by_the_next_change(project: Path) -> None:
+    """The parent says so, and keeps the ports."""
+    crash = "\n\nclass Crash(Word):\n    @staticmethod\n    def get():\n        import os\n"
+    async with serving(project) as server:
+        say(project, "two", f"{crash}        os._exit(3)\n")
+        await restarted(server)
+        assert "nothing" == await exchange(f"{server.url}/Crash")
+        await logged(project, "waits for a file to change")
+        say(project, "three")
+        await restarted(server)
+        assert (200, "three") == await get(f"{server.url}/Word")
+
+
+async def test_no_reload_leaves_it_as_it_is(project: Path) -> None:
+    """One process serves what there was when it started."""
+    async with started(project, "dev", "--no-reload") as process:
+        server = Serving(process, await until(process, "Ready on"))
+        assert [] == children(process.pid)
+        say(project, "two")
+        assert (200, "one") == await get(f"{server.url}/Word")
+        assert 0 == await server.end()
+
+
+def children(pid: int) -> list[str]:
+    """The processes that a process started."""
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+async def test_a_first_start_that_fails_is_the_end(project: Path) -> None:
+    """With the same sentence and status as ever: nothing waits for a mended file."""
+    put(project / "config.yaml", "models: {generative: {default: {backend: ecoh}}}\n" + FREE)
+
+    done = await harperpy(project, "dev")
+
+    assert (1, "") == (done.code, done.out)
+    (line,) = done.err.splitlines()
+    assert "did you mean 'echo'?" in line
