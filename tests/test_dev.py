@@ -223,7 +223,7 @@ async def test_a_stream_is_told_that_the_server_restarts(slow: Path) -> None:
         (slow / "more.py").write_text("")
         *_, last = events(await response.text())
         assert "restarted: more.py changed" in await restarted(server)
-    print(last)
+    assert "server_error" == last["error"]["type"]
 
 
 async def test_a_start_that_hangs_is_given_up_for_the_next_change(project: Path) -> None:
