@@ -71,6 +71,7 @@ class Child:
         self._line = line
         self.ended = asyncio.ensure_future(process.wait())
         self.ready = asyncio.ensure_future(self._is_ready())
+        self.told = False
 
     async def hand_over(self) -> None:
         """Have it answer whom it took, and end."""
@@ -136,7 +137,7 @@ class Parent:
         child = self._child
         waited = {self._stopping}
         if child is not None:
-            waited |= {child.ended, *(() if child.ready.done() else (child.ready,))}
+            waited |= {child.ended, *(() if child.told else (child.ready,))}
         done, _ = await asyncio.wait(
             waited, timeout=_LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED
         )
@@ -151,11 +152,14 @@ class Parent:
         seen = await self._look()
         if seen != self._seen:
             await self._settle(seen)
+            if child is not None and child.ready.done() and not child.told:
+                await self._told(child)
             await self._restart()
         return None
 
     async def _told(self, child: Child) -> None:
         """A child is ready, unless it is about to have ended."""
+        child.told = True
         if not child.ready.result():
             await child.ended
         elif self._was_ready:

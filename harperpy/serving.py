@@ -69,12 +69,13 @@ async def serve(what: Serving, inherited: Inherited | None = None) -> None:
     if not await _before(stop, server.start()):
         return
     try:
+        # First of all: who reads the banner may change a file at once, and that is a restart.
+        if parent:
+            parent.ready()
         # A configuration that names another data folder may make its first start here.
         if inherited is None or inherited.first or server.first_start:
             click.echo(banner(server, what.version))
             click.echo(f"\nReady on {http_url(server)} (Ctrl-C stops)")
-        if parent:
-            parent.ready()
         await stop.wait()
     finally:
         await server.stop(hand_over=parent is not None and parent.takes_over)
