@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -135,7 +136,7 @@ class Parent:
     async def _next(self) -> int | None:
         """See to what happens first; an exit code if that is the end."""
         child = self._child
-        waited = {self._stopping}
+        waited: set[asyncio.Future[Any]] = {self._stopping}
         if child is not None:
             waited |= {child.ended, *(() if child.told else (child.ready,))}
         done, _ = await asyncio.wait(

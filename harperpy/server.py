@@ -298,7 +298,8 @@ class Server:
         if self._held is not None:
             for one in self._held.sockets[name]:
                 await web.SockSite(runner, one, backlog=BACKLOG).start()
-            return runner.addresses[0][1]
+            bound: int = runner.addresses[0][1]
+            return bound
         port = place.port
         for host in place.hosts:
             try:
