@@ -98,6 +98,7 @@ from .streaming import (
     openai_finish_reason,
     openai_logprobs,
     openai_stream,
+    openai_tool_call,
     openai_usage,
 )
 from .transactions import Transaction
@@ -216,6 +217,7 @@ __all__ = [
     "openai_finish_reason",
     "openai_logprobs",
     "openai_stream",
+    "openai_tool_call",
     "openai_usage",
     "paired",
     "redacted",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
@@ -16,6 +15,7 @@ from .errors import NotFound, RegistrationError
 from .framing import log_error
 from .patterns import decoded_segment
 from .rendering import Reply
+from .spelling import nearest
 
 Next: TypeAlias = Callable[[Context], Awaitable[Reply]]
 """What a middleware awaits for the answer of all that stands after it."""
@@ -113,9 +113,7 @@ class Middlewares:
             for other in (*link.before, *link.after):
                 if link.live and other not in self._links:
                     known = [name for name in self._links if name != link.name]
-                    near = difflib.get_close_matches(other, known, 1)
-                    names = ", ".join(sorted(known))
-                    hint = f"did you mean '{near[0]}'?" if near else f"the known ones are {names}"
+                    hint = nearest(other, known, "ones")
                     message = f"middleware {link.name!r} stands by {other!r}, which is none; {hint}"
                     yield link.owner, RegistrationError(message)
 

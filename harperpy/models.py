@@ -177,9 +177,7 @@ class Models:
 
     def _calls(self, method: Method, prompt: Prompt, opts: GenerateOpts) -> Sequence[Call]:
         """One call; `n` of them where several answers are asked of who gives one at a time."""
-        base: Capability = "generate" if method == "generate" else "stream"
-        requires = _requires(base, prompt, opts)
-        call = self._call("generative", method, opts, requires)
+        call = self._generating(method, prompt, opts)
         count = opts.n or 1
         if count == 1 or call.gives_many:
             return [call]
@@ -187,9 +185,11 @@ class Models:
 
     def _one_call(self, method: Method, prompt: Prompt, opts: GenerateOpts, index: int) -> Call:
         """The call for one of `n` answers."""
+        return self._generating(method, prompt, _one_of(opts, index))
+
+    def _generating(self, method: Method, prompt: Prompt, opts: GenerateOpts) -> Call:
         base: Capability = "generate" if method == "generate" else "stream"
-        one = _one_of(opts, index)
-        return self._call("generative", method, one, _requires(base, prompt, one))
+        return self._call("generative", method, opts, _requires(base, prompt, opts))
 
     def _call(
         self, kind: Kind, method: Method, opts: Opts, requires: Mapping[Capability, str]

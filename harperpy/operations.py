@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from .backend import positional, settled
 from .content import refused
 from .context import Context
 from .errors import AccessViolation, ClientError, NotFound, RegistrationError
+from .spelling import closest
 
 
 class NoParameters(msgspec.Struct, forbid_unknown_fields=True):
@@ -98,7 +98,7 @@ class Operations:
         raise AccessViolation(user, message)
 
     def _unknown(self, name: str) -> NotFound:
-        near = difflib.get_close_matches(name, self._operations, 1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        near = closest(name, self._operations)
+        hint = f"; did you mean '{near}'?" if near else ""
         message = f"Operation '{name}' not found{hint}"
         return NotFound(message, status=400, param="operation")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from .errors import PluginNotStarted, RegistrationError, ResourceConflict
 from .patterns import Pattern, decoded_segment, has_parameters
 from .request import RequestTarget
 from .resource import METHOD_VERBS, PROTOCOLS, WITHOUT_BODY, ProtocolName, Resource
+from .spelling import closest
 
 logger = logging.getLogger("harperpy.dispatch")
 
@@ -212,8 +212,8 @@ def _check(resource: Any) -> None:
     protocols: Any = resource.protocols
     unknown = [protocols] if isinstance(protocols, str) else [*{*protocols} - PROTOCOLS]
     if unknown:
-        near = difflib.get_close_matches(str(unknown[0]), PROTOCOLS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = closest(str(unknown[0]), PROTOCOLS)
+        hint = f"; did you mean {near!r}?" if near else ""
         known = ", ".join(sorted(PROTOCOLS))
         message = (
             f"{resource.__name__}.protocols: expected a set of {known}, got {unknown[0]!r}{hint}"

@@ -88,6 +88,14 @@ def openai_logprobs(given: Choice | GenerateChunk) -> dict[str, Any] | None:
     return {"content": given.logprobs, "refusal": given.refusal_logprobs}
 
 
+def openai_tool_call(call: ToolCall) -> dict[str, Any]:
+    """A finished tool call as messages hold it, in requests and answers alike."""
+    text = "input" if call.type == "custom" else "arguments"
+    told = {"name": call.name, text: call.arguments_text()}
+    body = {"id": call.id, "type": call.type, call.type: told}
+    return body if call.extra_content is None else {**body, "extra_content": call.extra_content}
+
+
 async def openai_stream(
     tokens: AsyncIterable[GenerateChunk | str] | Iterable[GenerateChunk | str],
     *,

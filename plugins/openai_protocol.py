@@ -12,9 +12,9 @@ from harperpy import (
     JSONSchemaFormat,
     Message,
     Prompt,
-    ToolCall,
     ToolDef,
     ToolType,
+    openai_tool_call,
 )
 
 _PLAIN = (
@@ -82,18 +82,11 @@ def _message(message: Message) -> dict[str, Any]:
     else:
         body["content"] = message.content
     if message.tool_calls:
-        body["tool_calls"] = [_call(call) for call in message.tool_calls]
+        body["tool_calls"] = [openai_tool_call(call) for call in message.tool_calls]
     for name in ("name", "tool_call_id", "refusal", "reasoning_content", "audio"):
         if (value := getattr(message, name)) is not None:
             body[name] = value
     return body
-
-
-def _call(call: ToolCall) -> dict[str, Any]:
-    text = "input" if call.type == "custom" else "arguments"
-    told = {"name": call.name, text: call.arguments_text()}
-    body = {"id": call.id, "type": call.type, call.type: told}
-    return body if call.extra_content is None else {**body, "extra_content": call.extra_content}
 
 
 def _add_tools(body: dict[str, Any], tools: list[ToolDef], opts: GenerateOpts) -> None:

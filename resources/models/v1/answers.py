@@ -14,10 +14,10 @@ from harperpy import (
     EmbedResult,
     GenerateResult,
     TokenUsage,
-    ToolCall,
     completion_id,
     openai_finish_reason,
     openai_logprobs,
+    openai_tool_call,
     openai_usage,
 )
 
@@ -67,9 +67,9 @@ def _choice(index: int, choice: Choice, *, functions: bool) -> dict[str, Any]:
         "refusal": choice.refusal,
     }
     if calls and functions:
-        message["function_call"] = _call(calls[0])["function"]
+        message["function_call"] = openai_tool_call(calls[0])["function"]
     elif calls:
-        message["tool_calls"] = [_call(call) for call in calls]
+        message["tool_calls"] = [openai_tool_call(call) for call in calls]
     reason = openai_finish_reason(choice.finish_reason, calls=bool(calls), functions=functions)
     return {
         "index": index,
@@ -81,13 +81,6 @@ def _choice(index: int, choice: Choice, *, functions: bool) -> dict[str, Any]:
 
 def _told(given: Choice, names: Sequence[str]) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(given, name)) is not None}
-
-
-def _call(call: ToolCall) -> dict[str, Any]:
-    text = "input" if call.type == "custom" else "arguments"
-    told = {"name": call.name, text: call.arguments_text()}
-    body = {"id": call.id, "type": call.type, call.type: told}
-    return body if call.extra_content is None else {**body, "extra_content": call.extra_content}
 
 
 def _base64(vector: Sequence[float]) -> str:
