@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from .registry import Entry
-from .resource import METHOD_VERBS
 from .routing import ModelInfo
 from .server import Server
 
@@ -79,9 +78,10 @@ def _who(entry: Entry) -> str:
     public = entry.resource.public
     if public is True:
         return "anyone"
-    asked = {permission for verb, permission in METHOD_VERBS.values() if verb in entry.handlers}
     closed = "roles that grant it"
-    return f"{closed}; anyone may {', '.join(sorted(public))}" if public and asked else closed
+    return (
+        f"{closed}; anyone may {', '.join(sorted(public))}" if public and entry.handlers else closed
+    )
 
 
 def _models(server: Server) -> Iterable[Sequence[str]]:

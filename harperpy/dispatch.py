@@ -183,7 +183,8 @@ class Dispatch:
             raise context.rejection or AccessViolation(context.user)
         if verb in entry.plain:
             context.check_accept()
-        value = entry.handlers[verb](target, context.request.body, context)
+        given = None if verb == "connect" else context.request.body
+        value = entry.handlers[verb](target, given, context)
         return await self._in_time(value, entry, context) if inspect.isawaitable(value) else value
 
     async def _in_time(self, value: Awaitable[Any], entry: Entry, context: Context) -> Any:
@@ -311,10 +312,17 @@ def _protocol(request: Request) -> ProtocolName:
 def _verb(method: str, entry: Entry, context: Context) -> tuple[str, Verb]:
     """The verb and the permission for a method; who is not logged in learns no more than that."""
     verb, permission = METHOD_VERBS.get(method, ("", "read"))
+    streams = verb == "get" and "connect" in entry.handlers
+    if streams and _protocol(context.request) == "sse":
+        return "connect", permission
     if verb in entry.handlers:
         return verb, permission
     if context.user is None and not entry.resource.public:
         raise AccessViolation(None)
+    if streams:
+        told = context.headers.get("accept", "")
+        message = f"Accept: this is a stream of events; expected {EVENTS}, got {told!r}"
+        raise ClientError(message, status=406, code="not_acceptable")
     if not verb:
         message = f"Method {method} is not recognised."
         raise NotImplementedYet(message)

@@ -13,17 +13,23 @@ import msgspec
 
 from .auth import Verb
 from .backend import fitted, positional, required, settled
+from .content import EventStream
 from .context import Context
 from .contracts import Contract, Handler, check_schemas, contract_of, typed
 from .errors import PluginNotStarted, RegistrationError, ResourceConflict
 from .patterns import Pattern, decoded_segment, has_parameters
 from .request import RequestTarget
-from .resource import METHOD_VERBS, PROTOCOLS, WITHOUT_BODY, ProtocolName, Resource
+from .resource import METHOD_VERBS, PROTOCOLS, VERBS, WITHOUT_BODY, ProtocolName, Resource
 from .spelling import closest
 
 logger = logging.getLogger("harperpy.dispatch")
 
 _RESERVED = frozenset({"health"})
+_TAKES = {
+    "get": ("target", "context"),
+    "delete": ("target", "context"),
+    "connect": ("target", "incoming", "context"),
+}
 _PLAIN = (dict, list, tuple, set, frozenset, str, int, float, Mapping, msgspec.Struct)
 
 
@@ -52,8 +58,7 @@ class Entry:
         self.owner = owner
         self.pattern = Pattern(path) if has_parameters(path) else None
         self.protocols = frozenset(resource.protocols)
-        every = dict.fromkeys(verb for verb, _ in METHOD_VERBS.values())
-        verbs = [verb for verb in every if hasattr(resource, verb)]
+        verbs = [verb for verb in VERBS if hasattr(resource, verb)]
         check_schemas(resource, verbs)
         self.contracts: dict[str, Contract] = {}
         self.handlers: dict[str, Handler] = {}
@@ -70,7 +75,10 @@ class Entry:
             permission: fitted(getattr(resource, f"allow_{permission}"), 3)
             for permission in ("read", "create", "update", "delete")
         }
-        answered = [method for method, (verb, _) in METHOD_VERBS.items() if verb in self.handlers]
+        if "connect" in self.handlers:
+            _finish_connect(self)
+        answers = {*self.handlers, *(["get"] if "connect" in self.handlers else ())}
+        answered = [method for method, (verb, _) in METHOD_VERBS.items() if verb in answers]
         self.allow = (*answered, "OPTIONS")
 
     @property
@@ -201,7 +209,7 @@ def _check(resource: Any) -> None:
         message = f"{resource!r} is not a Resource class"
         raise RegistrationError(message)
     hooks = [name for name in dir(Resource) if name.startswith(("allow_", "present_"))]
-    for name in [*(verb for verb, _ in METHOD_VERBS.values()), *hooks]:
+    for name in (*VERBS, *hooks):
         found = inspect.getattr_static(resource, name, None)
         if inspect.isfunction(found):
             message = (
@@ -224,15 +232,27 @@ def _check(resource: Any) -> None:
 def _handler(resource: type[Resource], verb: str) -> Handler:
     """The verb as a function of (target, data, context), whatever it takes."""
     function = getattr(resource, verb)
-    most = 2 if verb in WITHOUT_BODY else 3
-    count = positional(function, most)
-    if required(function) > most:
-        takes = "target, context" if verb in WITHOUT_BODY else "target, data, context"
-        message = f"{resource.__name__}.{verb} takes too many parameters: it is given ({takes})"
+    takes = _TAKES.get(verb, ("target", "data", "context"))
+    count = positional(function, len(takes))
+    if required(function) > len(takes):
+        given = ", ".join(takes)
+        message = f"{resource.__name__}.{verb} takes too many parameters: it is given ({given})"
         raise RegistrationError(message)
-    if verb in WITHOUT_BODY:
+    if len(takes) == 2:
         return lambda target, _, context: function(*(target, context)[:count])
     return lambda target, data, context: function(*(target, data, context)[:count])
+
+
+def _finish_connect(entry: Entry) -> None:
+    """Its answer is events, of whatever type. Raises `RegistrationError` for what is none."""
+    if "connect" in entry.plain:
+        message = (
+            f"{entry.resource.__name__}.connect says that it returns a plain value; "
+            "expected messages one by one: a generator, or any other iterator"
+        )
+        raise RegistrationError(message)
+    contract = entry.contracts["connect"]
+    entry.contracts["connect"] = msgspec.structs.replace(contract, response=EventStream)
 
 
 def _gives_plain(resource: type[Resource], verb: str) -> bool:
@@ -265,6 +285,6 @@ def _failed(resource: type[Resource], owner: str) -> type[Resource]:
         message = f"plugin {owner} did not start"
         raise PluginNotStarted(message)
 
-    body: dict[str, Any] = {verb: staticmethod(refuse) for verb, _ in METHOD_VERBS.values()}
+    body: dict[str, Any] = {verb: staticmethod(refuse) for verb in VERBS}
     body |= {"schemas": {}, "hidden": True}
     return type(resource.__name__, (resource,), body)

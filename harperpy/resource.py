@@ -23,13 +23,15 @@ METHOD_VERBS: dict[str, tuple[str, Verb]] = {
     "QUERY": ("query", "read"),
 }
 """HTTP method → the verb a resource defines, and the permission it takes."""
+VERBS = (*dict.fromkeys(verb for verb, _ in METHOD_VERBS.values()), "connect")
+"""All that a resource may define; `connect` is a GET whose `Accept` prefers an event stream."""
 
 ProtocolName: TypeAlias = Literal["rest", "sse", "ws", "mcp"]
 """By what a resource is reached; `sse` is a GET whose `Accept` asks for an event stream."""
 PROTOCOLS: frozenset[ProtocolName] = frozenset({"rest", "sse", "ws", "mcp"})
 
 _NO_HEADERS: Mapping[str, str] = {}
-WITHOUT_BODY = frozenset({"get", "delete"})
+WITHOUT_BODY = frozenset({"get", "delete", "connect"})
 
 
 class Resource:
@@ -37,6 +39,8 @@ class Resource:
 
     - `get(target, context)`, `delete(target, context)`
     - `post(target, data, context)`, `put`, `patch`, `query` likewise
+    - `connect(target, incoming, context)`, in place of `get` for who prefers an event stream: gives
+      the messages one by one; `incoming` is None, as nothing comes in that way
 
     They may be sync or async, return a value or be generators, and take fewer parameters. A verb
     that is not defined is answered 405. Each is called only for those whom `allow_read`,
@@ -70,7 +74,7 @@ class Resource:
 
     @staticmethod
     def allow_read(user: User | None, target: RequestTarget, context: Context) -> Any:
-        """Whether this user may get, head or query; may be async."""
+        """Whether this user may get, head, query or connect; may be async."""
         return granted(user, context, "read")
 
     @staticmethod

@@ -22,7 +22,7 @@ from harperpy import (
     Scope,
 )
 
-from .openapi_document import DESCRIBED, Shown, document
+from .openapi_document import DESCRIBED, Shown, document, verbs_of
 
 _MOST_KEPT = 64
 _VARY = "Accept, Authorization"
@@ -89,13 +89,13 @@ class OpenAPIResource(Resource):
 async def _open_to(context: Context, entries: Iterable[Entry]) -> AsyncIterator[Shown]:
     """The entries that the caller may use, with the methods they may use of each."""
     for entry in entries:
-        if entry.resource.hidden or "rest" not in entry.protocols:
+        if entry.resource.hidden:
             continue
         methods = tuple(
             [
                 method
-                for method, (verb, permission) in DESCRIBED.items()
-                if verb in entry.handlers
+                for method, (_, permission) in DESCRIBED.items()
+                if verbs_of(entry, method)
                 and await entry.permits(permission, RequestTarget(), _as_if(method, entry, context))
             ]
         )

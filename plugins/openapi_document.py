@@ -95,8 +95,16 @@ class _Schemas:
             yield name, field, name in schema.get("required", ())
 
 
+def verbs_of(entry: Entry, method: str) -> tuple[str, ...]:
+    """What answers a method: for GET it may be `connect`, alone or beside `get`."""
+    verb, _ = METHOD_VERBS[method]
+    plain = (verb,) if verb in entry.handlers and "rest" in entry.protocols else ()
+    streams = verb == "get" and "connect" in entry.handlers and "sse" in entry.protocols
+    return (*plain, "connect") if streams else plain
+
+
 def _contract(entry: Entry, method: str) -> Contract:
-    return entry.contracts[METHOD_VERBS[method][0]]
+    return entry.contracts[verbs_of(entry, method)[0]]
 
 
 def _kinds(contract: Contract) -> Iterator[Any]:
@@ -172,9 +180,9 @@ def _told(docstring: str | None) -> tuple[str, str]:
 
 
 def _operation(entry: Entry, method: str, path: str, schemas: _Schemas) -> dict[str, Any]:
-    verb, permission = METHOD_VERBS[method]
-    contract = entry.contracts[verb]
-    summary, text = _told(getattr(entry.resource, verb).__doc__)
+    permission = METHOD_VERBS[method][1]
+    contract = _contract(entry, method)
+    summary, text = _told(getattr(entry.resource, verbs_of(entry, method)[0]).__doc__)
     public = entry.resource.public
     is_open = public is True or permission in public
     operation: dict[str, Any] = {
@@ -206,6 +214,9 @@ def _responses(
 ) -> dict[str, dict[str, Any]]:
     contract = _contract(entry, method)
     responses = _good(contract.response, method, schemas)
+    if verbs_of(entry, method) == ("get", "connect"):
+        good = responses.setdefault("200", {"description": "Done."})
+        good.setdefault("content", {})["text/event-stream"] = {}
     kind = _error_type(entry.resource)
     content = {} if kind is UNSET else {"application/json": {"schema": schemas.of(kind)}}
     refusal = {"content": content} if content else {}

@@ -53,7 +53,16 @@ def room(mount: str, **attributes: Any) -> type[Resource]:
         return staticmethod(run)
 
     verbs = {name: verb(name) for name in ("get", "post", "put", "patch", "delete", "query")}
-    return type("Room", (Resource,), {**verbs, **attributes})
+    return hall(mount, **verbs, **attributes)
+
+
+def hall(mount: str, **attributes: Any) -> type[Resource]:
+    """A resource that has a stream, if nothing else is said."""
+
+    def connect() -> EventStream:
+        return EventStream([tell(mount, "connect")])
+
+    return type("Room", (Resource,), {"connect": staticmethod(connect), **attributes})
 
 
 class Letter(msgspec.Struct):
@@ -133,13 +142,14 @@ MOUNTS: dict[str, type[Resource]] = {
     "user/:id/keys": room("user/:id/keys", sub_paths=True),
     "files/*rest": room("files/*rest"),
     "feed": room("feed", protocols={"sse"}),
+    "hall": hall("hall", sub_paths=True),
     "tool": room("tool", protocols={"mcp"}),
     "typed": Typed,
     "stream": Stream,
     **{name: room(name, sub_paths=True, **hook) for name, hook in LOCKED.items()},
 }
-ANYONE = {("board", "get"), ("board", "query")}
-READER = ANYONE | {("lent", "get"), ("lent", "query")}
+ANYONE = {("board", "get"), ("board", "query"), ("board", "connect")}
+READER = ANYONE | {("lent", "get"), ("lent", "query"), ("lent", "connect")}
 
 
 async def through(context: Context, call_next: Next) -> Reply:
@@ -237,8 +247,8 @@ ODD_METHODS = ["get", "Get", "TRACE", "CONNECT", "PROPFIND", "X-Y", "QUERY", "GE
 PLACES = [
     "/closed", "/Deep/closed", "/Deep/closed/1", "/lent", "/lent/1", "/lent/inner", "/board",
     "/board/1", "/board/inner", "/user/7", "/user/7/keys", "/user/7/keys/1", "/files/a/b", "/feed",
-    "/tool", "/typed", "/stream", "/stream/1", "/denied", "/broken", "/sloppy", "/", "/openapi",
-    "/health", "/v1/chat/completions", "/v1/models", "/nowhere",
+    "/hall", "/tool", "/typed", "/stream", "/stream/1", "/denied", "/broken", "/sloppy", "/",
+    "/openapi", "/health", "/v1/chat/completions", "/v1/models", "/nowhere",
 ]  # fmt: skip
 SUFFIXES = [
     "/", "//", "/.", "/..", "/../closed", "/%2e%2e/closed", "/..%2fclosed", "/%2E", "%2f", "%00",
@@ -335,7 +345,7 @@ def answer(port: int, request: bytes) -> tuple[int, str]:
 
 
 REFUSED = {400, 401, 403, 404, 405, 406, 501}
-SHUT = {"closed", "Deep", "user", "files", "feed", "tool", "typed", "stream", *LOCKED}
+SHUT = {"closed", "Deep", "user", "files", "feed", "hall", "tool", "typed", "stream", *LOCKED}
 
 
 def check(asked: Asked, status: int, text: str, may: set[tuple[str, str]]) -> None:
@@ -428,9 +438,11 @@ def test_every_method_of_every_mount_is_shut(house: House, accept: str) -> None:
             status, text = answer(house.ports[0], asked.written(house.keys[who]))
             check(asked, status, text, READER if who == "reader" else ANYONE)
 
-    gets = {mount for mount, verb in opened if verb == "get"}
-    shut = {"tool", *LOCKED} | ({"feed"} if accept == "*/*" else set())
-    assert set(MOUNTS) - shut == gets - {""}
+    reads = {mount for mount, verb in opened if verb == ("get" if accept == "*/*" else "connect")}
+    only_gets = {"typed", "stream"} if accept != "*/*" else set()
+    shut = {"tool", *LOCKED, *only_gets} | ({"feed", "hall"} if accept == "*/*" else set())
+    assert set(MOUNTS) - shut == reads - {""}
+    assert only_gets <= {mount for mount, verb in opened if verb == "get"}
     assert {"post", "put", "patch", "delete", "query"} <= {
         verb for mount, verb in opened if mount == "closed"
     }

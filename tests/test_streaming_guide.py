@@ -33,3 +33,4 @@ def test_every_block_of_the_guide_works_in_order(tmp_path: Path) -> None:
         printed += done.stdout
 
     assert "2 passed" in printed
+    assert "1 passed" in printed
