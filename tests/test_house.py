@@ -19,6 +19,7 @@ ORDER = (
     "spelling",
     "secret",
     "document",
+    "leaves",
     "config",
     "signal",
     "sse",

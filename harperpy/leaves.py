@@ -1,0 +1,69 @@
+"""Leaves: what a key of config.yaml may hold, how its text is read, and how a refusal words it."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+
+from .document import Tree
+from .secret import Secret
+
+_TIME_UNITS = {"": 1, "ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_DECIMAL_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_BYTE_UNITS = {**_DECIMAL_BYTES, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def _in_units(units: Mapping[str, int]) -> Callable[[Tree], Tree]:
+    def parse(value: Tree) -> Tree:
+        if not isinstance(value, str):
+            return value
+        match = re.fullmatch(r"\s*(\d+)\s*([a-z]*)\s*", value, re.IGNORECASE | re.ASCII)
+        if match is None or match[2].lower() not in units:
+            raise ValueError(value)
+        return int(match[1]) * units[match[2].lower()]
+
+    return parse
+
+
+def as_it_is(value: Tree) -> Tree:
+    """How a value is read whose type says nothing of it."""
+    return value
+
+
+def _null_is_true(value: Tree) -> Tree:
+    return True if value is None else value
+
+
+_TIME = {"parse": _in_units(_TIME_UNITS)}
+_TIME_TEXT = "a duration such as '30m', '12h' or '1d', or a number of milliseconds"
+_SIZE_TEXT = "a size such as '10MB', or a number of bytes above 0"
+
+Flag = Annotated[bool, Meta(description="true or false")]
+Text = Annotated[str, Meta(min_length=1, description="a string that is not empty")]
+ApiKey = Annotated[Secret, Meta(description="a string that is not empty")]
+Kind = Annotated[str, Meta(min_length=1, description="a kind of backend, such as echo or openai")]
+Port = Annotated[int, Meta(ge=0, le=65535, description="an integer between 0 and 65535")]
+Positive = Annotated[int, Meta(ge=1, description="an integer above 0")]
+Count = Annotated[int, Meta(ge=0, description="an integer of 0 or more")]
+Size = Annotated[int, Meta(ge=1, description=_SIZE_TEXT, extra={"parse": _in_units(_BYTE_UNITS)})]
+Duration = Annotated[int, Meta(ge=1, description=_TIME_TEXT, extra=_TIME)]
+DurationOrOff = Annotated[int, Meta(ge=0, description=f"{_TIME_TEXT} (0 is off)", extra=_TIME)]
+Patience = Annotated[int, Meta(ge=0, description=f"{_TIME_TEXT} (0 is not at all)", extra=_TIME)]
+HttpUrl = Annotated[str, Meta(pattern="^https?://.", description="an http:// or https:// URL")]
+SqliteUrl = Annotated[
+    str,
+    Meta(
+        pattern="^sqlite://",
+        description="an SQLite URL such as sqlite:///data/system.db (no other database works yet)",
+    ),
+]
+Level = Annotated[
+    Literal["debug", "info", "warn", "error"], Meta(description="debug, info, warn or error")
+]
+HashFunction = Annotated[Literal["argon2id"], Meta(description="argon2id")]
+Durability = Annotated[Literal["process", "fsync"], Meta(description="process or fsync")]
+PluginBlock = Annotated[
+    bool | dict[str, Any],
+    Meta(description="true, false or a map of options", extra={"parse": _null_is_true}),
+]
