@@ -61,7 +61,8 @@ class _Section(Struct, frozen=True, rename="camel"):
 class HttpConfig(_Section, frozen=True, kw_only=True):
     """The REST port. `host` and `cors` of None are chosen by mode; times are in milliseconds.
 
-    `max_concurrent_requests` (None: no bound) leaves out GET, HEAD, OPTIONS and what streams.
+    `max_header_size` bounds each line of a head. `max_concurrent_requests` (None: no bound) leaves
+    out GET, HEAD, OPTIONS and what streams.
     """
 
     port: Port = 9926
@@ -71,6 +72,9 @@ class HttpConfig(_Section, frozen=True, kw_only=True):
     cors: Flag | None = None
     cors_access_list: tuple[Text, ...] = ("*",)
     timeout: DurationOrOff = 120_000
+    headers_timeout: DurationOrOff = 60_000
+    keep_alive_timeout: Duration = 30_000
+    max_header_size: Size = 16_384
     max_concurrent_requests: Positive | None = None
     request_queue_limit: Patience = 20_000
 
@@ -78,6 +82,16 @@ class HttpConfig(_Section, frozen=True, kw_only=True):
     def timeout_seconds(self) -> float:
         """How long a body may take to arrive, and a verb to return, in seconds; 0 is no limit."""
         return self.timeout / 1000
+
+    @property
+    def headers_timeout_seconds(self) -> float:
+        """How long a head may take from its first byte to its last, in seconds; 0 is no limit."""
+        return self.headers_timeout / 1000
+
+    @property
+    def keep_alive_timeout_seconds(self) -> float:
+        """How long a connection may be without a request, in seconds."""
+        return self.keep_alive_timeout / 1000
 
 
 class NetworkConfig(_Section, frozen=True, kw_only=True):

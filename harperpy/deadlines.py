@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import asyncio
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
+
+
+class Ends(Protocol):
+    """What may not go on for longer than its time."""
+
+    def expire(self) -> None:
+        """End it."""
+        ...
 
 
 class Deadlines:
-    """Blocks that may all take equally long; one timer looks after all of them.
+    """Blocks, or other things, that may all take equally long; one timer looks after all of them.
 
-    A timer for each block, as `asyncio.timeout` sets it, would cost more than the dispatch itself.
+    A timer for each, as `asyncio.timeout` sets it, would cost more than the dispatch itself.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         # The oldest first: they are equally long.
-        self._running: dict[Deadline, float] = {}
+        self._running: dict[Ends, float] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, deadline: Deadline) -> None:
-        """Look after a block from now on."""
+    def __contains__(self, deadline: Ends) -> bool:
+        return deadline in self._running
+
+    def add(self, deadline: Ends) -> None:
+        """Look after one more from now on."""
         loop = asyncio.get_running_loop()
         self._running[deadline] = when = loop.time() + self.seconds
         if self._timer is None:
             self._timer = loop.call_at(when, self._look, loop)
 
-    def remove(self, deadline: Deadline) -> None:
-        """The block has ended."""
+    def remove(self, deadline: Ends) -> None:
+        """It has ended."""
         self._running.pop(deadline, None)
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:

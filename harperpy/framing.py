@@ -21,6 +21,7 @@ from .sse import encode_json, encode_sse
 logger = logging.getLogger("harperpy.dispatch")
 
 END = object()
+_LARGE = 64 * 1024
 # What an error of a client library holds: it tells of an answer that we got, not of one to give.
 _OF_A_CALL = ("request", "request_info", "response", "url")
 
@@ -120,8 +121,13 @@ async def frames(
     try:
         while data is not None:
             if data:
-                yield (framing.between if written else framing.start) + data
+                lead = framing.between if written else framing.start
                 written = True
+                if lead and len(data) > _LARGE:
+                    # Put before it, it would copy all of it.
+                    yield lead
+                    lead = b""
+                yield lead + data
             item = await anext(source, END)
             data = None if item is END else framing.item(item)
         tail = framing.end

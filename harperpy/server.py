@@ -272,13 +272,7 @@ class Server:
             local_user=self.local_user,
             begin=partial(Transaction, core.database, "rest" if port == "rest" else "ops"),
         )
-        http = self.config.http
-        return Wire(
-            dispatch,
-            max_body=http.max_body_size,
-            body_seconds=http.timeout_seconds,
-            trusted=trusted,
-        )
+        return Wire(dispatch, self.config.http, trusted=trusted)
 
     def _throttle(self) -> Throttle | None:
         http = self.config.http

@@ -5,172 +5,53 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import logging
 import re
-import secrets
 from collections.abc import AsyncIterator, Coroutine
-from http import HTTPStatus
 from typing import Any
 
 from aiohttp import web
-from aiohttp.http_exceptions import LineTooLong
-from aiohttp.web_protocol import RequestHandler
 
+from .config import HttpConfig
+from .connections import SERVER, ConnectedRequest, Connections, new_id
 from .content import Body
-from .context import Context
 from .dispatch import Dispatch
 from .errors import BodyTimeout, ClientError
-from .negotiation import JSON
 from .rendering import Reply
 from .request import Request
-from .signal import DISCONNECTED, SHUTDOWN
-from .sse import encode_json
+from .signal import DISCONNECTED
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _CLOSE_SECONDS = 5.0
-# What a connection may hold for a slow reader before its producer has to wait.
-_UNSENT_BYTES = 64 * 1024
 _KEEPALIVE = b": keepalive\n\n"
-_SERVER = "harperpy"
-# Not the same, as the library tells the one from the other by nothing else.
-_LINE_SIZE = 16_384
-_FIELD_SIZE = 16_394
-
-logger = logging.getLogger("harperpy.wire")
-
-
-def _new_id(kind: str) -> str:
-    return f"{kind}{secrets.token_hex(6)}"
-
-
-class _Request(web.BaseRequest):
-    """aiohttp's request, which knows the context to tell when its connection is lost."""
-
-    context: Context | None = None
-
-    def _cancel(self, exc: BaseException) -> None:
-        # Called before the handler's task is cancelled: the signal is there when it unwinds.
-        if self.context is not None:
-            # aiohttp gives a CancelledError where the server, and not the client, ends it.
-            ours = isinstance(exc, asyncio.CancelledError)
-            self.context.abort(SHUTDOWN if ours else DISCONNECTED)
-            if ours:
-                # aiohttp would wait as long again for a handler that has been asked to end.
-                self.task.cancel()
-        super()._cancel(exc)
-
-
-class _Handler(RequestHandler):
-    """aiohttp's connection, whose own refusals (of what is no HTTP) look like ours."""
-
-    __slots__ = ("_fresh",)
-
-    def __init__(self, *given: Any, fresh: set[RequestHandler], **options: Any) -> None:
-        super().__init__(*given, **options)
-        self._fresh = fresh
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self._fresh.add(self)
-        if isinstance(transport, asyncio.WriteTransport):
-            transport.set_write_buffer_limits(high=_UNSENT_BYTES)
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self._fresh.discard(self)
-        super().connection_lost(exc)
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        if request.writer.output_size > 0:
-            told = "the answer had begun"
-            raise ConnectionError(told) from exc
-        if isinstance(exc, LineTooLong):
-            status = 431 if _FIELD_SIZE in exc.args else 414
-        elif status == 400 and "Too many headers" in str(exc):
-            status = 431
-        refused = _new_id("req_")
-        logger.log(
-            logging.INFO if status < 500 else logging.ERROR,
-            "%s answered %d before it was a request: %s",
-            refused,
-            status,
-            type(exc).__name__,
-            exc_info=exc if status >= 500 else None,
-        )
-        body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
-        response = web.Response(
-            status=status,
-            body=encode_json({**body, "request_id": refused}),
-            headers={"Content-Type": JSON, "Server": _SERVER, "x-request-id": refused},
-        )
-        response.force_close()
-        return response
-
-
-class _Server(web.Server):
-    """aiohttp's server with our connections."""
-
-    def __init__(self, handler: Any, *, fresh: set[RequestHandler], **options: Any) -> None:
-        self._fresh = fresh
-        self._options = {
-            name: value
-            for name, value in options.items()
-            if name not in ("request_factory", "handler_cancellation")
-        }
-        super().__init__(handler, **options)
-
-    def __call__(self) -> RequestHandler:
-        loop = asyncio.get_running_loop()
-        return _Handler(self, loop=loop, fresh=self._fresh, **self._options)
 
 
 class Wire:
     """Serves one port's dispatch. `trusted` marks the local socket."""
 
-    def __init__(
-        self, dispatch: Dispatch, *, max_body: int, body_seconds: float, trusted: bool = False
-    ) -> None:
+    def __init__(self, dispatch: Dispatch, http: HttpConfig, *, trusted: bool = False) -> None:
         self._dispatch = dispatch
-        self._max_body = max_body
-        self._body_seconds = body_seconds
+        self._http = http
+        self._max_body = http.max_body_size
+        self._body_seconds = http.timeout_seconds
         self._trusted = trusted
-        self._prefix = _new_id("req_")
+        self._prefix = new_id("req_")
         self._count = itertools.count(1)
-        self._fresh: set[RequestHandler] = set()
+        self._connections: Connections | None = None
 
     @property
     def awaits_first(self) -> bool:
         """Whether there is a connection that has brought no request yet."""
-        return bool(self._fresh)
+        return self._connections is not None and bool(self._connections.fresh)
 
-    def server(self, keepalive_seconds: float = 75.0) -> web.Server:
+    def server(self) -> web.Server:
         """The aiohttp server that calls this wire."""
-        loop = asyncio.get_running_loop()
-
-        def make(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> _Request:
-            self._fresh.discard(protocol)
-            return _Request(message, payload, protocol, writer, task, loop)
-
-        return _Server(
-            self.handle,
-            fresh=self._fresh,
-            request_factory=make,
-            handler_cancellation=True,
-            access_log=None,
-            keepalive_timeout=keepalive_seconds,
-            max_line_size=_LINE_SIZE,
-            max_field_size=_FIELD_SIZE,
-        )
+        self._connections = Connections(self.handle, self._http)
+        return self._connections
 
     async def handle(self, raw: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
         context = self._dispatch.open(self._read(raw))
-        if isinstance(raw, _Request):
+        if isinstance(raw, ConnectedRequest):
             raw.context = context
         outgoing = _Outgoing(raw)
         try:
@@ -232,7 +113,7 @@ class Wire:
 
 def _whole(reply: Reply) -> web.Response:
     headers = reply.headers
-    headers["Server"] = _SERVER
+    headers["Server"] = SERVER
     body = reply.body if isinstance(reply.body, bytes) else b""
     return web.Response(status=reply.status, headers=headers, body=body or None)
 
@@ -280,7 +161,7 @@ class _Outgoing:
             await self._write(_KEEPALIVE)
 
     async def _prepare(self, reply: Reply) -> None:
-        reply.headers["Server"] = _SERVER
+        reply.headers["Server"] = SERVER
         self._response = web.StreamResponse(status=reply.status, headers=reply.headers)
         self._interval = reply.keepalive
         await self._response.prepare(self._raw)

@@ -235,8 +235,8 @@ models:
             "http: {quux: 1}",
             (
                 "http.quux: unknown key; the known keys are "
-                "cors, corsAccessList, host, maxBodySize, maxConcurrentRequests, port, "
-                "requestQueueLimit, timeout, workers"
+                "cors, corsAccessList, headersTimeout, host, keepAliveTimeout, maxBodySize, "
+                "maxConcurrentRequests, maxHeaderSize, port, requestQueueLimit, timeout, workers"
             ),
         ),
         (

@@ -67,6 +67,7 @@ ORDER = (
     "ordering",
     "loader",
     "dispatch",
+    "connections",
     "wire",
     "held",
     "server",
@@ -82,6 +83,7 @@ ORDER = (
 )
 PUBLIC_MODULES = {"harperpy", "harperpy.streaming", "harperpy.testing", "harperpy.upstream"}
 SOCKETS = (
+    "harperpy.connections",
     "harperpy.wire",
     "harperpy.server",
     "harperpy.upstream",

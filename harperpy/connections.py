@@ -1,0 +1,188 @@
+"""Connections: aiohttp's with our limits; what is no request is refused in our words."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from http import HTTPStatus
+from typing import Any
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+from aiohttp.web_protocol import RequestHandler
+
+from .config import HttpConfig
+from .context import Context
+from .deadlines import Deadlines
+from .negotiation import JSON
+from .signal import DISCONNECTED, SHUTDOWN
+from .sse import encode_json
+
+# What a connection may hold for a slow reader before its producer has to wait.
+_UNSENT_BYTES = 64 * 1024
+# How many of the longest line a head may have that arrives bit by bit.
+_MOST_LINES = 4
+_UNLIMITED = 1e9
+SERVER = "harperpy"
+
+logger = logging.getLogger("harperpy.wire")
+
+
+def new_id(kind: str) -> str:
+    """An id that nobody else makes."""
+    return f"{kind}{secrets.token_hex(6)}"
+
+
+class ConnectedRequest(web.BaseRequest):
+    """aiohttp's request, which knows the context to tell when its connection is lost."""
+
+    context: Context | None = None
+
+    def _cancel(self, exc: BaseException) -> None:
+        # Called before the handler's task is cancelled: the signal is there when it unwinds.
+        if self.context is not None:
+            # aiohttp gives a CancelledError where the server, and not the client, ends it.
+            ours = isinstance(exc, asyncio.CancelledError)
+            self.context.abort(SHUTDOWN if ours else DISCONNECTED)
+            if ours:
+                # aiohttp would wait as long again for a handler that has been asked to end.
+                self.task.cancel()
+        super()._cancel(exc)
+
+
+class Connections(web.Server):
+    """aiohttp's server, and all connections of a port.
+
+    `fresh` are those that have brought no request yet.
+    """
+
+    def __init__(self, handler: Any, http: HttpConfig) -> None:
+        self.fresh: set[RequestHandler] = set()
+        self.heads = Deadlines(http.headers_timeout_seconds or _UNLIMITED)
+        # The library tells a field from a line by nothing else than its limit.
+        self.field_size = http.max_header_size + 10
+        self._options: dict[str, Any] = {
+            "access_log": None,
+            "keepalive_timeout": http.keep_alive_timeout_seconds,
+            "max_line_size": http.max_header_size,
+            "max_field_size": self.field_size,
+        }
+        self._loop = asyncio.get_running_loop()
+        super().__init__(
+            handler,
+            request_factory=self._request,
+            handler_cancellation=True,
+            **self._options,
+        )
+
+    def __call__(self) -> RequestHandler:
+        """A new connection."""
+        return _Connection(self, loop=self._loop, connections=self, **self._options)
+
+    def _request(
+        self, message: Any, payload: Any, protocol: Any, writer: Any, task: Any
+    ) -> ConnectedRequest:
+        self.fresh.discard(protocol)
+        self.heads.remove(protocol)
+        return ConnectedRequest(message, payload, protocol, writer, task, self._loop)
+
+
+class _Connection(RequestHandler):
+    """One connection. A head that has begun to arrive has to be whole in time."""
+
+    __slots__ = ("_arrived", "_connections")
+
+    def __init__(self, *given: Any, connections: Connections, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self._connections = connections
+        self._arrived = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._connections.fresh.add(self)
+        if isinstance(transport, asyncio.WriteTransport):
+            transport.set_write_buffer_limits(high=_UNSENT_BYTES)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._connections.fresh.discard(self)
+        self._connections.heads.remove(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # Still none: what has arrived is a part of a head.
+        if (waiter := self._waiter) is not None and data and not waiter.done():
+            self._head_goes_on(len(data))
+
+    def _head_goes_on(self, size: int) -> None:
+        heads = self._connections.heads
+        if self not in heads:
+            # It is idle no more: from now on it has its time for the head.
+            self.keep_alive(True)  # noqa: FBT003
+            heads.add(self)
+            self._arrived = 0
+        self._arrived += size
+        if self._arrived > self._connections.field_size * _MOST_LINES:
+            self._refuse(431)
+
+    def expire(self) -> None:
+        """The head has not come in time."""
+        self._refuse(408)
+
+    def _refuse(self, status: int) -> None:
+        """Answer in place of a request that will not come, and close."""
+        headers, body = _refusal(status, logging.INFO, "its head is too slow or too large")
+        headers |= {"Content-Length": str(len(body)), "Connection": "close"}
+        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        if self.transport is not None:
+            self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        self.force_close()
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """One line for what a client has done, as anyone can do it at any time."""
+        error = kw.get("exc_info")
+        if isinstance(error, HttpProcessingError | web.RequestPayloadError):
+            logger.info("a body is not what its headers say: %s", type(error).__name__)
+        else:
+            super().log_exception(*args, **kw)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            told = "the answer had begun"
+            raise ConnectionError(told) from exc
+        if isinstance(exc, LineTooLong):
+            status = 431 if self._connections.field_size in exc.args else 414
+        elif status == 400 and "Too many headers" in str(exc):
+            status = 431
+        level = logging.INFO if status < 500 else logging.ERROR
+        headers, body = _refusal(status, level, exc)
+        response = web.Response(status=status, body=body, headers=headers)
+        response.force_close()
+        return response
+
+
+def _refusal(
+    status: int, level: int, reason: BaseException | str | None
+) -> tuple[dict[str, str], bytes]:
+    """Headers and body of a refusal that no resource can word, noted in the log."""
+    refused = new_id("req_")
+    error = reason if isinstance(reason, BaseException) else None
+    logger.log(
+        level,
+        "%s answered %d before it was a request: %s",
+        refused,
+        status,
+        reason if error is None else type(error).__name__,
+        exc_info=error if status >= 500 else None,
+    )
+    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
+    headers = {"Content-Type": JSON, "Server": SERVER, "x-request-id": refused}
+    return headers, encode_json({**body, "request_id": refused})
