@@ -129,7 +129,7 @@ async def _address(process: Process, settings: ChildSettings) -> str | None:
             line = await process.stdout.readline()
     except (TimeoutError, ConnectionError):
         return None
-    return str(msgspec.json.decode(line)["address"]) if line else None
+    return str(msgspec.json.decode(line)["turns"]) if line else None
 
 
 def _tail(errors: IO[bytes]) -> str:

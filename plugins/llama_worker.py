@@ -1,11 +1,13 @@
 """The child process that runs a GGUF file: llama.cpp's own HTTP server, on loopback.
 
 Run as a file. One JSON line on stdin says what to serve, the key among it; one on stdout says
-where. It ends with its parent: when stdin closes.
+where, and where each has to wait for a slot. It ends with its parent: when stdin closes.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import importlib
 import json
 import os
@@ -14,6 +16,8 @@ import sys
 import threading
 from typing import Any
 
+_CHUNK, _MOST_CHUNKS = 1 << 16, 256
+
 
 def main() -> None:
     """Serve until stdin closes."""
@@ -21,11 +25,64 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(5)
     config: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
-    watcher = threading.Thread(target=_exit_with_parent, daemon=True)
-    watcher.start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     server = _serve(config)
-    os.write(1, json.dumps({"address": server.listening_address}).encode() + b"\n")
-    watcher.join()
+    asyncio.run(_tell_and_serve(server.listening_address, config["slots"]))
+
+
+async def _tell_and_serve(address: str, slots: int) -> None:
+    turns = await asyncio.start_server(Turns(address, slots).take, "127.0.0.1", 0)
+    port = turns.sockets[0].getsockname()[1]
+    told = {"address": address, "turns": f"http://127.0.0.1:{port}"}
+    os.write(1, json.dumps(told).encode() + b"\n")
+    await turns.serve_forever()
+
+
+class Turns:
+    """Passes connections of one request each on to llama.cpp, never more than it has slots.
+
+    Several processes may ask at once. In llama.cpp's own queue who has left is noticed only after
+    a part of the prompt is read; here at once.
+    """
+
+    def __init__(self, address: str, slots: int) -> None:
+        host, _, port = address.removeprefix("http://").rpartition(":")
+        self._place = (host, int(port))
+        self._slots = asyncio.Semaphore(slots)
+
+    async def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Read on while it waits: whoever leaves, leaves the queue, or frees the slot."""
+        asked = asyncio.Queue[bytes](_MOST_CHUNKS)
+        answer = asyncio.create_task(self._answer(asked, writer))
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(_CHUNK):
+                await asked.put(data)
+        answer.cancel()
+        writer.close()
+
+    async def _answer(self, asked: asyncio.Queue[bytes], writer: asyncio.StreamWriter) -> None:
+        try:
+            async with self._slots:
+                reader, onward = await asyncio.open_connection(*self._place)
+                sending = asyncio.create_task(_send(asked, onward))
+                try:
+                    while data := await reader.read(_CHUNK):
+                        writer.write(data)
+                        await writer.drain()
+                finally:
+                    sending.cancel()
+                    onward.close()
+        except OSError:
+            # The connection closes with no answer: its caller is told that this one is gone.
+            pass
+        finally:
+            writer.close()
+
+
+async def _send(asked: asyncio.Queue[bytes], onward: asyncio.StreamWriter) -> None:
+    while True:
+        onward.write(await asked.get())
+        await onward.drain()
 
 
 def _exit_with_parent() -> None:

@@ -1,0 +1,72 @@
+"""The queue in front of llama.cpp's slots, which all processes that share a child stand in."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from harperpy.plugins.llama_worker import Turns
+
+
+class Served:
+    """What stands for llama.cpp: it tells who came, and answers when it is let."""
+
+    def __init__(self) -> None:
+        self.came = asyncio.Queue[bytes]()
+        self.left = asyncio.Queue[bytes]()
+        self.may_answer = asyncio.Event()
+
+    async def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection: its line comes back, unless whoever sent it leaves before."""
+        line = await reader.readline()
+        self.came.put_nowait(line)
+        answering = asyncio.create_task(self._answer(line, writer))
+        await reader.read()
+        answering.cancel()
+        self.left.put_nowait(line)
+        writer.close()
+
+    async def _answer(self, line: bytes, writer: asyncio.StreamWriter) -> None:
+        await self.may_answer.wait()
+        writer.write(line)
+        writer.close()
+
+
+@asynccontextmanager
+async def listening(handle: Any) -> AsyncIterator[str]:
+    """The address of a server on a free port."""
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def call(address: str, line: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection with a line sent on it."""
+    host, _, port = address.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(line)
+    return reader, writer
+
+
+async def test_who_leaves_the_queue_never_takes_a_slot() -> None:
+    """One at a time is served; who left while waiting is passed over, who leaves in it frees it."""
+    served = Served()
+    async with (
+        asyncio.timeout(20),
+        listening(served.take) as llama,
+        listening(Turns(llama, slots=1).take) as turns,
+    ):
+        _, first = await call(turns, b"first\n")
+        assert b"first\n" == await served.came.get()
+        gone, second = await call(turns, b"second\n")
+        second.write_eof()
+        assert b"" == await gone.read()
+        reader, third = await call(turns, b"third\n")
+        assert served.came.empty()
+        first.close()
+        assert b"first\n" == await served.left.get()
+        assert b"third\n" == await served.came.get()
+        served.may_answer.set()
+        assert b"third\n" == await reader.read()
+        for writer in (first, second, third):
+            writer.close()
