@@ -33,7 +33,8 @@ _MISSPELT = 0.9
 class ModelEntry(msgspec.Struct, frozen=True):
     """One entry of `models:`: what a factory makes its backend from.
 
-    `directory` is the application's, for relative paths; `offline` forbids all fetching.
+    `directory` is the application's, for relative paths; `offline` forbids all fetching. `root` is
+    the data folder, which several processes may serve at once.
     """
 
     kind: Kind
@@ -41,6 +42,7 @@ class ModelEntry(msgspec.Struct, frozen=True):
     settings: ModelConfig
     directory: Path
     offline: bool = False
+    root: Path | None = None
 
     @property
     def is_general(self) -> bool:

@@ -85,6 +85,7 @@ class Loader:
         given: Mapping[str, object] | None = None,
         *,
         offline: bool = False,
+        root: Path | None = None,
     ) -> None:
         self._manager = Manager("harperpy")
         self._manager.add_hookspecs(hookspecs)
@@ -93,6 +94,7 @@ class Loader:
         self._kinds: dict[str, BackendFactory] = {}
         self._given = given or {}
         self._offline = offline
+        self._root = root
         self.plugins = [*_named(config.plugins), *(Plugin(name, {}) for name in self._given)]
         self._off = [name for name, options in config.plugins.items() if options is False]
         self._requires: dict[str, tuple[str, ...]] = {}
@@ -151,7 +153,9 @@ class Loader:
         )
         for kind, entries in kinds:
             for name, entry in entries.items():
-                made_from = ModelEntry(kind, name, entry, self._directory, self._offline)
+                made_from = ModelEntry(
+                    kind, name, entry, self._directory, self._offline, self._root
+                )
                 backend = _made(self._factory(made_from), made_from)
                 routes.add(Registration(kind, name, backend, tuple(entry.fallback)))
 

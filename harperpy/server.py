@@ -167,7 +167,12 @@ class Server:
         await core.people.open()
         self.core = core
         self.loader = Loader(
-            self.config, self.directory, self.health, self._plugins, offline=self._offline
+            self.config,
+            self.directory,
+            self.health,
+            self._plugins,
+            offline=self._offline,
+            root=self.root,
         )
 
     async def _meet_the_first(self) -> None:

@@ -52,10 +52,13 @@ class Endpoint(msgspec.Struct, frozen=True):
 
 
 class Child:
-    """Keeps one worker running. `changed` is called with each new endpoint, and with None."""
+    """Keeps one worker running. `changed` is told itself and each new endpoint, and None."""
 
     def __init__(
-        self, settings: ChildSettings, changed: Callable[[Endpoint | None], None], logger: Logger
+        self,
+        settings: ChildSettings,
+        changed: Callable[[Child, Endpoint | None], None],
+        logger: Logger,
     ) -> None:
         self._settings = settings
         self._changed = changed
@@ -77,7 +80,7 @@ class Child:
                 pause = _FIRST_PAUSE
             self.failed = self.state != "ready"
             self.state = f"does not run: {reason}" if self.failed else "is starting again"
-            self._changed(None)
+            self._changed(self, None)
             self._logger.error("the local model's process ended: %s", reason)
             await asyncio.sleep(pause)
             pause = min(pause * 3, _LONGEST_PAUSE)
@@ -109,12 +112,12 @@ class Child:
         try:
             if url := await _address(process, settings):
                 self.state, self.failed = "ready", False
-                self._changed(Endpoint(f"{url}/v1", key))
+                self._changed(self, Endpoint(f"{url}/v1", key))
             else:
                 process.kill()
             return await process.wait()
         finally:
-            self._changed(None)
+            self._changed(self, None)
             await self.close()
 
 

@@ -53,7 +53,7 @@ _MOST_TOKENS = 512
 
 
 def register_model_backends(register: Callable[[str, BackendFactory], None]) -> None:
-    """Offer the kind `local`; entries of one server that run the same file share its process."""
+    """Offer the kind `local`; entries and servers of one data folder share a file's process."""
     runners: dict[str, Runner] = {}
 
     def make(entry: ModelEntry) -> ModelBackend:
@@ -198,7 +198,8 @@ class LocalChat(ModelBackend):
             prompt, opts = with_schema(Prompt(messages=prompt.messages, tools=tools), opts)
         async with self._slot():
             transport = await self._runner.ready()
-            chunks = _told(transport.chunks("/chat/completions", self._body(prompt, opts)))
+            chunks = transport.chunks("/chat/completions", self._body(prompt, opts))
+            chunks = _told(chunks, self._runner.look)
             if schema:
                 chunks = _as_calls(chunks, tools)
             async with aclosing(chunks):
@@ -236,8 +237,10 @@ class LocalChat(ModelBackend):
             runner.slots.release()
 
 
-async def _told(chunks: AsyncGenerator[GenerateChunk]) -> AsyncGenerator[GenerateChunk]:
-    """The child's failures in the words of a model that runs here."""
+async def _told(
+    chunks: AsyncGenerator[GenerateChunk], look: Callable[[], None]
+) -> AsyncGenerator[GenerateChunk]:
+    """The child's failures in the words of a model that runs here; `look` finds the next one."""
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
@@ -247,6 +250,7 @@ async def _told(chunks: AsyncGenerator[GenerateChunk]) -> AsyncGenerator[Generat
     except BackendTimeout:
         raise
     except BackendError as error:
+        look()
         message = "The local model's process ended during the call; it is being started again."
         gone = unavailable(message)
         # Nobody was there to take the call: the next try waits for the new process.

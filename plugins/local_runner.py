@@ -7,11 +7,13 @@ import importlib.util
 import logging
 import os
 import threading
+from functools import partial
 from pathlib import Path
 
 from harperpy import ModelEntry
 
 from .llama_child import Child, ChildSettings, Endpoint, lacking_cpu_features, threads, unavailable
+from .local_share import Share, Told
 from .openai import timeouts
 from .openai_transport import Transport
 from .weights import SMOLLM2, Cache, FetchError, Source, user_cache
@@ -20,6 +22,7 @@ logger = logging.getLogger("harperpy.plugins.local")
 
 SLOTS = 4
 _WAIT_SECONDS = 60.0
+_LOOK_SECONDS = 0.25
 _MISSING = "xllamacpp is not installed: pip install 'harperpy[local]'"
 # The template inside the file introduces the model as SmolLM and answers measurably worse.
 TEMPLATE = (
@@ -32,7 +35,10 @@ TEMPLATE = (
 
 
 class Runner:
-    """One model file and the child that runs it: fetched, started, kept running."""
+    """One model file and the child that runs it: fetched, started, kept running.
+
+    Of several processes on one data folder one does that; the others use its child.
+    """
 
     def __init__(self, entry: ModelEntry) -> None:
         file = entry.settings.model_file
@@ -44,7 +50,8 @@ class Runner:
         self.waiting = 0
         self.slots = asyncio.Semaphore(SLOTS)
         self._offline = entry.offline
-        self._state, self._hopeless = "is loading", False
+        self._share = Share(entry.root, str(self.file or self.name))
+        self._told = Told()
         self._child: Child | None = None
         self._task: asyncio.Task[None] | None = None
         self._stop = threading.Event()
@@ -57,12 +64,12 @@ class Runner:
     @property
     def state(self) -> str:
         """`ready`, or what it is doing or lacks."""
-        return self._child.state if self._child is not None else self._state
+        return self._told.state
 
     @property
     def is_hopeless(self) -> bool:
         """Whether waiting will not help."""
-        return self._child.failed if self._child is not None else self._hopeless
+        return self._told.is_hopeless
 
     def open(self) -> None:
         """Begin, once, however many entries share this runner."""
@@ -75,6 +82,7 @@ class Runner:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        self._share.close()
         if self.transport is not None:
             await self.transport.close()
 
@@ -92,7 +100,20 @@ class Runner:
             raise unavailable(message)
         return self.transport
 
+    def look(self) -> None:
+        """See, if another process runs the child, where it is now; or that it is ours to run."""
+        if self._share.runs_here or self._stop.is_set():
+            return
+        if self._share.take():
+            self._be(Told())
+        elif (told := self._share.read()) not in (None, self._told):
+            self._be(told)
+
     async def _run(self) -> None:
+        self.look()
+        while not self._share.runs_here:
+            await asyncio.sleep(_LOOK_SECONDS)
+            self.look()
         path = await self._model_file()
         settings = ChildSettings(
             path=str(path),
@@ -101,6 +122,7 @@ class Runner:
             threads=threads(),
             chat_template=TEMPLATE if self.source else None,
         )
+        self._be(Told())
         self._child = Child(settings, self._moved, logger)
         await self._child.run()
 
@@ -115,7 +137,7 @@ class Runner:
                     lack = f"is not there: {error}"
                     logger.error("the local model: %s", error)  # noqa: TRY400  # one sentence
                     pause = min(pause * 2, 60.0)
-            self._tell(lack)
+            self._be(Told(lack, is_hopeless=True))
             await asyncio.sleep(pause)
 
     def _lack(self) -> str:
@@ -137,18 +159,28 @@ class Runner:
             message = "it is not fetched and the server is offline. Then: harperpy models pull"
             raise FetchError(message)
         logger.warning("%s", source.notice)
-        return await asyncio.to_thread(cache.fetch, source, self._progress, self._stop)
+        progress = partial(self._progress, asyncio.get_running_loop())
+        return await asyncio.to_thread(cache.fetch, source, progress, self._stop)
 
-    def _progress(self, percent: int) -> None:
-        self._state, self._hopeless = f"is being fetched ({percent} %)", False
+    def _progress(self, loop: asyncio.AbstractEventLoop, percent: int) -> None:
+        loop.call_soon_threadsafe(self._be, Told(f"is being fetched ({percent} %)"))
         logger.warning("fetching %s: %d %%", self.name, percent)
 
-    def _tell(self, state: str) -> None:
-        self._state, self._hopeless = state, True
+    def _moved(self, child: Child, endpoint: Endpoint | None) -> None:
+        """The child answers somewhere else now, or nowhere."""
+        ended = endpoint is None and child.state == "ready"
+        state = "is starting again" if ended else child.state
+        self._be(Told(state, child.failed, endpoint))
+
+    def _be(self, told: Told) -> None:
+        """What is true from now on, for this process and for those that use its child."""
+        before, self._told = self._told, told
+        if told.endpoint != before.endpoint:
+            self._turn_to(told.endpoint)
+        self._share.tell(told)
         self.changed.set()
 
-    def _moved(self, endpoint: Endpoint | None) -> None:
-        """The child answers somewhere else now, or nowhere."""
+    def _turn_to(self, endpoint: Endpoint | None) -> None:
         before, self.transport = self.transport, None
         if before is not None:
             asyncio.get_running_loop().create_task(before.close())
@@ -157,4 +189,3 @@ class Runner:
             self.transport = Transport(
                 endpoint.url, secret=endpoint.api_key, timeouts=self.timeouts, pooled=False
             )
-        self.changed.set()
