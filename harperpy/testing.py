@@ -1,7 +1,16 @@
 """A running server and its client, for our tests and for plugin authors'.
 
 Run pytest with `-p harperpy.testing` and `asyncio_mode = auto` for the fixtures `harper_server`
-(the project in pytest's root folder, on free ports, with data of its own) and `harper_client`.
+(the project in pytest's root folder, on free ports, with data of its own) and `harper_client`. To
+run it in an environment of your own, or on models that cost nothing, override these in conftest.py:
+
+    @pytest.fixture
+    def harper_environ():
+        return {"OPENAI_API_KEY": "none"}
+
+    @pytest.fixture
+    def harper_config(harper_config):
+        return with_echo(harper_config)
 """
 
 from __future__ import annotations
@@ -19,23 +28,27 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from .config import Config, load_config, parse_config
+from .config import Config, ModelConfig, load_config, parse_config
 from .resource import Resource
 from .scope import Scope
 from .server import Server
 from .upstream import Answer, ScriptedUpstream, chunk, scripted_upstream, streamed, whole
 
 __all__ = [
+    "ECHO",
     "Answer",
     "RunningServer",
     "ScriptedUpstream",
     "chunk",
     "harper_client",
+    "harper_config",
+    "harper_environ",
     "harper_server",
     "running",
     "scripted_upstream",
     "streamed",
     "whole",
+    "with_echo",
 ]
 
 ECHO = "models: {generative: {default: {backend: echo}}, embedding: {default: {backend: echo}}}"
@@ -133,12 +146,47 @@ def on_free_ports(config: Config) -> Config:
     )
 
 
+def with_echo(config: Config) -> Config:
+    """The same configuration with `echo` in the place of each model, under the names it has."""
+
+    def echoes(models: Mapping[str, ModelConfig]) -> Mapping[str, ModelConfig]:
+        return {
+            name: ModelConfig(backend="echo", model=one.model, fallback=one.fallback)
+            for name, one in models.items()
+        }
+
+    replace = msgspec.structs.replace
+    models = config.models
+    both = (echoes(models.generative), echoes(models.embedding))
+    return replace(config, models=replace(models, generative=both[0], embedding=both[1]))
+
+
+@pytest.fixture
+def harper_environ() -> Mapping[str, str]:
+    """The environment of `harper_server`, for `${NAME}` in config.yaml and for secrets."""
+    return os.environ
+
+
+@pytest.fixture
+def harper_config(
+    request: pytest.FixtureRequest, harper_environ: Mapping[str, str]
+) -> str | Config:
+    """What `harper_server` runs with: config.yaml. An override may return one as text, too."""
+    return load_config(request.config.rootpath / "config.yaml", harper_environ)
+
+
 @pytest_asyncio.fixture
-async def harper_server(request: pytest.FixtureRequest) -> AsyncIterator[RunningServer]:
-    """The project in pytest's root folder, running."""
+async def harper_server(
+    request: pytest.FixtureRequest,
+    harper_config: str | Config,
+    harper_environ: Mapping[str, str],
+) -> AsyncIterator[RunningServer]:
+    """The project in pytest's root folder, running; a plugin that does not start fails the test."""
     directory = request.config.rootpath
-    config = load_config(directory / "config.yaml", os.environ)
-    async with running(config, directory=directory, environ=os.environ) as server:
+    async with running(harper_config, directory=directory, environ=harper_environ) as server:
+        for name, plugin in server.server.health.plugins.items():
+            if plugin.status == "error":
+                pytest.fail(f"plugin {name} did not start: {plugin.error}", pytrace=False)
         yield server
 
 
