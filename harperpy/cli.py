@@ -20,7 +20,7 @@ from .errors import ClientError, ConfigError, HarperError, SetupError
 from .health import Health
 from .reload import Parent
 from .remote import Remote
-from .scaffold import write_project
+from .scaffold import TEMPLATES, write_project
 from .server import SOCKET_NAME, Server
 from .serving import Inherited, Serving, serve
 
@@ -92,11 +92,24 @@ def run(directory: Path, root: Path | None, *, offline: bool) -> None:
     _serve(Serving(directory, root, dev=False, offline=offline, version=_version()))
 
 
-@main.command(short_help="Write a new project into the folder NAME.")
+_TEMPLATES = "\n".join(f"{name:<10}{about}" for name, about in TEMPLATES.items())
+
+
+@main.command(
+    short_help="Write a new project into the folder NAME.",
+    epilog=f"\b\nTemplates:\n{_TEMPLATES}",
+)
 @click.argument("name", type=click.Path(path_type=Path))
-def init(name: Path) -> None:
-    """Write a new project into the folder NAME: config, a resource, a plugin, their tests."""
-    _told(lambda: write_project(name))
+@click.option(
+    "--template",
+    type=click.Choice(list(TEMPLATES)),
+    default=next(iter(TEMPLATES)),
+    show_default=True,
+    help="What to begin with.",
+)
+def init(name: Path, template: str) -> None:
+    """Write a new project into the folder NAME: its config, its code, and tests that pass."""
+    _told(lambda: write_project(name, template))
     click.echo(f"Wrote {name}. Next: harperpy dev {name}")
 
 

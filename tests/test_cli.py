@@ -17,6 +17,7 @@ import aiohttp
 import msgspec
 import pytest
 
+from harperpy.scaffold import TEMPLATES
 from helpers import basic, events
 
 SECONDS = 30
@@ -200,7 +201,7 @@ HELP: dict[str, list[str]] = {
         ".harperpy",
     ],
     "run": ["all interfaces", "HDB_ADMIN_USERNAME", "HDB_ADMIN_PASSWORD", "--root"],
-    "init": ["new project", "NAME"],
+    "init": ["new project", "NAME", "--template", "[default: resource]", *TEMPLATES.values()],
     "check": ["without serving", "DIR"],
     "version": ["version"],
     "user": ["add", "list", "drop"],
@@ -240,17 +241,18 @@ async def test_a_misspelt_command_is_refused(tmp_path: Path) -> None:
 
 
 async def test_a_new_project_is_short_and_passes_its_own_tests(tmp_path: Path) -> None:
-    """`init` writes less than sixty lines, which `check` and pytest accept as they are."""
+    """`init` writes less than eighty lines of code, which `check` and pytest accept as they are."""
     told = await said(tmp_path, "init", "demo")
     demo = tmp_path / "demo"
-    texts = [file.read_text() for file in demo.rglob("*") if file.is_file()]
+    files = (file for file in demo.rglob("*") if file.is_file() and file.suffix != ".md")
+    texts = [file.read_text() for file in files]
 
     assert "Wrote demo. Next: harperpy dev demo" == told
-    assert sum(len(text.splitlines()) for text in texts) < 60
+    assert sum(len(text.splitlines()) for text in texts) < 80
     assert "config.yaml and all plugins are fine." == await said(tmp_path, "check", "demo")
     tested = await execute(demo, sys.executable, "-m", "pytest", "-q")
     assert 0 == tested.code, tested
-    assert "2 passed" in tested.out
+    assert "3 passed" in tested.out
 
 
 async def test_a_project_imports_its_own_modules(tmp_path: Path) -> None:
@@ -271,6 +273,15 @@ async def test_a_project_imports_its_own_modules(tmp_path: Path) -> None:
     async with serving(tmp_path, "dev", "demo") as server:
         assert (200, {"status": "ok"}) == await get(f"{server.url}/health")
         assert (200, {"hello": "Ada"}) == await get(f"{server.url}/Greeting?name=Ada")
+
+
+async def test_an_unknown_template_is_refused(tmp_path: Path) -> None:
+    """Those that there are are named, and nothing is written."""
+    done = await harperpy(tmp_path, "init", "demo", "--template", "rug")
+
+    assert 2 == done.code
+    assert [] == [name for name in TEMPLATES if f"'{name}'" not in done.err]
+    assert [] == names(tmp_path)
 
 
 async def test_init_overwrites_nothing(tmp_path: Path) -> None:

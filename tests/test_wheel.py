@@ -11,11 +11,14 @@ from zipfile import ZipFile
 
 import pytest
 
+from harperpy.scaffold import TEMPLATES
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {
     "harperpy": "harperpy",
     "resources": "harperpy/resources",
     "plugins": "harperpy/plugins",
+    "examples": "harperpy/templates",
 }
 
 
@@ -80,7 +83,7 @@ def test_only_harperpy_stands_at_the_top(wheel: Path) -> None:
 
 
 def test_the_wheel_holds_the_repository(wheel: Path, files: list[Path]) -> None:
-    """Every file of the three packages is in it, and no other."""
+    """Every file of the four folders is in it, and no other."""
     expected = {
         "/".join((ROOMS[path.parts[0]], *path.parts[1:]))
         for path in files
@@ -111,6 +114,17 @@ def test_the_wheel_can_be_imported_from_anywhere(python: Path, empty: Path) -> N
 def test_the_command_is_installed(wheel: Path, python: Path, empty: Path) -> None:
     """`harperpy` stands beside the interpreter and knows its version."""
     assert wheel.name.split("-")[1] in run(python.with_name("harperpy"), "version", cwd=empty)
+
+
+def test_the_installed_command_writes_every_template(python: Path, empty: Path) -> None:
+    """They come with the wheel, byte for byte as they stand in the repository."""
+    for name in TEMPLATES:
+        run(python.with_name("harperpy"), "init", name, "--template", name, cwd=empty)
+    written = [path for path in empty.rglob("*") if path.is_file()]
+
+    assert written
+    for path in written:
+        assert (ROOT / "examples" / path.relative_to(empty)).read_bytes() == path.read_bytes()
 
 
 def test_the_wheel_is_strictly_typed(python: Path, empty: Path) -> None:

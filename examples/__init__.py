@@ -1,0 +1,1 @@
+"""Small projects that run as they are; `harperpy init --template NAME` copies one."""
