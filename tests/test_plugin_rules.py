@@ -1,6 +1,7 @@
 """The rules between plugins, and how a plugin that breaks one is told."""
 
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
@@ -432,47 +433,8 @@ async def test_get_status_tells_what_health_tells_super_users() -> None:
 
 # A published one
 
-PROJECT = """
-[build-system]
-requires = ["setuptools"]
-build-backend = "setuptools.build_meta"
-
-[project]
-name = "harperpy-greeter"
-version = "1.2.3"
-dependencies = ["harperpy"]
-
-[project.entry-points.harperpy]
-greeter = "harperpy_greeter"
-
-[tool.setuptools]
-packages = ["harperpy_greeter"]
-"""
-GREETER = """
-import msgspec
-
-from harperpy import Resource
-
-requires = ["users"]
-
-
-class Options(msgspec.Struct, forbid_unknown_fields=True):
-    word: str = "hello"
-
-
-class Greeting(Resource):
-    public = True
-    word = ""
-
-    @classmethod
-    def get(cls):
-        return cls.word
-
-
-def handle_application(scope):
-    word = scope.options.decode(Options).word
-    scope.resources.set("greeting", type("Greeting", (Greeting,), {"word": word}))
-"""
+# What `harperpy init --template plugin` writes.
+PROJECT = Path(__file__).resolve().parents[1] / "examples" / "plugin"
 
 
 def run(folder: Path, module: str, *arguments: str | Path) -> None:
@@ -491,9 +453,7 @@ def run(folder: Path, module: str, *arguments: str | Path) -> None:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a plugin's own package is installed, from a wheel built without network."""
     tree, place = tmp_path_factory.mktemp("greeter"), tmp_path_factory.mktemp("site")
-    (tree / "harperpy_greeter").mkdir()
-    (tree / "pyproject.toml").write_text(PROJECT)
-    (tree / "harperpy_greeter" / "__init__.py").write_text(GREETER)
+    shutil.copytree(PROJECT, tree, dirs_exist_ok=True)
     run(tree, "build", "--wheel", "--no-isolation", "--outdir", "dist", ".")
     [wheel] = (tree / "dist").glob("*.whl")
     run(tree, "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", place, wheel)
@@ -514,7 +474,7 @@ async def test_a_published_plugin_is_on_when_it_is_named(installed: Path, tmp_pa
     checked = await harperpy(tmp_path, "check", **more)
     assert (0, "config.yaml and all plugins are fine.\n") == (checked.code, checked.out)
     async with serving(tmp_path, environ=more) as server:
-        assert (200, '"moin"') == await greeting(server)
+        assert (200, '{"moin":"world"}') == await greeting(server)
 
 
 PUBLISHED: dict[str, tuple[str, str]] = {
@@ -524,8 +484,8 @@ PUBLISHED: dict[str, tuple[str, str]] = {
         "plugins.greeter.wrod: unknown key; did you mean 'word'?",
     ),
     "without what it requires": (
-        "{users: false, greeter: true}",
-        "plugin greeter does not start: it requires 'users', which config.yaml turns off",
+        "{operations_api: false, greeter: true}",
+        "plugin greeter does not start: it requires 'operations_api', which config.yaml turns off",
     ),
 }
 
