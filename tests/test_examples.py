@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import harperpy
+import harperpy.testing
 from harperpy.scaffold import TEMPLATES
+from harperpy.testing import running
+from helpers import ask
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 FILES = {str(file.relative_to(EXAMPLES)): file for file in sorted(EXAMPLES.rglob("*.py"))}
@@ -124,6 +126,33 @@ async def test_a_template_does_what_its_readme_says(name: str, tmp_path: Path) -
     assert "sh" in languages
     assert "text" in languages
     assert ("sh", "pytest\n") in others
+
+
+MEANT = {
+    "When do I have to be at the station?": "Trains",
+    "What do my kitchen herbs want?": "Plants",
+    "How big do things get in the ocean?": "Whales",
+}
+DOCUMENTS = {
+    "Trains": "The night train to Vienna leaves from platform seven at half past nine.",
+    "Plants": "Basil needs warm soil and a sunny window.",
+    "Whales": "The blue whale is the largest animal that has ever lived.",
+}
+LOCAL = "models: {generative: {default: {backend: echo}}, embedding: {default: {backend: local}}}"
+
+
+async def test_the_local_embeddings_find_what_is_meant() -> None:
+    """The answer's first source is the right one, though it shares no word with the question."""
+    config = f"{LOCAL}\nplugins: {{rag: {{path: rag}}}}"
+    async with running(config, directory=EXAMPLES / "rag") as server:
+        for title, text in DOCUMENTS.items():
+            added = await ask(server, "POST", "/rag/documents", json={"title": title, "text": text})
+            assert 201 == added.status
+        for question, title in MEANT.items():
+            body = {"messages": [{"role": "user", "content": question}]}
+            answer = await ask(server, "POST", "/rag/chat/completions", json=body)
+            first = answer.json["choices"][0]["message"]["annotations"][0]
+            assert title == first["url_citation"]["title"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -82,7 +82,10 @@ class Store:
         return bool(await tx.execute(gone))
 
     async def nearest(self, vector: Sequence[float], count: int) -> list[Passage]:
-        """The passages most like it, the likest first; those of another model's size are none."""
+        """The passages most like it, the likest first; those of another model's size are none.
+
+        Those less than half as like as the first would be cited for nothing.
+        """
         asked = unit(vector)
         columns = (passages.c.document, documents.c.title, passages.c.text, passages.c.vector)
         comparable = sa.func.length(passages.c.vector) == len(asked) * asked.itemsize
@@ -93,7 +96,9 @@ class Store:
             found = (Passage(*row[:3], likeness=dot(asked, array("f", row.vector))) for row in rows)
             return heapq.nlargest(count, found, key=lambda passage: passage.likeness)
 
-        return await self._database.read(search)
+        likest = await self._database.read(search)
+        best = likest[0].likeness if likest else 0.0
+        return likest[:1] + [passage for passage in likest[1:] if passage.likeness > best / 2]
 
 
 def unit(vector: Sequence[float]) -> array[float]:
