@@ -273,7 +273,8 @@ class Sender:
         """How many bytes were taken until now."""
         try:
             while True:
-                self.sent += self._connection.send(self._data)
+                rest = memoryview(self._data)[self.sent % len(self._data) :]
+                self.sent += self._connection.send(rest)
         except BlockingIOError:
             return self.sent
 
