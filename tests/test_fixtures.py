@@ -48,6 +48,8 @@ async def run_tests(folder: Path, **files: str) -> Done:
     for name, text in files.items():
         (folder / f"{name}.py").write_text(text)
     options = ("-p", "harperpy.testing", "-o", "asyncio_mode=auto", "--rootdir", str(folder))
+    # What the server logs is not what pytest says.
+    options = (*options, "--show-capture=no")
     return await execute(folder, sys.executable, "-m", "pytest", "-q", *options)
 
 

@@ -2,6 +2,7 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import http.client
 import json
 import time
 
@@ -93,18 +94,29 @@ def changed(**headers):
     [
         (changed(signature=""), (401, "webhook-signature: expected one")),
         (changed(signature="v1,b3RoZXI="), (401, "webhook-signature: does not fit this body")),
-        (changed(signature="v1,\udcff"), (401, "webhook-signature: does not fit this body")),
         (changed(id="evt_2"), (401, "webhook-signature: does not fit this body")),
         (changed(timestamp="1"), (401, "webhook-signature: does not fit this body")),
         (changed(timestamp="now"), (400, "webhook-timestamp: expected seconds since 1970")),
         (changed(id=""), (400, "webhook-id: expected one of at most 256 ASCII characters")),
-        (changed(id="\udcff"), (400, "webhook-id: expected one of at most 256 ASCII characters")),
     ],
 )
 async def test_wrong_headers_are_refused(sender, secret, harper_client, change, refusal):
     status, problem = await sender(change(signed(secret)))
     assert (status, problem["detail"]) == refusal
     assert await worked_off(harper_client) == []
+
+
+@pytest.mark.parametrize(("name", "status"), [("webhook-signature", 401), ("webhook-id", 400)])
+async def test_bytes_that_are_no_text_are_refused(harper_server, secret, name, status):
+    headers = signed(secret) | {name: "v1,\xff"}
+
+    def send():
+        connection = http.client.HTTPConnection(harper_server.url.removeprefix("http://"))
+        connection.request("POST", "/webhook", PAID, headers)
+        with connection.getresponse() as answer:
+            return answer.status
+
+    assert await asyncio.to_thread(send) == status
 
 
 async def test_a_changed_body_is_refused(sender, secret):
