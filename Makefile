@@ -32,8 +32,9 @@ format: .venv/.dev ## mend the style as far as a machine can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-docs: .venv/.dev ## write the pages that are made from tables in the code
+docs: .venv/.dev ## write the pages that are made from the code
 	$(BIN)/python docs/openai_compatibility.py
+	$(BIN)/python docs/reference.py
 
 clean: ## remove everything made here, .venv too; a server's data stays
 	rm -rf .venv .node build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

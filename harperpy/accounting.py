@@ -17,11 +17,20 @@ Method: TypeAlias = Literal["embed", "generate", "generateStream"]
 
 
 class Caller:
-    """On whose behalf models are called. `app` is the path of the resource that calls.
+    """On whose behalf models are called.
 
     `asking` counts the model calls that are waited for, `writing` says that the caller holds the
     database's write lock: never both, so that no other writer ever waits for a model.
     """
+
+    user: User | None
+    """Who was recognised; None for anonymous callers."""
+    app: str | None
+    """The path of the resource that calls, without a leading slash."""
+    request_id: str | None
+    """As in `x-request-id`, the rows and the log."""
+    signal: AbortSignal | None
+    """Fires when nobody waits for the answer any more."""
 
     __slots__ = ("app", "asking", "request_id", "signal", "user", "writing")
 

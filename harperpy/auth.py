@@ -15,6 +15,7 @@ import msgspec
 from .errors import InvalidCredentials
 
 Verb: TypeAlias = Literal["read", "create", "update", "delete"]
+"""What a permission is for: get and query; post; put and patch; delete."""
 
 _CACHED_CREDENTIALS = 4096
 
@@ -88,6 +89,7 @@ class Basic(msgspec.Struct, frozen=True):
 
 
 Credential: TypeAlias = Bearer | Basic
+"""What a request's `Authorization` header holds."""
 
 
 class Verified(msgspec.Struct, frozen=True):

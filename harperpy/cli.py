@@ -39,7 +39,11 @@ _ROOT = click.option(
     help="Data folder. Default: $HARPERPY_ROOT, else rootPath of config.yaml, else DIR/.harperpy.",
 )
 _OFFLINE = click.option(
-    "--offline", is_flag=True, envvar="HARPERPY_OFFLINE", help="Fetch nothing, ever."
+    "--offline",
+    is_flag=True,
+    envvar="HARPERPY_OFFLINE",
+    show_envvar=True,
+    help="Fetch nothing, ever.",
 )
 
 
@@ -166,7 +170,9 @@ class Target(msgspec.Struct):
 def _targeted(command: Callable[..., None]) -> Callable[..., None]:
     """The options that say which server an operation goes to."""
     options = (
-        click.option("--api-key", envvar="HARPERPY_API_KEY", help="API key for --url."),
+        click.option(
+            "--api-key", envvar="HARPERPY_API_KEY", show_envvar=True, help="API key for --url."
+        ),
         click.option("--url", help="Operations URL of a remote server, with --api-key."),
         _ROOT,
         click.option(

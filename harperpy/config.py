@@ -59,10 +59,12 @@ class _Section(Struct, frozen=True, rename="camel"):
 
 
 class HttpConfig(_Section, frozen=True, kw_only=True):
-    """The REST port. `host` and `cors` of None are chosen by mode; times are in milliseconds.
+    """The REST port; 0 takes a free one. Times in milliseconds.
 
-    `max_header_size` bounds each line of a head. `max_concurrent_requests` (None: no bound) leaves
-    out GET, HEAD, OPTIONS and what streams.
+    By default `dev` serves this machine with `cors`, `run` all interfaces without. `timeout` is how
+    long a body may take to arrive, and a verb to return. Beyond `maxConcurrentRequests` (GET, HEAD,
+    OPTIONS and streams do not count) requests wait for `requestQueueLimit`, and are then 503.
+    `maxHeaderSize` bounds each line of a head, `headersTimeout` how long it takes.
     """
 
     port: Port = 9926
@@ -104,13 +106,17 @@ class NetworkConfig(_Section, frozen=True, kw_only=True):
 
 
 class OperationsApiConfig(_Section, frozen=True, kw_only=True):
-    """The operations API."""
+    """The port that takes operations on users, keys and rows; `cors` as for the REST port."""
 
     network: NetworkConfig = NetworkConfig()
 
 
 class AuthenticationConfig(_Section, frozen=True, kw_only=True):
-    """Who is trusted, and for how long (in milliseconds)."""
+    """Who is trusted, and for how long (in milliseconds).
+
+    `authorizeLocal` makes a super user of who calls from this machine without a credential;
+    `cacheTTL` is how long a verified one is remembered.
+    """
 
     authorize_local: Flag = False
     cache_ttl: DurationOrOff = field(default=30_000, name="cacheTTL")
@@ -135,7 +141,7 @@ class AuthenticationConfig(_Section, frozen=True, kw_only=True):
 
 
 class LoggingConfig(_Section, frozen=True, kw_only=True):
-    """What is logged, and audited. `level` of None is chosen by mode; times in milliseconds."""
+    """What is logged (by default `dev` from info on, `run` from warn), and which writes audited."""
 
     level: Level | None = None
     std_streams: Flag = True
@@ -144,7 +150,7 @@ class LoggingConfig(_Section, frozen=True, kw_only=True):
 
 
 class AccountingConfig(_Section, frozen=True, kw_only=True):
-    """How safely model calls are written down, and for how long they are kept (milliseconds)."""
+    """How safely model calls are written down (`fsync`: a power cut takes none), for how long."""
 
     durability: Durability = "process"
     retention: Duration = 90 * 86_400_000
@@ -156,9 +162,9 @@ class AccountingConfig(_Section, frozen=True, kw_only=True):
 
 
 class DatabaseConfig(_Section, frozen=True, kw_only=True):
-    """Where the `system` schema lives; None is `system.db` in the root directory.
+    """Where the `system` schema lives: by default `system.db` in the data folder.
 
-    `busy_timeout` is how long a transaction waits to write, `transaction_timeout` how long it may
+    `busyTimeout` is how long a transaction waits to write, `transactionTimeout` how long it may
     keep others waiting once it has written (milliseconds).
     """
 
@@ -168,7 +174,12 @@ class DatabaseConfig(_Section, frozen=True, kw_only=True):
 
 
 class ModelConfig(_Section, frozen=True, kw_only=True):
-    """One logical model. Names ending in `_ms` are milliseconds; None leaves it to the backend."""
+    """One logical model; KIND is `generative` or `embedding`, NAME what callers ask for.
+
+    `default` is for who names none, `gpt-*` for any name that begins so. `model` is the provider's
+    name for it (NAME if not given), `fallback` what to try after it. By default the `openai` one
+    has 10 s to connect, 60 s to begin a stream, 120 s of silence in it, 10 minutes, and 2 retries.
+    """
 
     backend: Kind
     model: Text | None = None

@@ -31,12 +31,24 @@ class Context(Caller):
 
     `signal` fires when the client leaves before the answer is complete, never when it is; its
     `reason` is `client_disconnected`, `timeout` if the verb took too long, or `server_shutdown` if
-    the server could not wait. `stopping` fires before that, as the server begins to stop: streams
-    without end are to end then.
-    `status` and `response_headers` apply to plain return values and to streams, until the head is
-    sent. `started` is when it began, by `time.perf_counter()`. `rejection` is the refused
-    credential of a resource that settles credentials itself.
+    the server could not wait.
     """
+
+    signal: AbortSignal  # pyright: ignore[reportIncompatibleVariableOverride]  # here always
+    request: Request
+    """What arrived."""
+    models: Models
+    """All models: `await models.generate("...")`."""
+    status: int | None
+    """The status of a plain answer or a stream, until the head is sent; 200 or 204 if None."""
+    response_headers: CIMultiDict[str]
+    """Headers of the answer, until the head is sent."""
+    stopping: AbortSignal
+    """Fires as the server begins to stop: streams without end are to end then."""
+    started: float
+    """When the request began, by `time.perf_counter()`."""
+    rejection: HarperError | None
+    """The refused credential, where the class says `settles_credentials`."""
 
     __slots__ = (
         "_begin",
@@ -66,9 +78,9 @@ class Context(Caller):
         self.started = time.perf_counter()
         self.request = request
         self.models = models
-        self.response_headers: CIMultiDict[str] = CIMultiDict()
-        self.status: int | None = None
-        self.rejection: HarperError | None = None
+        self.response_headers = CIMultiDict()
+        self.status = None
+        self.rejection = None
         self.stopping = AbortSignal() if stopping is None else stopping
         self._begin = begin
         self._handled = False

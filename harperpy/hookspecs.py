@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 hookspec = pluggy.HookspecMarker("harperpy")
 hookimpl = pluggy.HookimplMarker("harperpy")
+"""Marks a hook for readers and checkers; a function of a hook's name needs it not."""
 
 HOOKS = ("handle_application", "register_model_backends")
 # Only a slip of the keys is meant for a hook: `register_backends` may be a function of one's own.
@@ -61,6 +62,7 @@ class ModelEntry(msgspec.Struct, frozen=True):
 
 
 BackendFactory: TypeAlias = Callable[[ModelEntry], ModelBackend]
+"""Makes the backend of an entry; raises `ConfigError` for one that it cannot serve."""
 
 
 @hookspec

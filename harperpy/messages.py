@@ -14,7 +14,9 @@ from .signal import AbortSignal
 
 Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool", "function"]
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter"]
+"""Why an answer ended, in OpenAI's words."""
 ToolType: TypeAlias = Literal["function", "custom"]
+"""A function takes JSON, a custom tool text."""
 Capability: TypeAlias = Literal[
     "embed",
     "generate",
@@ -131,6 +133,7 @@ class Prompt(msgspec.Struct, kw_only=True):
 
 
 GenerateInput: TypeAlias = str | Sequence[Message | Mapping[str, Any]] | Mapping[str, Any] | Prompt
+"""A user's text, messages, or OpenAI's body as a dict, whose options count too."""
 
 
 class JSONSchemaFormat(msgspec.Struct, kw_only=True):
@@ -143,6 +146,7 @@ class JSONSchemaFormat(msgspec.Struct, kw_only=True):
 
 
 ResponseFormat: TypeAlias = Literal["text", "json"] | JSONSchemaFormat
+"""What the answer is to be: text, some JSON, or JSON that obeys a schema."""
 
 
 class GenerateOpts(msgspec.Struct, kw_only=True):

@@ -20,6 +20,7 @@ from .spelling import nearest
 Next: TypeAlias = Callable[[Context], Awaitable[Reply]]
 """What a middleware awaits for the answer of all that stands after it."""
 Middleware: TypeAlias = Callable[[Context, Next], Awaitable[Reply | Response | EventStream]]
+"""Gives what `await call_next(context)` gives, or an answer of its own."""
 M = TypeVar("M", bound=Middleware)
 
 AUTHENTICATION = "authentication"

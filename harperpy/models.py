@@ -81,7 +81,11 @@ class Models:
         fallback: Sequence[str] = (),
         replace: bool = False,
     ) -> None:
-        """Offer a backend under a logical name. Raises `RegistrationError`."""
+        """Offer a backend under a logical name, to plugins and at `/v1` alike.
+
+        `fallback` names the ones to try after it. Raises `RegistrationError` for a taken name
+        (unless `replace`), and for a backend that cannot do what `kind` says.
+        """
         self._routes.add(Registration(kind, name, backend, tuple(fallback)), replace=replace)
 
     def list(self) -> list[ModelInfo]:
@@ -91,7 +95,10 @@ class Models:
     async def embed(
         self, given: EmbedInput, *, opts: EmbedOpts | None = None, **options: Any
     ) -> Vectors:
-        """One vector per text or array of tokens; `options` are the fields of `EmbedOpts`."""
+        """One vector per text or array of tokens; `options` are the fields of `EmbedOpts`.
+
+        Raises as `generate`.
+        """
         return (await self.embed_with_usage(given, opts=opts, **options)).vectors
 
     async def embed_with_usage(
@@ -119,7 +126,12 @@ class Models:
     async def generate(
         self, given: GenerateInput, *, opts: GenerateOpts | None = None, **options: Any
     ) -> GenerateResult:
-        """A whole answer; `options` are the fields of `GenerateOpts`."""
+        """A whole answer; `options` are the fields of `GenerateOpts`.
+
+        Raises `ModelNotFound`, `CapabilityError`, what the last backend that was tried raises (a
+        `BackendError`, or `UpstreamRejected`), and `TransactionError` in a request that has written
+        and not committed.
+        """
         prompt, settings = _ask(given, opts, options)
         calls = self._calls("generate", prompt, settings)
 
@@ -150,7 +162,10 @@ class Models:
     def generate_stream(
         self, given: GenerateInput, *, opts: GenerateOpts | None = None, **options: Any
     ) -> AsyncIterator[GenerateChunk]:
-        """An answer piece by piece; an unknown model or a missing capability raises right here."""
+        """An answer piece by piece; an unknown model or a missing capability raises right here.
+
+        Whatever else `generate` raises comes with the first piece or a later one.
+        """
         prompt, settings = _ask(given, opts, options)
         streams = [call.stream(prompt) for call in self._calls("generateStream", prompt, settings)]
         if len(streams) > 1:

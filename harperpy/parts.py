@@ -66,6 +66,7 @@ class FilePart(_Part, kw_only=True, tag="file"):
 
 
 ContentPart: TypeAlias = TextPart | ImagePart | AudioPart | FilePart | RefusalPart
+"""A part of a message, in OpenAI's shape."""
 
 
 def part_type(part: ContentPart) -> str:

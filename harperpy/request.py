@@ -17,11 +17,24 @@ _NO_PARAMS: Mapping[str, str] = MappingProxyType({})
 
 
 class Request:
-    """One request, free of any server library. `headers` looks names up in any case.
+    """One request, free of any server library."""
 
-    `path` starts with `/` and is as the client sent it; `trusted` marks the local socket, whose
-    file permissions are its credential.
-    """
+    method: str
+    """In capitals."""
+    path: str
+    """As the client sent it, with its leading `/`."""
+    query: str
+    """What comes after `?`, undecoded."""
+    headers: Mapping[str, str]
+    """Looked up in any case."""
+    body: Body
+    """To be awaited."""
+    id: str
+    """The client's `x-request-id` if it is one, else the server's."""
+    peer: str
+    """The client's address."""
+    trusted: bool
+    """Whether it came by the local socket, whose file permissions are its credential."""
 
     __slots__ = ("body", "headers", "id", "method", "path", "peer", "query", "trusted")
 
@@ -50,16 +63,24 @@ class Request:
 class RequestTarget(Generic[Query]):
     """Where a request points inside the resource that answers it.
 
-    `pathname` is the rest of the path (`""`, `"/"`, `"/123"`), `id` its decoded name or None,
-    `is_collection` says it ends in a slash or carries a query without an id. `params` are the
-    decoded values of a mount such as `users/:id` or `files/*path`; one called `id` is the `id`
-    where nothing is left of the path. `query` is what comes after `?`, decoded: a verb that takes a
-    `RequestTarget[Search]` finds a `Search` there.
+    Where nothing is left of the path, a parameter of the mount called `id` is the `id`.
     """
+
+    pathname: str
+    """What is left of the path: `""`, `"/"`, `"/123"`."""
+    id: str | None
+    """The same decoded, without slashes around it; None if nothing is left."""
+    is_collection: bool
+    """Whether the path ends in a slash, or has a query and no id."""
+    params: Mapping[str, str]
+    """The decoded values of a mount such as `users/:id` or `files/*path`."""
+    search: str
+    """What comes after `?`, undecoded."""
 
     __slots__ = ("_pairs", "id", "is_collection", "params", "pathname", "query", "search")
 
     query: Query
+    """The same decoded, where the verb takes a `RequestTarget[Search]`: a `Search`."""
 
     def __init__(
         self, pathname: str = "", search: str = "", params: Mapping[str, str] = _NO_PARAMS

@@ -13,6 +13,7 @@ from .errors import CapabilityError, ClientError, ModelNotFound, RegistrationErr
 from .messages import Capability
 
 Kind: TypeAlias = Literal["generative", "embedding"]
+"""What a model is for."""
 
 DEFAULT = "default"
 

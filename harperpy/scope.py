@@ -57,7 +57,12 @@ class PluginResources:
         self._owner = owner
 
     def set(self, path: str, resource: type[Resource], *, force: bool = False) -> None:
-        """Mount a resource class. Raises `ResourceConflict` or `RegistrationError`."""
+        """Mount a resource class: at `notes`, `users/:id`, `files/*path`, or `""` for the rest.
+
+        `:name` stands for one segment, `*name` for all that is left: `target.params` holds them.
+        Raises `ResourceConflict` for a taken path unless `force`, `RegistrationError` for a class
+        that cannot be mounted.
+        """
         self._resources.set(path, resource, owner=self._owner, force=force)
 
     def __iter__(self) -> Iterator[Entry]:
@@ -88,10 +93,44 @@ class Core(msgspec.Struct):
 class Scope:
     """What a plugin is handed: the registries to fill, the services to use, its own options.
 
-    `resources` are the mounts of the REST port, `operations_resources` those of the operations
-    port; `server.http` wraps their requests. What a plugin opens with `enter` is closed with it, as
-    is what it gives to `on_close`; its tasks end with it. `secrets` come from the environment.
+    What a plugin opens with `enter` is closed with it, as is what it gives to `on_close`; its tasks
+    end with it.
     """
+
+    plugin_name: str
+    """Its name in config.yaml."""
+    options: Options
+    """Its block of config.yaml, without `path`, `package` and `timeout`."""
+    secrets: Secrets
+    """The environment's: `secrets.get("NAME")`."""
+    config: Config
+    """All of config.yaml."""
+    directory: Path
+    """The project's folder."""
+    root: Path
+    """The data folder."""
+    resources: PluginResources
+    """The mounts of the REST port: `resources.set("notes", Notes)`."""
+    operations_resources: PluginResources
+    """The mounts of the operations port."""
+    server: PluginServer
+    """The ports: `server.http(middleware)`."""
+    models: Models
+    """To ask models, and to offer one: `models.register_backend(kind, name, backend)`."""
+    operations: Operations
+    """To offer an operation: `operations.add(name, function, RequestType)`."""
+    authenticators: Authenticators
+    """To vouch for credentials of a kind of one's own: `authenticators.append(authenticator)`."""
+    ledger: Ledger
+    """To be told of each model call: `ledger.subscribe(function)`."""
+    database: Database
+    """To make one's tables: `await database.run(metadata.create_all)`."""
+    people: People
+    """Users and roles."""
+    tokens: Tokens
+    """API keys and tokens."""
+    logger: logging.Logger
+    """`harperpy.plugins.NAME`."""
 
     def __init__(self, name: str, options: Mapping[str, Any], core: Core) -> None:
         self.plugin_name = name

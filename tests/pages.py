@@ -114,7 +114,8 @@ class Reader:
     def _run(self, command: str, *, must_end_well: bool = True) -> str:
         """Run to the end; what it prints, errors too."""
         if "9926" in command and self._server is None:
-            self._serve("harperpy dev", "")
+            printed = self._serve("harperpy dev", "")
+            assert self._server, f"the server did not start:\n{printed}"
             self._environ["KEY"] = self._key
         self._reloaded()
         kept = f"trap 'pwd > {self._state}; env -0 >> {self._state}' EXIT\n"
@@ -152,16 +153,22 @@ class Reader:
                 text=True,
                 start_new_session=True,
             )
-        return self._shown(self._heard("Ready on"))
+        ready, printed = self._heard("Ready on")
+        if not ready:
+            self._server.communicate()
+            self._server = None
+            printed += self._log.read_text()
+        return self._shown(printed)
 
     def _reloaded(self) -> None:
         """Wait until the server has taken over what was changed."""
         if self._stale and self._server is not None:
-            self._heard("restarted:")
+            restarted, printed = self._heard("restarted:")
+            assert restarted, f"the server did not restart:\n{printed}{self._log.read_text()}"
         self._stale = False
 
-    def _heard(self, start: str) -> str:
-        """What the server prints up to the line that begins so."""
+    def _heard(self, start: str) -> tuple[bool, str]:
+        """Whether the server prints a line that begins so, and all up to there or to its end."""
         server = self._server
         assert server is not None
         assert server.stdout is not None
@@ -172,11 +179,10 @@ class Reader:
             for line in server.stdout:
                 printed += line
                 if line.startswith(start):
-                    return printed
+                    return True, printed
         finally:
             patience.cancel()
-        message = f"the server said no {start!r}:\n{printed}{self._log.read_text()}"
-        raise AssertionError(message)
+        return False, printed
 
     def _here(self, text: str) -> str:
         for written, real in self._ports.items():
