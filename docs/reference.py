@@ -230,6 +230,7 @@ def class_entry(module: str, node: ast.ClassDef) -> Iterator[str]:
             else:
                 fields.extend(f"    {line}" for line in source.split("\n"))
         elif name == "__init__" and node.name not in HANDED and isinstance(one, ast.FunctionDef):
+            fields.extend([""] if fields[1:] else [])
             fields.extend(f"    {line}" for line in f"{head(module, one)}: ...".split("\n"))
         elif isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef) and name != "__init__":
             members.append(member(module, one))

@@ -56,6 +56,7 @@ class Reader:
         self._server: subprocess.Popen[str] | None = None
         self._serves = self.folder
         self._stale = False
+        self._unasked = False
         self._key = ""
         self._printed = ""
 
@@ -108,16 +109,17 @@ class Reader:
     def _console(self, command: str, *, silent: bool) -> str:
         """One command; only what it prints may tell that it fails."""
         if serves := SERVES.search(command):
+            self._unasked = False
             return self._serve(command, serves[1])
         return self._run(command, must_end_well=silent)
 
     def _run(self, command: str, *, must_end_well: bool = True) -> str:
         """Run to the end; what it prints, errors too."""
         if "9926" in command and self._server is None:
-            printed = self._serve("harperpy dev", "")
-            assert self._server, f"the server did not start:\n{printed}"
+            self._serve_unasked()
             self._environ["KEY"] = self._key
-        self._reloaded()
+        elif "pytest" not in command:
+            self._reloaded()
         kept = f"trap 'pwd > {self._state}; env -0 >> {self._state}' EXIT\n"
         command = self._here(command.replace("hk_...", self._key))
         done = subprocess.run(
@@ -160,9 +162,17 @@ class Reader:
             printed += self._log.read_text()
         return self._shown(printed)
 
+    def _serve_unasked(self) -> None:
+        """Start a server, or start it anew, where the page leaves that to its readers."""
+        self._unasked = True
+        printed = self._serve("harperpy dev --no-reload", "")
+        assert self._server, f"the server did not start:\n{printed}"
+
     def _reloaded(self) -> None:
         """Wait until the server has taken over what was changed."""
-        if self._stale and self._server is not None:
+        if self._stale and self._unasked:
+            self._serve_unasked()
+        elif self._stale and self._server is not None:
             restarted, printed = self._heard("restarted:")
             assert restarted, f"the server did not restart:\n{printed}{self._log.read_text()}"
         self._stale = False
