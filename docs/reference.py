@@ -14,7 +14,7 @@ import msgspec
 from click.testing import CliRunner
 
 import harperpy
-import harperpy.config
+from harperpy import leaves
 from harperpy.cli import main
 from harperpy.testing import running
 
@@ -87,7 +87,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Testing": (
         *("testing.running", "testing.RunningServer", "testing.harper_server"),
-        *("testing.harper_client", "upstream.scripted_upstream", "upstream.ScriptedUpstream"),
+        *(
+            "testing.harper_client",
+            "testing.harper_config",
+            "testing.harper_environ",
+            "testing.with_echo",
+            "testing.ECHO",
+            "upstream.scripted_upstream",
+            "upstream.ScriptedUpstream",
+        ),
         *("upstream.Answer", "upstream.chunk", "upstream.streamed", "upstream.whole"),
     ),
 }
@@ -209,7 +217,9 @@ def entry(name: str) -> Iterator[str]:
         case ast.ClassDef():
             yield from class_entry(module, node)
         case ast.FunctionDef() | ast.AsyncFunctionDef():
-            yield from ("```python", head(module, node), "```", "", ast.get_docstring(node) or "")
+            decorators = [f"@{ast.unparse(one)}" for one in node.decorator_list]
+            words = ast.get_docstring(node) or ""
+            yield from ("```python", *decorators, head(module, node), "```", "", words)
         case _:
             source = lines(module, node.lineno, node.end_lineno or 0)
             yield from ("```python", source, "```", "", told(body, at))
@@ -292,7 +302,7 @@ def default(field: msgspec.structs.FieldInfo) -> str:
     if value is None or value == ():
         return ""
     if isinstance(value, int) and "duration" in (words := expected(field.type)):
-        units = harperpy.config._TIME_UNITS  # noqa: SLF001  # one list of units, whoever shows it
+        units = leaves._TIME_UNITS  # noqa: SLF001  # one list of units, whoever shows it
         unit, size = max(
             ((unit, size) for unit, size in units.items() if unit and value % size == 0),
             key=lambda one: one[1],

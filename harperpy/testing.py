@@ -52,10 +52,20 @@ __all__ = [
 ]
 
 ECHO = "models: {generative: {default: {backend: echo}}, embedding: {default: {backend: echo}}}"
+"""A config.yaml whose models all answer with what they were asked."""
 
 
 class RunningServer:
     """A server on free ports: where it is, and its first super user's key."""
+
+    server: Server
+    """The server itself."""
+    api_key: str
+    """A super user's."""
+    url: str
+    """Of the REST port, without a slash at its end."""
+    operations_url: str
+    """Of the operations port, likewise."""
 
     def __init__(self, server: Server, api_key: str) -> None:
         self.server = server

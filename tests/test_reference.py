@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import harperpy
+from harperpy import testing
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 
@@ -24,10 +25,12 @@ def test_the_page_is_what_make_docs_writes(generator: dict[str, Any]) -> None:
 
 
 def test_every_name_of_the_face_is_in_one_group(generator: dict[str, Any]) -> None:
-    """Each once; what the page has besides comes with its module."""
+    """Each once, and those of `harperpy.testing`; what else there is comes with its module."""
     names = [name for group in generator["GROUPS"].values() for name in group]
+    of_tests = {name.partition(".")[2] for name in generator["GROUPS"]["Testing"]}
 
     assert sorted(harperpy.__all__) == sorted(name for name in names if "." not in name)
+    assert set(testing.__all__) <= of_tests
 
 
 def test_everything_on_the_page_says_what_it_is() -> None:
