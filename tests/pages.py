@@ -71,6 +71,7 @@ class Reader:
             elif language == "python":
                 self._printed = self._run(f"python -c {shlex.quote(text)}")
             elif language == "console":
+                assert text.startswith("$ "), f"no command in {text}"
                 for command, expected in COMMAND.findall(text):
                     agree(expected, self._console(command, silent=not expected), command)
             else:
