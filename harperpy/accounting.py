@@ -27,12 +27,14 @@ class Caller:
     """Who was recognised; None for anonymous callers."""
     app: str | None
     """The path of the resource that calls, without a leading slash."""
+    source: str
+    """The way by which it came: `rest`, `ops`, or `system` for the server itself."""
     request_id: str | None
     """As in `x-request-id`, the rows and the log."""
     signal: AbortSignal | None
     """Fires when nobody waits for the answer any more."""
 
-    __slots__ = ("app", "asking", "request_id", "signal", "user", "writing")
+    __slots__ = ("app", "asking", "request_id", "signal", "source", "user", "writing")
 
     def __init__(
         self,
@@ -41,11 +43,13 @@ class Caller:
         app: str | None = None,
         request_id: str | None = None,
         signal: AbortSignal | None = None,
+        source: str = "system",
     ) -> None:
         self.user = user
         self.app = app
         self.request_id = request_id
         self.signal = signal
+        self.source = source
         self.writing = False
         self.asking = 0
 

@@ -1,7 +1,7 @@
-"""Audit: what `system.hdb_audit` keeps of a plugin's write: who, when, where, which records.
+"""Audit: what `system.hdb_audit` keeps of a write: who, when, where, which records.
 
-Of the values it keeps numbers, true, false and null, and of text only how long it was: it may be
-what someone asked a model.
+Of the values that a plugin writes it keeps numbers, true, false and null, and of text only how long
+it was: it may be what someone asked a model.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import BinaryExpression
 from sqlalchemy.sql.operators import eq, in_op
 
-from .accounting import Caller
+from .accounting import Caller, current_caller
 from .database import hdb_audit, now_ms
 from .secret import REDACTED, mask, names_secret
 
 _DATABASE = "data"
+_SYSTEM = "system"
 _OF_A_ROW = re.compile(r"(.+)_m(\d+)")
 
 Row = Mapping[str, Any]
 
 
 class Author:
-    """On whose behalf a transaction writes, and by which way it came (`rest`, `ops`)."""
+    """On whose behalf a transaction writes."""
 
-    def __init__(self, caller: Caller, source: str) -> None:
+    def __init__(self, caller: Caller) -> None:
         self._caller = caller
-        self._source = source
 
     def record(
         self,
@@ -41,18 +41,52 @@ class Author:
         returned: Sequence[Row],
     ) -> None:
         """One row for each table that a statement has written, and what it returned."""
-        caller = self._caller
-        who = {
-            "timestamp": now_ms(),
-            "database": _DATABASE,
-            "user_name": caller.user.username if caller.user else None,
-            "source": self._source,
-            "request_id": caller.request_id,
-        }
+        who = {"timestamp": now_ms(), "database": _DATABASE, **_by(self._caller)}
         for table, operation in _operations(written).items():
             what = _described(statement, table, result, returned)
             values = {**who, "operation": operation, "table": table, **what}
             connection.execute(sa.insert(hdb_audit), [values])
+
+
+class Deed:
+    """A change of who may do what, on behalf of whoever makes it. It is always audited.
+
+    `subject` is who asks where nobody is logged in: who has shown a password or a token.
+    """
+
+    def __init__(self, table: sa.Table, subject: str | None = None) -> None:
+        self._table = table.name
+        self._by = _by(current_caller.get() or Caller(user=None))
+        if self._by["source"] == _SYSTEM:
+            subject = _SYSTEM
+        self._by["user_name"] = self._by["user_name"] or subject
+
+    def note(
+        self,
+        connection: sa.Connection,
+        operation: str,
+        *keys: str,
+        after: Row | None = None,
+        before: Row | None = None,
+    ) -> None:
+        """One row in the transaction of the change itself; `after` and `before` hold no secrets."""
+        what = {
+            "operation": operation,
+            "table": self._table,
+            "hash_values": list(keys),
+            "records": None if after is None else [dict(after)],
+            "original_records": None if before is None else [dict(before)],
+        }
+        values = {"timestamp": now_ms(), "database": _SYSTEM, **self._by, **what}
+        connection.execute(sa.insert(hdb_audit), [values])
+
+
+def _by(caller: Caller) -> dict[str, str | None]:
+    return {
+        "user_name": caller.user.username if caller.user else None,
+        "source": caller.source,
+        "request_id": caller.request_id,
+    }
 
 
 def _operations(written: Iterable[tuple[str, str]]) -> dict[str, str]:

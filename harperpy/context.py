@@ -72,9 +72,11 @@ class Context(Caller):
         *,
         stopping: AbortSignal | None = None,
         begin: Callable[[Caller], Transaction] | None = None,
+        source: str = "rest",
     ) -> None:
         self._controller = AbortController()
-        super().__init__(user=user, request_id=request.id, signal=self._controller.signal)
+        signal = self._controller.signal
+        super().__init__(user=user, request_id=request.id, signal=signal, source=source)
         self.started = time.perf_counter()
         self.request = request
         self.models = models

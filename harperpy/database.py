@@ -118,12 +118,21 @@ hdb_audit = sa.Table(
     sa.Column("request_id", sa.String),
     sa.Column("hash_values", sa.JSON(none_as_null=True)),
     sa.Column("records", sa.JSON(none_as_null=True)),
+    sa.Column("original_records", sa.JSON(none_as_null=True)),
 )
+
+
+def _add_original_records(connection: sa.Connection) -> None:
+    known = [column["name"] for column in sa.inspect(connection).get_columns("hdb_audit")]
+    if "original_records" not in known:
+        connection.exec_driver_sql("ALTER TABLE hdb_audit ADD COLUMN original_records JSON")
+
 
 # One step per version of the schema: what to do, and the statement that notes it as done.
 _MIGRATIONS: tuple[tuple[Callable[[sa.Connection], None], str], ...] = (
     (metadata.create_all, "PRAGMA user_version = 1"),
     (partial(hdb_audit.create, checkfirst=True), "PRAGMA user_version = 2"),
+    (_add_original_records, "PRAGMA user_version = 3"),
 )
 
 

@@ -73,6 +73,7 @@ class Dispatch:
         authorize_local: bool = False,
         local_user: Callable[[], Awaitable[User | None]],
         begin: Callable[[Caller], Transaction],
+        source: str = "rest",
     ) -> None:
         self._resources = resources
         self._authenticators = authenticators
@@ -87,10 +88,17 @@ class Dispatch:
         self._authorize_local = authorize_local
         self._local_user = local_user
         self._begin = begin
+        self._source = source
 
     def open(self, request: Request) -> Context:
         """The context of a request, current from now on in the running task."""
-        context = Context(request, self._models, stopping=self._health.stopping, begin=self._begin)
+        context = Context(
+            request,
+            self._models,
+            stopping=self._health.stopping,
+            begin=self._begin,
+            source=self._source,
+        )
         current_caller.set(context)
         return context
 

@@ -11,6 +11,7 @@ import argon2
 import msgspec
 import sqlalchemy as sa
 
+from .audit import Deed
 from .auth import Permission, Role, User
 from .database import CREATED, UPDATED, Database, hdb_role, hdb_token, hdb_user, now_ms
 from .errors import ClientError, ConfigError, Conflict, NotFound
@@ -35,12 +36,15 @@ class People:
 
     async def open(self) -> None:
         """Make the roles that ship, where they are missing."""
+        deed = Deed(hdb_role)
 
         def work(connection: sa.Connection) -> None:
             known = set(connection.scalars(sa.select(hdb_role.c.id)))
             for role in (SUPER_USER, MODEL_USER):
                 if role.id not in known:
-                    connection.execute(sa.insert(hdb_role).values(_role_row(role)))
+                    row = _role_row(role)
+                    connection.execute(sa.insert(hdb_role).values(row))
+                    deed.note(connection, "insert", role.id, after=_told(row))
 
         await self._database.run(work)
 
@@ -93,6 +97,7 @@ class People:
     ) -> None:
         """Add a user. Raises `Conflict` for a taken name, `NotFound` for an unknown role."""
         hashed = await self._hash(password)
+        deed = Deed(hdb_user)
 
         def work(connection: sa.Connection) -> None:
             if connection.scalar(sa.select(1).where(hdb_user.c.username == username)):
@@ -103,6 +108,7 @@ class People:
             times = {CREATED: now, UPDATED: now}
             values = {**row, "active": active, "tenant": tenant, **times}
             connection.execute(sa.insert(hdb_user).values(values))
+            deed.note(connection, "insert", username, after=_told(values))
 
         await self._database.run(work)
         self._changed()
@@ -116,24 +122,23 @@ class People:
         values = dict(changes)
         if password := values.get("password"):
             values["password"] = await self._hash(password)
+        deed, of_tokens = Deed(hdb_user), Deed(hdb_token)
 
         def work(connection: sa.Connection) -> None:
             before = _super_users(connection)
+            known = _known(connection, username)
             if "role" in values:
                 values["role"] = _role_id(connection, values["role"])
-            found = connection.execute(
+            connection.execute(
                 sa.update(hdb_user)
                 .where(hdb_user.c.username == username)
                 .values({**values, UPDATED: now_ms()})
             )
-            if not found.rowcount:
-                raise _no_user(username)
+            changed = {column: known[column] for column in values if column in known}
+            deed.note(connection, "update", username, after=_told(values), before=changed)
             if "password" in values or values.get("active") is False:
-                connection.execute(
-                    sa.delete(hdb_token).where(
-                        hdb_token.c.user == username, hdb_token.c.kind == "refresh"
-                    )
-                )
+                refresh = hdb_token.c.kind == "refresh"
+                _end_tokens(connection, of_tokens, username, refresh)
             _keep_a_super_user(connection, before)
 
         await self._database.run(work)
@@ -141,13 +146,14 @@ class People:
 
     async def drop_user(self, username: str) -> None:
         """Remove a user with its keys and tokens. Raises as `alter_user`."""
+        deed, of_tokens = Deed(hdb_user), Deed(hdb_token)
 
         def work(connection: sa.Connection) -> None:
             before = _super_users(connection)
-            connection.execute(sa.delete(hdb_token).where(hdb_token.c.user == username))
-            found = connection.execute(sa.delete(hdb_user).where(hdb_user.c.username == username))
-            if not found.rowcount:
-                raise _no_user(username)
+            known = _known(connection, username)
+            _end_tokens(connection, of_tokens, username)
+            connection.execute(sa.delete(hdb_user).where(hdb_user.c.username == username))
+            deed.note(connection, "delete", username, before=known)
             _keep_a_super_user(connection, before)
 
         await self._database.run(work)
@@ -164,6 +170,7 @@ class People:
 
     async def add_role(self, role: Role) -> None:
         """Add a role. Raises `Conflict` for a taken name."""
+        deed = Deed(hdb_role)
 
         def work(connection: sa.Connection) -> None:
             taken = (("name", hdb_role.c.role, role.role), ("id", hdb_role.c.id, role.id))
@@ -171,7 +178,9 @@ class People:
                 if connection.scalar(sa.select(1).where(column == value)):
                     message = f"A role with {what} '{value}' already exists"
                     raise Conflict(message)
-            connection.execute(sa.insert(hdb_role).values(_role_row(role)))
+            row = _role_row(role)
+            connection.execute(sa.insert(hdb_role).values(row))
+            deed.note(connection, "insert", role.id, after=_told(row))
 
         await self._database.run(work)
 
@@ -247,6 +256,32 @@ def _keep_a_super_user(connection: sa.Connection, before: int) -> None:
     if before and not _super_users(connection):
         message = "Cannot drop, demote or deactivate the last active super user"
         raise Conflict(message)
+
+
+_PLAIN = (hdb_user.c.username, hdb_user.c.role, hdb_user.c.active, hdb_user.c.tenant)
+
+
+def _known(connection: sa.Connection, username: str) -> dict[str, Any]:
+    """The user as the audit may show it. Raises `NotFound`."""
+    select = sa.select(*_PLAIN).where(hdb_user.c.username == username)
+    if (row := connection.execute(select).mappings().first()) is None:
+        raise _no_user(username)
+    return dict(row)
+
+
+def _told(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the audit may show of a row: of a password that there is a new one."""
+    told = {name: value for name, value in values.items() if name not in (CREATED, UPDATED)}
+    return {**told, "password": "changed"} if "password" in told else told
+
+
+def _end_tokens(
+    connection: sa.Connection, deed: Deed, username: str, *which: sa.ColumnElement[bool]
+) -> None:
+    ended = sa.delete(hdb_token).where(hdb_token.c.user == username, *which)
+    ids = list(connection.scalars(ended.returning(hdb_token.c.id)))
+    if ids:
+        deed.note(connection, "delete", *ids, before={"user": username})
 
 
 def _no_user(username: str) -> ClientError:

@@ -143,8 +143,9 @@ class Server:
     async def operate(self, body: Mapping[str, Any]) -> Any:
         """Run an operation as the local super user."""
         request = Request("POST", "/", headers={}, trusted=True)
-        begin = partial(Transaction, self.core.database, "ops")
-        context = Context(request, self.core.models, await self.local_user(), begin=begin)
+        begin = partial(Transaction, self.core.database)
+        user = await self.local_user()
+        context = Context(request, self.core.models, user, begin=begin, source="ops")
         before = current_caller.set(context)
         try:
             return await context.settle(self.core.operations.call(body, context))
@@ -275,7 +276,8 @@ class Server:
             time_limit=self.config.http.timeout_seconds if port == "rest" else 0.0,
             authorize_local=self.config.authentication.authorize_local,
             local_user=self.local_user,
-            begin=partial(Transaction, core.database, "rest" if port == "rest" else "ops"),
+            begin=partial(Transaction, core.database),
+            source="rest" if port == "rest" else "ops",
         )
         return Wire(dispatch, self.config.http, trusted=trusted)
 

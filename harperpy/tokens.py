@@ -12,6 +12,7 @@ import jwt
 import msgspec
 import sqlalchemy as sa
 
+from .audit import Deed
 from .auth import Basic, Bearer, Credential, User, Verified
 from .database import CREATED, Database, hdb_token, now_ms
 from .errors import InvalidCredentials, NotFound
@@ -79,9 +80,16 @@ class Tokens:
         delete = sa.delete(hdb_token).where(hdb_token.c.id == key_id, hdb_token.c.kind == "api_key")
         if username is not None:
             delete = delete.where(hdb_token.c.user == username)
-        if not await self._database.run(lambda connection: connection.execute(delete).rowcount):
-            message = f"API key {key_id} does not exist"
-            raise NotFound(message)
+        deed = Deed(hdb_token)
+
+        def work(connection: sa.Connection) -> None:
+            told = delete.returning(hdb_token.c.user, hdb_token.c.kind, hdb_token.c.name)
+            if (row := connection.execute(told).mappings().first()) is None:
+                message = f"API key {key_id} does not exist"
+                raise NotFound(message)
+            deed.note(connection, "delete", key_id, before=_of_text(row))
+
+        await self._database.run(work)
         self._changed()
 
     async def create_tokens(self, user: User) -> tuple[str, str]:
@@ -95,7 +103,8 @@ class Tokens:
     async def refresh(self, refresh_token: str) -> str:
         """A new operation token. Raises `InvalidCredentials` for a token that is not current."""
         claims = self._read(refresh_token, "refresh")
-        if not await self._touch(refresh_token):
+        deed = Deed(hdb_token, subject=claims["username"])
+        if not await self._touch(refresh_token, deed):
             message = "invalid token"
             raise InvalidCredentials(message)
         user = await self._active_user(claims["username"])
@@ -148,9 +157,12 @@ class Tokens:
     async def _store(self, key_id: str, user: str, kind: str, token: str, **more: Any) -> None:
         row = {"id": key_id, "user": user, "kind": kind, "hash": self._hash(token), **more}
         row[CREATED] = now_ms()
+        told = {name: row[name] for name in ("user", "kind", "name", "expires") if name in row}
+        deed = Deed(hdb_token, subject=user)
 
         def work(connection: sa.Connection) -> None:
             connection.execute(sa.insert(hdb_token).values(row))
+            deed.note(connection, "insert", key_id, after=told)
 
         await self._database.run(work)
 
@@ -164,17 +176,24 @@ class Tokens:
             self._database.submit(lambda connection: connection.execute(used))
         return username
 
-    async def _touch(self, token: str) -> str | None:
-        """The owner of a stored, current token, noting its use."""
+    async def _touch(self, token: str, deed: Deed) -> str | None:
+        """The id of a stored, current token, noting its use."""
         now = now_ms()
         current = (hdb_token.c.expires.is_(None)) | (hdb_token.c.expires > now)
         update = (
             sa.update(hdb_token)
             .where(hdb_token.c.hash == self._hash(token), current)
             .values(last_used=now)
-            .returning(hdb_token.c.user)
+            .returning(hdb_token.c.id, hdb_token.c.user)
         )
-        return await self._database.run(lambda connection: connection.scalar(update))
+
+        def work(connection: sa.Connection) -> str | None:
+            if (row := connection.execute(update).first()) is None:
+                return None
+            deed.note(connection, "refresh", row.id, after={"user": row.user, "kind": "refresh"})
+            return row.id
+
+        return await self._database.run(work)
 
     def _hash(self, token: str) -> str:
         return hmac.new(self._hash_key, token.encode(), hashlib.sha256).hexdigest()
@@ -215,6 +234,10 @@ class Tokens:
 def purpose_key(secret: bytes, purpose: str) -> bytes:
     """A key for one purpose alone (HKDF-Expand of RFC 5869 for one block)."""
     return hmac.new(secret, purpose.encode() + b"\x01", hashlib.sha256).digest()
+
+
+def _of_text(row: sa.RowMapping) -> dict[str, Any]:
+    return {str(name): value for name, value in row.items()}
 
 
 def _shown(row: sa.RowMapping) -> APIKey:

@@ -49,10 +49,10 @@ class Transaction:
     end, and a write outside any block at once.
     """
 
-    def __init__(self, database: Database, source: str, caller: Caller) -> None:
+    def __init__(self, database: Database, caller: Caller) -> None:
         self._database = database
         self._caller = caller
-        self._author = Author(caller, source) if database.audited else None
+        self._author = Author(caller) if database.audited else None
         self._starting = asyncio.Lock()
         self._session: _Session | None = None
         self._blocks: list[_Block] = []

@@ -112,7 +112,7 @@ async def texts(server: RunningServer) -> list[str]:
 async def audited(server: RunningServer) -> list[dict[str, Any]]:
     """The audit's rows, oldest first, as a super user reads them."""
     rows: list[dict[str, Any]] = await server.operate(
-        "sql", sql="SELECT * FROM system.hdb_audit ORDER BY id"
+        "sql", sql="SELECT * FROM system.hdb_audit WHERE database = 'data' ORDER BY id"
     )
     for row in rows:
         for column in ("hash_values", "records"):
@@ -840,8 +840,10 @@ async def test_each_write_is_audited(
         first, row = await audited(server)
 
     assert first["timestamp"] < row.pop("timestamp")
+    # Between them are the rows of the user and its key.
+    assert first["id"] + 3 == row.pop("id")
     assert {
-        "id": 2,
+        "original_records": None,
         "database": "data",
         "user_name": "bob",
         "source": "rest",
@@ -871,15 +873,23 @@ async def test_the_audit_can_be_off() -> None:
 
 
 async def test_audit_rows_older_than_the_retention_go(tmp_path: Path) -> None:
-    """Rows older than `logging.auditRetention` are removed when a server starts; others stay."""
+    """Rows older than `logging.auditRetention` are removed when a server starts; others stay.
+
+    Those on users, roles and tokens stay for 30 days at least.
+    """
     async with serving(returns, root=tmp_path) as server:
         for _ in range(2):
             await post(server)
     with closing(sqlite3.connect(tmp_path / "system.db")) as database, database:
-        database.execute("UPDATE hdb_audit SET timestamp = timestamp - 2 * 86400000 WHERE id = 1")
+        ours = "SELECT max(id), min(id) FROM hdb_audit WHERE database = 'data'"
+        kept, old = database.execute(ours).fetchone()
+        before = "UPDATE hdb_audit SET timestamp = timestamp - ? * 86400000 WHERE id = ?"
+        database.executemany(before, [(2, old), (29, 1), (31, 2)])
     async with serving(root=tmp_path, config="logging: {auditRetention: 1d}") as server:
-        while [2] != [row["id"] for row in await audited(server)]:  # noqa: ASYNC110  # no event tells
+        while [kept] != [row["id"] for row in await audited(server)]:  # noqa: ASYNC110  # no event tells
             await asyncio.sleep(0)
+        ids = await server.operate("sql", sql="SELECT id FROM system.hdb_audit WHERE id < 4")
+        assert [1, 3] == [row["id"] for row in ids]
 
 
 async def test_a_database_of_before_the_audit_gets_its_table(tmp_path: Path) -> None:

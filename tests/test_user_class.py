@@ -59,7 +59,7 @@ class Place(NamedTuple):
 
     async def audited(self) -> list[dict[str, Any]]:
         """The audit's rows of the table."""
-        sql = "SELECT * FROM system.hdb_audit ORDER BY id"
+        sql = "SELECT * FROM system.hdb_audit WHERE database = 'data' ORDER BY id"
         rows: list[dict[str, Any]] = await self.server.operate("sql", sql=sql)
         return rows
 
