@@ -93,8 +93,9 @@ async def test_a_head_that_does_not_end_is_408(
     assert line.split()[0] in told
 
 
-async def test_one_byte_after_the_other_buys_no_time() -> None:
+async def test_one_byte_after_the_other_buys_no_time(caplog: pytest.LogCaptureFixture) -> None:
     """The time is the head's, not that between its bytes."""
+    caplog.set_level(logging.INFO)
     async with (
         asyncio.timeout(SECONDS),
         running(http(headersTimeout="100ms"), resources={"it": It}) as server,
@@ -105,8 +106,10 @@ async def test_one_byte_after_the_other_buys_no_time() -> None:
         while not closed.done():
             writer.write(b"e")
             await asyncio.wait([closed], timeout=0.005)
+        # Who writes on to a closed connection may lose what stood in it.
+        await asyncio.gather(closed, return_exceptions=True)
 
-    assert b" 408 " in await closed
+    assert any("answered 408" in line for line in caplog.messages)
 
 
 async def test_each_head_has_its_own_time() -> None:
