@@ -19,6 +19,8 @@ from .errors import InvalidCredentials, NotFound
 from .people import People
 
 KEY_PREFIX = "hk_"
+# What the audit may show of a new one.
+_TOLD = ("user", "kind", "name", "expires")
 Subject: TypeAlias = Literal["operation", "refresh"]
 
 
@@ -157,7 +159,7 @@ class Tokens:
     async def _store(self, key_id: str, user: str, kind: str, token: str, **more: Any) -> None:
         row = {"id": key_id, "user": user, "kind": kind, "hash": self._hash(token), **more}
         row[CREATED] = now_ms()
-        told = {name: row[name] for name in ("user", "kind", "name", "expires") if name in row}
+        told = {name: value for name, value in row.items() if name in _TOLD}
         deed = Deed(hdb_token, subject=user)
 
         def work(connection: sa.Connection) -> None:
@@ -190,8 +192,9 @@ class Tokens:
         def work(connection: sa.Connection) -> str | None:
             if (row := connection.execute(update).first()) is None:
                 return None
-            deed.note(connection, "refresh", row.id, after={"user": row.user, "kind": "refresh"})
-            return row.id
+            found: str = row.id
+            deed.note(connection, "refresh", found, after={"user": row.user, "kind": "refresh"})
+            return found
 
         return await self._database.run(work)
 

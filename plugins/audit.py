@@ -87,7 +87,7 @@ def _by_time(audit: sa.Table, values: list[Any]) -> sa.ColumnElement[bool]:
         message = "search_values: expected one or two times, in milliseconds since 1970"
         raise InvalidBody(message, param="search_values")
     since, *until = values
-    found = audit.c.timestamp >= since
+    found: sa.ColumnElement[bool] = audit.c.timestamp >= since
     return found & (audit.c.timestamp <= until[0]) if until else found
 
 
