@@ -101,6 +101,8 @@ from .streaming import (
     openai_tool_call,
     openai_usage,
 )
+from .table_resource import TableResource
+from .tables import Table, Tables
 from .transactions import Transaction
 
 __all__ = [
@@ -188,6 +190,9 @@ __all__ = [
     "ServerError",
     "ServiceUnavailable",
     "SetupError",
+    "Table",
+    "TableResource",
+    "Tables",
     "TextPart",
     "TokenLogprob",
     "TokenUsage",

@@ -22,6 +22,7 @@ from sqlalchemy import event, exc
 from .accounting import current_caller
 from .errors import ConfigError, Conflict, ServiceUnavailable, TransactionError
 from .gate import Gate
+from .tables import Tables
 
 T = TypeVar("T")
 
@@ -141,7 +142,7 @@ class Database:
 
     Without `fsync` a power cut may take the last transactions; a killed process takes none.
     `busy_seconds` is how long a writer waits for its turn, `transaction_seconds` how long a
-    request's transaction may keep the others from theirs.
+    request's transaction may keep the others from theirs. `tables` makes those of plugins.
     """
 
     model_calls = hdb_model_calls
@@ -160,6 +161,7 @@ class Database:
         self.busy_seconds = busy_seconds
         self.transaction_seconds = transaction_seconds
         self.audited = audited
+        self.tables = Tables(self.run)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="harperpy-database")
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="harperpy-reader")
         self._engine = self._make_engine(fsync=fsync)
@@ -192,7 +194,7 @@ class Database:
         return frozenset({("hdb_user", "password"), ("hdb_token", "hash")})
 
     @property
-    def tables(self) -> frozenset[str]:
+    def system_tables(self) -> frozenset[str]:
         """The names of the `system` schema's tables."""
         return frozenset(metadata.tables)
 

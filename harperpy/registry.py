@@ -21,6 +21,7 @@ from .patterns import Pattern, decoded_segment, has_parameters
 from .request import RequestTarget
 from .resource import METHOD_VERBS, PROTOCOLS, VERBS, WITHOUT_BODY, ProtocolName, Resource
 from .spelling import closest
+from .table_resource import TableResource
 
 logger = logging.getLogger("harperpy.dispatch")
 
@@ -207,6 +208,12 @@ def _rank(pattern: tuple[str, Entry]) -> tuple[int, ...]:
 def _check(resource: Any) -> None:
     if not (inspect.isclass(resource) and issubclass(resource, Resource)):
         message = f"{resource!r} is not a Resource class"
+        raise RegistrationError(message)
+    if issubclass(resource, TableResource) and not hasattr(resource, "table"):
+        message = (
+            f"{resource.__name__} has no table yet: mount "
+            f"await {resource.__name__}.of(scope.database.tables)"
+        )
         raise RegistrationError(message)
     hooks = [name for name in dir(Resource) if name.startswith(("allow_", "present_"))]
     for name in (*VERBS, *hooks):

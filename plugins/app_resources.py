@@ -1,7 +1,7 @@
 """The user's `resources.py` beside config.yaml, loaded as it is.
 
 A module with `handle_application(scope)` speaks for itself. Of any other, each public Resource
-class defined in it is mounted at its `path`, or at its name.
+class defined in it is mounted at its `path`, or at its name; a `TableResource` gets its table.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib.util
 import sys
 from types import ModuleType
 
-from harperpy import Resource, Scope
+from harperpy import Resource, Scope, TableResource
 
 _FILE = "resources.py"
 
@@ -35,6 +35,8 @@ async def handle_application(scope: Scope) -> None:
             await waiting
         return
     for resource in _resources(module):
+        if issubclass(resource, TableResource):
+            resource = await resource.of(scope.database.tables)  # noqa: PLW2901  # the same, with its table
         scope.resources.set(resource.path or resource.__name__, resource)
 
 

@@ -81,7 +81,7 @@ class ServerOperations:
         from .select import rewrite_select, run_select  # noqa: PLC0415
 
         database = self._database
-        statement = rewrite_select(request.sql, tables=database.tables)
+        statement = rewrite_select(request.sql, tables=database.system_tables)
         # What is on its way to the database is there before it is asked.
         await database.run(lambda _: None)
         return await asyncio.to_thread(

@@ -1,0 +1,128 @@
+"""Query: what a URL asks of a table: `?topic=a&stars=gt=3&sort(-stars)&limit(20)&select(id,topic)`.
+
+Harper's words for it. Names and values are percent-decoded after they are told apart.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+from urllib.parse import unquote_plus
+
+import msgspec
+import sqlalchemy as sa
+
+from .errors import ClientError
+from .spelling import nearest
+from .tables import Table
+
+_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "=": operator.eq,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "=ne=": operator.ne,
+    "=lt=": operator.lt,
+    "=le=": operator.le,
+    "=gt=": operator.gt,
+    "=ge=": operator.ge,
+}
+_CONDITION = re.compile(r"([^=!]+)(!=|==|=[a-z]{2}=|=)(.*)", re.DOTALL)
+_CALL = re.compile(r"(select|sort|limit)(?:\((.*)\)|=(.*))", re.DOTALL)
+_OFFSET = "offset="
+
+
+class Query(msgspec.Struct):
+    """What a URL asks of a table. `select` is empty for whole records; `bare` asks for values."""
+
+    where: list[sa.ColumnElement[bool]] = []
+    order: list[sa.ColumnElement[Any]] = []
+    select: list[str] = []
+    bare: bool = False
+    limit: int | None = None
+    offset: int = 0
+
+
+def read_query(table: Table[Any], search: str) -> Query:
+    """The query string, without its `?`. Raises `ClientError` that names what is wrong with it."""
+    query = Query()
+    for part in filter(None, search.split("&")):
+        if call := _CALL.fullmatch(part):
+            _CALLS[call[1]](query, table, call[2] if call[3] is None else call[3])
+            query.bare |= call[1] == "select" and call[3] is None and len(query.select) == 1
+        elif part.startswith(_OFFSET):
+            query.offset = _count("offset", part.removeprefix(_OFFSET))
+        else:
+            query.where.append(_condition(table, part))
+    return query
+
+
+def _condition(table: Table[Any], part: str) -> sa.ColumnElement[bool]:
+    found = _CONDITION.fullmatch(part)
+    if found is None:
+        _refuse(unquote_plus(part), "expected FIELD=VALUE, or FIELD=gt=VALUE and the like")
+    name, sign, text = unquote_plus(found[1]), found[2], unquote_plus(found[3])
+    column = _column(table, name)
+    if sign not in _COMPARISONS:
+        _refuse(name, f"unknown comparison {sign!r}; there are {', '.join(_COMPARISONS)}")
+    if isinstance(column.type, sa.JSON):
+        _refuse(name, "lists and maps cannot be compared")
+    value = None if text == "null" and column.nullable else _value(table, name, text)
+    return _COMPARISONS[sign](column, value)
+
+
+def _value(table: Table[Any], name: str, text: str) -> Any:
+    try:
+        return table.value(name, text)
+    except msgspec.ValidationError as error:
+        _refuse(name, str(error))
+
+
+def _sort(query: Query, table: Table[Any], text: str) -> None:
+    for name in _names(text):
+        column = _column(table, name.lstrip("+- "))
+        query.order.append(column.desc() if name.startswith("-") else column.asc())
+
+
+def _limit(query: Query, _: Table[Any], text: str) -> None:
+    """`limit(10)` is the first ten, `limit(20,30)` the ten from the twentieth on."""
+    start, comma, end = text.partition(",")
+    if comma:
+        query.offset = _count("limit", start)
+        query.limit = max(0, _count("limit", end) - query.offset)
+    else:
+        query.limit = _count("limit", start)
+
+
+def _select(query: Query, table: Table[Any], text: str) -> None:
+    query.select = [_column(table, name).name for name in _names(text)]
+
+
+_CALLS: dict[str, Callable[[Query, Table[Any], str], None]] = {
+    "sort": _sort,
+    "limit": _limit,
+    "select": _select,
+}
+
+
+def _names(text: str) -> Iterator[str]:
+    # A `+` stands for itself here: sort(+stars).
+    return (name.strip() for name in unquote_plus(text.replace("+", "%2B")).split(",") if name)
+
+
+def _column(table: Table[Any], name: str) -> sa.Column[Any]:
+    if name not in table.fields:
+        _refuse(name, f"unknown field; {nearest(name, table.fields, 'fields')}")
+    return table.sql.c[name]
+
+
+def _count(name: str, text: str) -> int:
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
+        _refuse(name, f"expected an integer of 0 or more, got {text!r}")
+    return int(text)
+
+
+def _refuse(name: str, why: str) -> NoReturn:
+    message = f"query: {name}: {why}"
+    raise ClientError(message, param=name)

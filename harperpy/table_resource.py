@@ -1,0 +1,200 @@
+"""TableResource: a table over REST."""
+
+from __future__ import annotations
+
+import re
+from inspect import getattr_static
+from typing import Any, ClassVar, Self, TypeAlias, cast
+
+import msgspec
+import sqlalchemy as sa
+
+from .content import Body, refused
+from .context import Context
+from .contracts import Contract
+from .errors import ClientError, InvalidBody, MethodNotAllowed, NotFound, RegistrationError
+from .pointers import pointer
+from .queries import Query, read_query
+from .request import RequestTarget
+from .resource import Resource
+from .spelling import nearest
+from .tables import Table, Tables
+
+Fields: TypeAlias = dict[str, Any]
+
+_OF_ALL = ("GET", "HEAD", "POST", "OPTIONS")
+_OF_ONE = ("GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS")
+_CUT = re.compile(r"(limit|offset)[=(]")
+
+
+class TableResource(Resource):
+    """A table over REST, made of a Struct.
+
+        class Notes(TableResource):
+            record = Note
+
+    In `resources.py` that is all; a plugin mounts `await Notes.of(scope.database.tables)`, or
+    `TableResource.over(table)` of a table that it has.
+
+    | request | answer |
+    | --- | --- |
+    | `GET /notes?topic=a&stars=gt=3&sort(-stars)&limit(20)` | 200, a list of records |
+    | `GET /notes/1` | 200, the record |
+    | `POST /notes` | 201, the record, its `Location` |
+    | `PUT /notes/1` | 204, it is there now as given |
+    | `PATCH /notes/1` | 204, the given fields are changed |
+    | `DELETE /notes/1` | 204 |
+
+    A record that does not fit is 400, one that is not there 404, a key that is taken 409. Lists are
+    cut at `page` records unless `limit` says otherwise, and a `Link` tells where they go on. Roles
+    open it like any mount; each write is audited. Subclass it for verbs of your own.
+    """
+
+    sub_paths = True
+    table: ClassVar[Table[Any]]
+    record: ClassVar[type[msgspec.Struct]]
+    key: ClassVar[str] = "id"
+    """The field that names a record."""
+    index: ClassVar[tuple[str, ...]] = ()
+    """The fields that lists are often asked by."""
+    page: ClassVar[int] = 100
+    """How many records a list holds where no `limit` is given."""
+    most: ClassVar[int] = 1000
+    """The highest `limit`."""
+
+    @classmethod
+    async def of(cls, tables: Tables) -> type[Self]:
+        """The class on the table of its `record`, which is called as the class is.
+
+        Raises `RegistrationError` as `tables.ensure` does.
+        """
+        if not hasattr(cls, "record"):
+            message = f"{cls.__name__}.record: expected the Struct that its records are"
+            raise RegistrationError(message)
+        return cls.over(await tables.ensure(cls.__name__, cls.record, key=cls.key, index=cls.index))
+
+    @classmethod
+    def over(cls, table: Table[Any]) -> type[Self]:
+        """The class on a table that is there."""
+        record = table.record
+        documented = {
+            "get": Contract(response=record | list[record]),
+            "post": Contract(body=record, response=record),
+            "put": Contract(body=record, response=None),
+            "patch": Contract(body=dict[str, Any], response=None),
+            "delete": Contract(response=None),
+        }
+        inherited = {
+            verb: contract
+            for verb, contract in documented.items()
+            if getattr_static(cls, verb) is vars(TableResource)[verb]
+        }
+        body = {"table": table, "schemas": {**inherited, **cls.schemas}}
+        return cast("type[Self]", type(cls.__name__, (cls,), body))
+
+    @classmethod
+    async def get(cls, target: RequestTarget, context: Context) -> Any:
+        """One record, or those that a query asks for."""
+        query = read_query(cls.table, target.search)
+        if target.id is None:
+            return await cls._list(query, target, context)
+        return cls._shown(await cls._found(cls._key(target, context), context), query)
+
+    @classmethod
+    async def post(cls, target: RequestTarget, data: Body, context: Context) -> Any:
+        """A new record."""
+        if target.id is not None:
+            raise MethodNotAllowed(context.method, _OF_ONE)
+        kept = await cls.table.insert(context.transaction(), cls._record(await _fields(data)))
+        context.created(cls.table.row(kept)[cls.table.key])
+        return kept
+
+    @classmethod
+    async def put(cls, target: RequestTarget, data: Body, context: Context) -> None:
+        """A record as given, whether it was there or not."""
+        key = cls._key(target, context)
+        fields = cls._with_key(await _fields(data), key)
+        await cls.table.put(context.transaction(), cls._record(fields))
+
+    @classmethod
+    async def patch(cls, target: RequestTarget, data: Body, context: Context) -> None:
+        """Some fields of a record; the whole of it has to fit."""
+        key = cls._key(target, context)
+        fields = cls._with_key(await _fields(data), key)
+        before = msgspec.to_builtins(await cls._found(key, context, locked=True))
+        await cls.table.update(context.transaction(), cls._record({**before, **fields}))
+
+    @classmethod
+    async def delete(cls, target: RequestTarget, context: Context) -> None:
+        """The end of a record."""
+        if not await cls.table.delete(context.transaction(), cls._key(target, context)):
+            raise NotFound
+
+    @classmethod
+    async def _list(cls, query: Query, target: RequestTarget, context: Context) -> list[Any]:
+        limit = cls.page if query.limit is None else query.limit
+        if limit > cls.most:
+            message = f"query: limit: expected at most {cls.most}, got {limit}"
+            raise ClientError(message, param="limit")
+        order = [*query.order, cls.table.sql.c[cls.table.key]]
+        asked = sa.select(cls.table.sql).where(*query.where).order_by(*order)
+        rows = await context.transaction().execute(asked.limit(limit + 1).offset(query.offset))
+        if len(rows) > limit > 0:
+            kept = [part for part in target.search.split("&") if not _CUT.match(part)]
+            there = "&".join([*filter(None, kept), f"limit={limit}&offset={query.offset + limit}"])
+            context.response_headers["Link"] = f'<{context.path}?{there}>; rel="next"'
+        return [cls._shown(cls.table.read(row), query) for row in rows[:limit]]
+
+    @classmethod
+    async def _found(cls, key: Any, context: Context, *, locked: bool = False) -> msgspec.Struct:
+        record = await cls.table.get(context.transaction(), key, locked=locked)
+        if record is None:
+            raise NotFound
+        return record
+
+    @classmethod
+    def _shown(cls, record: msgspec.Struct, query: Query) -> Any:
+        if not query.select:
+            return record
+        values = {name: getattr(record, cls.table.fields[name].name) for name in query.select}
+        return values[query.select[0]] if query.bare else values
+
+    @classmethod
+    def _key(cls, target: RequestTarget, context: Context) -> Any:
+        """The key in the path. Raises `NotFound` for what cannot be one."""
+        if target.id is None:
+            raise MethodNotAllowed(context.method, _OF_ALL)
+        try:
+            return cls.table.value(cls.table.key, target.id)
+        except (msgspec.ValidationError, InvalidBody) as error:
+            raise NotFound from error
+
+    @classmethod
+    def _with_key(cls, fields: Fields, key: Any) -> Fields:
+        name = cls.table.key
+        if fields.get(name, key) != key:
+            message = f"{name}: expected {key!r} as in the path, got {fields[name]!r}"
+            raise InvalidBody(message, param=name)
+        return {**fields, name: key}
+
+    @classmethod
+    def _record(cls, fields: Fields) -> Any:
+        """The record that these fields make. Raises `InvalidBody`."""
+        known = cls.table.fields
+        for name in fields.keys() - known.keys():
+            why = f"unknown field; {nearest(name, known, 'fields')}"
+            errors = [{"path": pointer(name), "message": why}]
+            message = f"{name}: {why}"
+            raise InvalidBody(message, param=name, errors=errors)
+        try:
+            return msgspec.convert(fields, cls.table.record)
+        except msgspec.ValidationError as error:
+            raise refused(error) from error
+
+
+async def _fields(data: Body) -> Fields:
+    fields = await data
+    if not isinstance(fields, dict):
+        message = "expected a JSON object of fields"
+        raise InvalidBody(message)
+    return cast("Fields", fields)

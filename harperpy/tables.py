@@ -1,0 +1,296 @@
+"""Tables: what a plugin keeps, in tables made from msgspec Structs."""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+import msgspec
+import sqlalchemy as sa
+from msgspec import inspect
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.ext.compiler import compiles
+
+from .errors import Conflict, InvalidBody, RegistrationError
+from .spelling import nearest
+
+T = TypeVar("T", bound=msgspec.Struct)
+R = TypeVar("R")
+
+_TOO_LARGE = 1 << 63
+_OURS = ("hdb_", "sqlite_")
+_AS_THEY_ARE = (bytes, dt.datetime)
+_INTEGER = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+
+
+class _Moment(sa.TypeDecorator[dt.datetime]):
+    """A moment as text of one length in UTC, so that text sorts as time does."""
+
+    impl = sa.String
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: object) -> str | None:
+        """What is kept; a moment without a zone is taken to be in UTC."""
+        if value is None:
+            return None
+        aware = value if value.tzinfo else value.replace(tzinfo=dt.UTC)
+        return str(aware.astimezone(dt.UTC).isoformat(timespec="microseconds"))
+
+    def process_result_value(self, value: Any, dialect: object) -> dt.datetime | None:
+        """What was given."""
+        return None if value is None else dt.datetime.fromisoformat(value)
+
+
+_COLUMN_TYPES: tuple[tuple[type[inspect.Type], sa.types.TypeEngine[Any]], ...] = (
+    (inspect.BoolType, sa.Boolean()),
+    (inspect.IntType, _INTEGER),
+    (inspect.FloatType, sa.Double()),
+    (inspect.BytesType, sa.LargeBinary()),
+    (inspect.DateTimeType, _Moment()),
+    (inspect.StrType, sa.String()),
+    (inspect.UUIDType, sa.String()),
+    (inspect.DateType, sa.String()),
+    (inspect.TimeType, sa.String()),
+    (inspect.DecimalType, sa.String()),
+)
+_KEY_TYPES = (inspect.StrType, inspect.IntType, inspect.UUIDType)
+
+
+class Executes(Protocol):
+    """What a table does its work on: `context.transaction()`."""
+
+    async def execute(self, statement: sa.Executable) -> list[dict[str, Any]]:
+        """Run a statement and give its rows by column."""
+        ...
+
+
+class _Runs(Protocol):
+    def __call__(self, work: Callable[[sa.Connection], R], /) -> Awaitable[R]: ...
+
+
+class Table(Generic[T]):
+    """Records of one Struct, found by their key.
+
+    Column names are the Struct's names in JSON; `sql` is the table for statements of your own. A
+    key whose default is None is made by the table: the next integer, or a random text.
+    """
+
+    def __init__(self, name: str, record: type[T], key: str, indexed: Collection[str] = ()) -> None:
+        self.name = name
+        self.record = record
+        self.key = key
+        self.fields = {one.encode_name: one for one in msgspec.structs.fields(record)}
+        self._kinds = {one.encode_name: one.type for one in _field_types(record)}
+        self._check(indexed)
+        columns = [self._column(column) for column in self.fields]
+        marks = [sa.Index(f"{name}_{column}", column) for column in indexed]
+        self.sql = sa.Table(name, sa.MetaData(), *columns, *marks)
+        self._needed = {column.name for column in columns if not column.nullable}
+
+    def read(self, row: Mapping[str, Any]) -> T:
+        """A row as a record."""
+        given = {column: row[column] for column in self.fields if row[column] is not None}
+        missing = self.fields.keys() - given.keys() - self._needed
+        return msgspec.convert({**given, **dict.fromkeys(missing)}, self.record)
+
+    def row(self, record: T) -> dict[str, Any]:
+        """A record as a row. Raises `InvalidBody` for an integer of more than 64 bits."""
+        return {
+            column: self._kept(column, getattr(record, field.name))
+            for column, field in self.fields.items()
+        }
+
+    async def get(self, on: Executes, key: Any, *, locked: bool = False) -> T | None:
+        """The record with this key, if there is one; `locked` for who is about to change it."""
+        asked = sa.select(self.sql).where(self._at(key))
+        found = await on.execute(asked.with_for_update() if locked else asked)
+        return self.read(found[0]) if found else None
+
+    async def find(self, on: Executes, *where: sa.ColumnElement[bool]) -> list[T]:
+        """The records that fulfil all conditions: `notes.sql.c.stars > 3`."""
+        return [self.read(row) for row in await on.execute(sa.select(self.sql).where(*where))]
+
+    async def insert(self, on: Executes, record: T) -> T:
+        """Add a record: as it was kept, its key included. Raises `Conflict` for a taken key."""
+        row = self.row(record)
+        if row[self.key] is None and isinstance(_bare(self._kinds[self.key])[0], inspect.IntType):
+            del row[self.key]
+        elif row[self.key] is None:
+            row[self.key] = uuid.uuid4().hex
+        (kept,) = await on.execute(sa.insert(self.sql).values(row).returning(self.sql))
+        return self.read(kept)
+
+    async def put(self, on: Executes, record: T) -> None:
+        """Add a record, or replace the one with its key. Raises `Conflict` if it has none."""
+        row = self.row(record)
+        if row[self.key] is None:
+            message = f"{self.name}.{self.key}: expected a key, got None"
+            raise Conflict(message)
+        others = {column: value for column, value in row.items() if column != self.key}
+        adding = sqlite.insert(self.sql).values(row)
+        known = [self.sql.c[self.key]]
+        if others:
+            await on.execute(adding.on_conflict_do_update(index_elements=known, set_=others))
+        else:
+            await on.execute(adding.on_conflict_do_nothing(index_elements=known))
+
+    async def update(self, on: Executes, record: T) -> bool:
+        """Replace the record with its key; whether there was one."""
+        row = self.row(record)
+        key = row.pop(self.key)
+        changed = sa.update(self.sql).where(self._at(key)).values(row or {self.key: key})
+        return bool(await on.execute(changed.returning(self.sql.c[self.key])))
+
+    async def delete(self, on: Executes, key: Any) -> bool:
+        """Remove a record; whether there was one."""
+        column = self.sql.c[self.key]
+        return bool(await on.execute(sa.delete(self.sql).where(self._at(key)).returning(column)))
+
+    def value(self, column: str, text: str) -> Any:
+        """A column's value, read from text. Raises `msgspec.ValidationError`."""
+        kind = self.fields[column].type
+        return self._kept(column, msgspec.convert(text, kind, strict=False))
+
+    def _at(self, key: Any) -> sa.ColumnElement[bool]:
+        return self.sql.c[self.key] == _plain(key)
+
+    def _kept(self, column: str, value: Any) -> Any:
+        plain = _plain(value)
+        if isinstance(plain, int) and not -_TOO_LARGE <= plain < _TOO_LARGE:
+            message = f"{column}: expected an integer of 64 bits"
+            raise InvalidBody(message, param=column)
+        return plain
+
+    def _column(self, name: str) -> sa.Column[Any]:
+        kind, optional = _bare(self._kinds[name])
+        if name == self.key:
+            return sa.Column(name, _column_type(kind), primary_key=True)
+        return sa.Column(name, _column_type(kind), nullable=optional)
+
+    def _check(self, indexed: Collection[str]) -> None:
+        where = f"table {self.name!r}"
+        if not self.name.isidentifier() or self.name.lower().startswith(_OURS):
+            _refuse(f"{where}: expected a name of letters, digits and _, not beginning with hdb_")
+        for column in (self.key, *indexed):
+            if column not in self.fields:
+                help_ = nearest(column, self.fields, "fields")
+                _refuse(f"{where}: {self.record.__name__} has no field {column!r}; {help_}")
+        if not isinstance(_bare(self._kinds[self.key])[0], _KEY_TYPES):
+            _refuse(f"{where}: {self.key!r} cannot be its key; expected a str, an int or a UUID")
+
+
+class Tables:
+    """The tables that plugins have asked for, by name."""
+
+    def __init__(self, run: _Runs) -> None:
+        self._run = run
+        self._known: dict[str, Table[Any]] = {}
+
+    async def ensure(
+        self, name: str, record: type[T], *, key: str = "id", index: Sequence[str] = ()
+    ) -> Table[T]:
+        """The table of this Struct, made if it is not there; new fields become new columns.
+
+        `key` and `index` are names of fields. A list, a map or a Struct in a field is kept as JSON.
+
+        Raises `RegistrationError` for what cannot be a table, or is not the table that is there.
+        """
+        table = Table(name, record, key, index)
+        known = self._known.setdefault(name, table)
+        if known.record is not record:
+            _refuse(f"table {name!r} is made of {known.record.__name__}, not {record.__name__}")
+        await self._run(lambda connection: _bring_about(connection, table))
+        return table
+
+
+def _bring_about(connection: sa.Connection, table: Table[Any]) -> None:
+    table.sql.create(connection, checkfirst=True)
+    there = {one["name"]: one for one in sa.inspect(connection).get_columns(table.name)}
+    for column in table.sql.columns.values():
+        if column.name not in there:
+            _add(connection, table, column)
+            continue
+        was, is_ = (_affinity(connection, one) for one in (there[column.name]["type"], column.type))
+        if was != is_:
+            _refuse(f"table {table.name!r}: {column.name!r} is kept as {was}, it cannot be {is_}")
+    for mark in table.sql.indexes:
+        mark.create(connection, checkfirst=True)
+
+
+def _affinity(connection: sa.Connection, kind: sa.types.TypeEngine[Any]) -> str:
+    return kind.compile(connection.dialect)
+
+
+def _add(connection: sa.Connection, table: Table[Any], column: sa.Column[Any]) -> None:
+    """A new column; the records that are there get the field's default."""
+    field = table.fields[column.name]
+    if field.required and not column.nullable:
+        _refuse(
+            f"table {table.name!r}: the new field {column.name!r} needs a default, or | None, for "
+            "the records that are there"
+        )
+    new = sa.Table(table.name, sa.MetaData(), sa.Column(column.name, column.type))
+    connection.execute(_AddColumn(new.c[column.name]))
+    if not field.required:
+        connection.execute(sa.update(table.sql).values({column.name: _plain(_default(field))}))
+
+
+class _AddColumn(sa.schema.ExecutableDDLElement):
+    """ALTER TABLE ... ADD COLUMN, which SQLAlchemy leaves to others."""
+
+    def __init__(self, column: sa.Column[Any]) -> None:
+        self.column = column
+
+
+@compiles(_AddColumn)
+def _compile_add_column(element: _AddColumn, compiler: Any, **_: Any) -> str:
+    table = compiler.preparer.format_table(element.column.table)
+    return f"ALTER TABLE {table} ADD COLUMN {compiler.get_column_specification(element.column)}"
+
+
+def _default(field: msgspec.structs.FieldInfo) -> Any:
+    made = field.default_factory
+    return field.default if made is msgspec.NODEFAULT else made()
+
+
+def _field_types(record: type[msgspec.Struct]) -> Iterator[inspect.Field]:
+    yield from cast("inspect.StructType", inspect.type_info(record)).fields
+
+
+def _bare(kind: inspect.Type) -> tuple[inspect.Type, bool]:
+    """A type without its notes and without None; whether it may be None."""
+    if isinstance(kind, inspect.Metadata):
+        return _bare(kind.type)
+    if not isinstance(kind, inspect.UnionType):
+        return kind, isinstance(kind, inspect.AnyType | inspect.NoneType) or _is_object(kind)
+    others = [one for one in kind.types if not isinstance(one, inspect.NoneType)]
+    optional = len(others) < len(kind.types)
+    return (_bare(others[0])[0] if len(others) == 1 else kind), optional
+
+
+def _is_object(kind: inspect.Type) -> bool:
+    return isinstance(kind, inspect.CustomType) and kind.cls is object
+
+
+def _column_type(kind: inspect.Type) -> sa.types.TypeEngine[Any]:
+    values = (
+        [one.value for one in kind.cls]
+        if isinstance(kind, inspect.EnumType)
+        else kind.values
+        if isinstance(kind, inspect.LiteralType)
+        else ()
+    )
+    if values:
+        return _INTEGER if all(isinstance(value, int) for value in values) else sa.String()
+    found = (sort for known, sort in _COLUMN_TYPES if isinstance(kind, known))
+    return next(found, sa.JSON(none_as_null=True))
+
+
+def _plain(value: Any) -> Any:
+    return msgspec.to_builtins(value, builtin_types=_AS_THEY_ARE)
+
+
+def _refuse(message: str) -> None:
+    raise RegistrationError(message)

@@ -1,0 +1,480 @@
+"""Tables made of Structs, over REST and from code."""
+
+import asyncio
+import datetime as dt
+import enum
+import os
+import re
+import uuid
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import pytest
+
+from harperpy import (
+    ClientError,
+    Context,
+    RegistrationError,
+    RequestTarget,
+    Resource,
+    Scope,
+    Table,
+    TableResource,
+)
+from harperpy.testing import ECHO, RunningServer, running
+from helpers import Answered, ask
+
+PAGE = Path(__file__).parent.parent / "docs" / "tables.md"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+class Note(msgspec.Struct, rename="camel"):
+    """What the tests keep."""
+
+    text: Annotated[str, msgspec.Meta(max_length=9)]
+    id: int | None = None
+    num_stars: int = 0
+    topic: str | None = None
+    tags: list[str] = []
+
+
+class Notes(TableResource):
+    """The notes over REST."""
+
+    record = Note
+    index = ("topic",)
+    page = 3
+    most = 5
+
+
+async def mount(scope: Scope) -> None:
+    """A plugin that serves notes."""
+    scope.resources.set("notes", await Notes.of(scope.database.tables))
+
+
+async def fill(server: RunningServer, count: int) -> None:
+    """So many notes: n0, n1 ... with as many stars, every other one of the topic `odd`."""
+    for at in range(count):
+        note = {"text": f"n{at}", "numStars": at, "topic": "odd" if at % 2 else None}
+        assert 201 == (await ask(server, "POST", "/notes", json=note)).status
+
+
+async def test_a_record_is_made_read_replaced_changed_and_removed() -> None:
+    """Each verb answers with its own status, and the record is what the verbs made of it."""
+    async with running(handle_application=mount) as server:
+        made = await ask(server, "POST", "/notes", json={"text": "one", "tags": ["a"]})
+        whole = {"text": "one", "id": 1, "numStars": 0, "topic": None, "tags": ["a"]}
+        assert (201, "/notes/1", whole) == (made.status, made.headers["Location"], made.json)
+        assert whole == (await ask(server, "GET", "/notes/1")).json
+
+        put = await ask(server, "PUT", "/notes/1", json={"text": "two", "topic": "t"})
+        assert (204, "") == (put.status, put.text)
+        patched = await ask(server, "PATCH", "/notes/1", json={"numStars": 7})
+        assert (204, "") == (patched.status, patched.text)
+        now = (await ask(server, "GET", "/notes/1")).json
+        assert {"text": "two", "id": 1, "numStars": 7, "topic": "t", "tags": []} == now
+
+        assert 204 == (await ask(server, "PUT", "/notes/40", json={"text": "new"})).status
+        assert 204 == (await ask(server, "DELETE", "/notes/1")).status
+        left = await ask(server, "GET", "/notes/")
+        assert [40] == [note["id"] for note in left.json]
+        assert [404, 404] == [
+            (await ask(server, method, "/notes/1")).status for method in ("GET", "DELETE")
+        ]
+
+
+@pytest.mark.parametrize(
+    ("query", "texts"),
+    [
+        pytest.param("topic=odd", ["n1", "n3", "n5"], id="equal"),
+        pytest.param("topic==odd", ["n1", "n3", "n5"], id="equal, as FIQL says it"),
+        pytest.param("topic=null", ["n0", "n2", "n4"], id="empty"),
+        pytest.param("topic!=null", ["n1", "n3", "n5"], id="not empty"),
+        pytest.param("text!=n0&numStars=lt=3", ["n1", "n2"], id="not equal and less"),
+        pytest.param("numStars=ge=1&numStars=le=2", ["n1", "n2"], id="from to"),
+        pytest.param("numStars=gt=3&sort(-numStars)", ["n5", "n4"], id="more, downwards"),
+        pytest.param("sort(+topic,-numStars)&limit=2", ["n4", "n2"], id="by two fields"),
+        pytest.param("sort=-num%53tars&limit(1)", ["n5"], id="encoded name"),
+        pytest.param("text=n%31", ["n1"], id="encoded value"),
+        pytest.param("limit(4,6)", ["n4", "n5"], id="a slice"),
+        pytest.param("limit=2&offset=1", ["n1", "n2"], id="limit and offset"),
+        pytest.param("limit=0", [], id="none"),
+        pytest.param("", ["n0", "n1", "n2"], id="a page"),
+    ],
+)
+async def test_a_list_is_what_the_query_asks_for(query: str, texts: list[str]) -> None:
+    """Conditions, order and limits hold together."""
+    async with running(handle_application=mount) as server:
+        await fill(server, 6)
+        found = await ask(server, "GET", f"/notes?{query}")
+    assert (200, texts) == (found.status, [note["text"] for note in found.json])
+
+
+@pytest.mark.parametrize(
+    ("path", "answer"),
+    [
+        pytest.param("/notes?select(id,text)", [{"id": 1, "text": "n0"}], id="fields"),
+        pytest.param("/notes?select=id,text", [{"id": 1, "text": "n0"}], id="fields, plainly"),
+        pytest.param("/notes?select(text)", ["n0"], id="values"),
+        pytest.param("/notes?select=text", [{"text": "n0"}], id="one field"),
+        pytest.param("/notes/1?select(numStars)", 0, id="a value of one record"),
+    ],
+)
+async def test_only_what_is_selected_is_sent(path: str, answer: Any) -> None:
+    """`select` names the fields; in brackets a single one gives bare values."""
+    async with running(handle_application=mount) as server:
+        await fill(server, 1)
+        assert answer == (await ask(server, "GET", path)).json
+
+
+async def test_a_link_leads_through_all_pages() -> None:
+    """Whoever follows `rel="next"` gets each record once, by the same conditions."""
+    async with running(handle_application=mount) as server:
+        await fill(server, 8)
+        path, texts = "/notes?text!=n0&sort(-numStars)", list[str]()
+        while path:
+            found = await ask(server, "GET", path)
+            texts += [note["text"] for note in found.json]
+            link = re.fullmatch(r'<(.+)>; rel="next"', found.headers.get("Link", ""))
+            path = link[1] if link else ""
+    assert ["n7", "n6", "n5", "n4", "n3", "n2", "n1"] == texts
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("tpic=a", "tpic: unknown field; did you mean 'topic'?"),
+        ("numStars=x", "numStars: Expected `int`, got `str`"),
+        ("numStars=99999999999999999999", "numStars: expected an integer of 64 bits"),
+        ("tags=a", "query: tags: lists and maps cannot be compared"),
+        ("text=zz=1", "query: text: unknown comparison '=zz='; there are =, ==, !=, "),
+        ("text", "query: text: expected FIELD=VALUE"),
+        ("sort(x)", "query: x: unknown field"),
+        ("select(x)", "query: x: unknown field"),
+        ("limit=x", "query: limit: expected an integer of 0 or more, got 'x'"),
+        ("offset=-1", "query: offset: expected an integer of 0 or more, got '-1'"),
+        ("limit=6", "query: limit: expected at most 5, got 6"),
+    ],
+)
+async def test_a_query_that_cannot_be_is_400(query: str, said: str) -> None:
+    """The refusal names the field and what was expected."""
+    async with running(handle_application=mount) as server:
+        found = await ask(server, "GET", f"/notes?{query}")
+    assert 400 == found.status
+    assert said in found.json["detail"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "said"),
+    [
+        ("POST", "/notes", {"text": "long enough"}, 400, "text: Expected `str` of length <= 9"),
+        ("POST", "/notes", {}, 400, "Object missing required field `text`"),
+        ("POST", "/notes", {"txt": "a"}, 400, "txt: unknown field; did you mean 'text'?"),
+        (
+            "POST",
+            "/notes",
+            {"text": "a", "numStars": 1 << 63},
+            400,
+            "numStars: expected an integer",
+        ),
+        ("POST", "/notes", ["a"], 400, "expected a JSON object"),
+        ("POST", "/notes", {"text": "a", "id": 1}, 409, "a record with that key already"),
+        ("POST", "/notes/1", {"text": "a"}, 405, "Method POST is not allowed here"),
+        ("PUT", "/notes", {"text": "a"}, 405, "Method PUT is not allowed here"),
+        ("PUT", "/notes/1", {"text": "a", "id": 2}, 400, "id: expected 1 as in the path, got 2"),
+        ("PUT", "/notes/x", {"text": "a"}, 404, "Not found"),
+        ("PUT", f"/notes/{1 << 64}", {"text": "a"}, 404, "Not found"),
+        ("PATCH", "/notes/1", {"numStars": "a"}, 400, "numStars: Expected `int`, got `str`"),
+        ("PATCH", "/notes/1", {"text": None}, 400, "text: Expected `str`, got `null`"),
+        ("PATCH", "/notes/7", {"text": "a"}, 404, "Not found"),
+        ("DELETE", "/notes", None, 405, "Method DELETE is not allowed here"),
+    ],
+)
+async def test_a_write_that_cannot_be_changes_nothing(
+    method: str, path: str, body: Any, status: int, said: str
+) -> None:
+    """The refusal says what does not fit, and the records are as they were."""
+    async with running(handle_application=mount) as server:
+        await fill(server, 1)
+        before = (await ask(server, "GET", "/notes")).json
+        refused = await ask(server, method, path, json=body)
+        assert before == (await ask(server, "GET", "/notes")).json
+    assert status == refused.status
+    assert said in refused.json["detail"]
+
+
+async def test_a_role_opens_a_table_as_it_opens_any_mount() -> None:
+    """Who may read and create gets 403 for the rest, and a stranger 401; each write is audited."""
+    permission = {"resources": {"notes": ["read", "create"]}}
+    async with running(handle_application=mount) as server:
+        await server.operate("add_role", role="writer", permission=permission)
+        key = await server.key_for("ada", "writer")
+
+        async def status(method: str, path: str, who: str, body: Any = None) -> int:
+            return (await ask(server, method, path, key=who, json=body)).status
+
+        note = {"text": "hers"}
+        assert 401 == await status("POST", "/notes", "", note)
+        assert 201 == await status("POST", "/notes", key, note)
+        assert 200 == await status("GET", "/notes/1", key)
+        for method in ("PUT", "PATCH", "DELETE"):
+            assert 403 == await status(method, "/notes/1", key, note)
+        assert 204 == await status("PATCH", "/notes/1", server.api_key, {"numStars": 1})
+        sql = "SELECT * FROM system.hdb_audit WHERE \"table\" = 'Notes'"
+        rows = await server.operate("sql", sql=sql)
+    assert [("insert", "ada", "[1]"), ("update", "HDB_ADMIN", "[1]")] == [
+        (row["operation"], row["user_name"], row["hash_values"]) for row in rows
+    ]
+    assert "hers" not in str(rows)
+
+
+async def test_the_document_says_what_a_table_takes() -> None:
+    """`/openapi` has the record's schema for each verb."""
+    async with running(handle_application=mount) as server:
+        paths = (await ask(server, "GET", "/openapi")).json["paths"]
+    (verbs,) = [verbs for path, verbs in paths.items() if path == "/notes"]
+    assert {"get", "post"} <= verbs.keys()
+    posted = verbs["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "#/components/schemas/Note" == posted["$ref"]
+
+
+class Hue(enum.Enum):
+    """One of two."""
+
+    RED = "red"
+    BLUE = "blue"
+
+
+class Inner(msgspec.Struct):
+    """A Struct in a field."""
+
+    a: int
+
+
+class Everything(msgspec.Struct):
+    """A field of each kind."""
+
+    id: str | None = None
+    flag: bool = False
+    ratio: float = 0.5
+    blob: bytes = b""
+    moment: dt.datetime | None = None
+    day: dt.date | None = None
+    key: uuid.UUID | None = None
+    price: Decimal | None = None
+    hue: Hue = Hue.RED
+    word: Literal["a", "b"] = "a"
+    inner: Inner | None = None
+    many: dict[str, list[int]] = {}
+    any: Any = None
+
+
+async def test_every_kind_of_field_comes_back_as_it_was() -> None:
+    """What a Struct holds goes through JSON and the table unchanged, but moments are in UTC."""
+    sent = {
+        "id": "ä/b c",
+        "flag": True,
+        "ratio": 1.25,
+        "blob": "/wA=",
+        "moment": "2026-01-02T03:04:05.060000+01:00",
+        "day": "2026-01-02",
+        "key": str(uuid.UUID(int=7)),
+        "price": "1.10",
+        "hue": "blue",
+        "word": "b",
+        "inner": {"a": 1},
+        "many": {"x": [1, 2]},
+        "any": {"y": None},
+    }
+
+    async def apply(scope: Scope) -> None:
+        table = await scope.database.tables.ensure("everything", Everything)
+        scope.resources.set("all", TableResource.over(table))
+
+    async with running(handle_application=apply) as server:
+        made = await ask(server, "POST", "/all", json=sent)
+        again = await ask(server, "GET", made.headers["Location"])
+        other = await ask(server, "POST", "/all", json={})
+        early = await ask(server, "GET", "/all?moment=lt=2026-01-02T02:04:06Z&select(id)")
+    kept = sent | {"moment": "2026-01-02T02:04:05.060000Z", "price": 1.1}
+    assert kept == again.json == made.json
+    assert '"price":1.10,' in again.text
+    assert re.fullmatch(r"[0-9a-f]{32}", other.json["id"])
+    assert ["ä/b c"] == early.json
+
+
+async def ensured(record: type[Any], root: Path, name: str = "t", **more: Any) -> list[Any]:
+    """What a server on this data finds in the table, after the plugin has started or not."""
+    found: list[Any] = []
+
+    async def apply(scope: Scope) -> None:
+        table: Table[Any] = await scope.database.tables.ensure(name, record, **more)
+
+        class Find(Resource):
+            public = True
+
+            @staticmethod
+            async def get(target: RequestTarget, context: Context) -> list[Any]:
+                found.extend(await table.find(context.transaction()))
+                return []
+
+            @staticmethod
+            async def post(target: RequestTarget, data: Any, context: Context) -> None:
+                await table.put(context.transaction(), msgspec.convert(await data, record))
+
+        scope.resources.set("find", Find)
+
+    async with running(handle_application=apply, root=root) as server:
+        failed = server.server.health.whole()["plugins"]["test"]
+        if failed["status"] == "error":
+            raise RegistrationError(failed["error"])
+        await ask(server, "POST", "/find", json={"id": len(str(record)), "text": "new"})
+        await ask(server, "GET", "/find")
+    return found
+
+
+def struct(*fields: tuple[Any, ...], name: str = "T") -> type[msgspec.Struct]:
+    """A Struct of these fields, with an id and a text."""
+    return msgspec.defstruct(name, [("id", int), ("text", str), *fields])
+
+
+async def test_a_new_field_becomes_a_column_with_its_default(tmp_path: Path) -> None:
+    """A later version of a Struct finds the earlier one's records, and needs no migration."""
+    await ensured(struct(name="First"), tmp_path)
+    grown = struct(
+        ("more", int, 7),
+        ("note", str | None, None),
+        ("tags", list[str], msgspec.field(default_factory=lambda: ["it's"])),
+        name="Larger",
+    )
+    old, _ = await ensured(grown, tmp_path, index=["more"])
+    assert (7, None, ["it's"]) == (old.more, old.note, old.tags)
+    assert 3 == len(await ensured(struct(name="Small again"), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("record", "more", "said"),
+    [
+        (struct(("a", str)), {}, "table 't': the new field 'a' needs a default, or | None"),
+        (
+            msgspec.defstruct("T", [("id", int), ("text", int)]),
+            {},
+            "table 't': 'text' is kept as VARCHAR, it cannot be INTEGER",
+        ),
+        (struct(), {"key": "ids"}, "table 't': T has no field 'ids'; did you mean 'id'?"),
+        (struct(), {"index": ["txt"]}, "T has no field 'txt'; did you mean 'text'?"),
+        (struct(("f", float, 0.0)), {"key": "f"}, "'f' cannot be its key; expected a str, an int"),
+        (struct(), {"name": "hdb_mine"}, "expected a name of letters, digits and _, not beginning"),
+        (struct(), {"name": "a b"}, "table 'a b': expected a name of letters, digits and _"),
+    ],
+)
+async def test_what_cannot_be_the_table_is_refused_at_the_start(
+    record: type[Any], more: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    """The plugin does not start, and a sentence says why."""
+    await ensured(struct(), tmp_path)
+    with pytest.raises(RegistrationError, match=re.escape(said)):
+        await ensured(record, tmp_path, **more)
+
+
+async def test_two_structs_cannot_be_one_table() -> None:
+    """A name that is taken by another Struct is refused."""
+
+    async def apply(scope: Scope) -> None:
+        await scope.database.tables.ensure("t", struct(name="One"))
+        await scope.database.tables.ensure("t", struct(name="Two"))
+
+    async with running(handle_application=apply) as server:
+        failed = server.server.health.whole()["plugins"]["test"]
+    assert "table 't' is made of One, not Two" == failed["error"]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("class Notes(TableResource): pass", "Notes.record: expected the Struct that its records"),
+        (
+            "class Notes(TableResource): pass\n"  # noqa: ISC004
+            "def handle_application(scope): scope.resources.set('notes', Notes)",
+            "Notes has no table yet: mount await Notes.of(scope.database.tables)",
+        ),
+    ],
+)
+async def test_a_resource_without_a_table_is_not_mounted(
+    source: str, said: str, tmp_path: Path
+) -> None:
+    """The mistake is named at the start, not at the first request."""
+    (tmp_path / "resources.py").write_text(f"from harperpy import TableResource\n{source}\n")
+    async with running(directory=tmp_path) as server:
+        failed = server.server.health.whole()["plugins"]["app_resources"]
+    assert said in failed["error"]
+
+
+class Kept(TableResource):
+    """A table with a verb of its own."""
+
+    record = Note
+
+    @classmethod
+    async def delete(cls, target: RequestTarget, context: Context) -> None:
+        """Never."""
+        message = "Notes are kept for ever."
+        raise ClientError(message, status=403)
+
+
+async def test_a_subclass_keeps_the_verbs_that_it_does_not_override() -> None:
+    """Its own verb answers, and the table's other ones."""
+
+    async def apply(scope: Scope) -> None:
+        scope.resources.set("notes", await Kept.of(scope.database.tables))
+
+    async with running(handle_application=apply) as server:
+        await fill(server, 1)
+        refused = await ask(server, "DELETE", "/notes/1")
+        found = await ask(server, "GET", "/notes/1")
+    assert (403, "Notes are kept for ever.") == (refused.status, refused.json["detail"])
+    assert 200 == found.status
+
+
+async def test_two_writers_of_one_record_follow_one_another() -> None:
+    """No change of one field is lost to a change of another at the same time."""
+    async with running(handle_application=mount) as server:
+        await fill(server, 1)
+
+        async def patch(field: dict[str, Any]) -> Answered:
+            return await ask(server, "PATCH", "/notes/1", json=field)
+
+        changes = [{"topic": "t"}, {"numStars": 5}, {"tags": ["x"]}, {"text": "n"}] * 5
+        answers = await asyncio.gather(*map(patch, changes))
+        now = (await ask(server, "GET", "/notes/1")).json
+    assert {204} == {answer.status for answer in answers}
+    assert {"id": 1, "topic": "t", "numStars": 5, "tags": ["x"], "text": "n"} == now
+
+
+async def test_the_blocks_of_the_page_run(tmp_path: Path) -> None:
+    """The page's resources.py and plugin start, and its commands print what it says."""
+    (_, resources), (_, commands), (_, printed), (_, plugin), (_, subclass), *more = BLOCK.findall(
+        PAGE.read_text()
+    )
+    assert [] == more
+    assert "class Notes(TableResource)" in subclass
+    (tmp_path / "resources.py").write_text(resources)
+    (tmp_path / "board.py").write_text(plugin)
+    config = f"{ECHO}\nplugins: {{board: {{path: board.py}}}}\n"
+    async with running(config, directory=tmp_path) as server:
+        shell = await asyncio.create_subprocess_exec(
+            "bash",
+            "-euc",
+            commands.replace("\ncurl", "\necho; curl"),
+            env={**os.environ, "URL": server.url, "KEY": server.api_key},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        told, _ = await shell.communicate()
+        for player, points in (("ada", 12), ("bob", 3)):
+            score = {"points": points}
+            assert 204 == (await ask(server, "PUT", f"/scores/{player}", json=score)).status
+        winners = await ask(server, "GET", "/winners")
+    assert (0, printed) == (shell.returncode, f"{told.decode()}\n")
+    assert [{"player": "ada", "points": 12}] == winners.json
