@@ -34,6 +34,7 @@ from .errors import (
     ModelUnavailable,
     NotFound,
     NotImplementedYet,
+    PreconditionFailed,
     RegistrationError,
     ResourceConflict,
     ServerError,
@@ -43,6 +44,7 @@ from .errors import (
     UpstreamAuthError,
     UpstreamRejected,
 )
+from .forms import Part, Parts
 from .hookspecs import BackendFactory, ModelEntry, hookimpl
 from .messages import (
     Capability,
@@ -67,6 +69,7 @@ from .messages import (
 )
 from .middleware import Middleware, Next
 from .models import Models
+from .negotiation import ContentType, ContentTypes
 from .operations import NoParameters, Operations
 from .options import Options
 from .parts import (
@@ -127,6 +130,8 @@ __all__ = [
     "ConfigError",
     "Conflict",
     "ContentPart",
+    "ContentType",
+    "ContentTypes",
     "Context",
     "Contract",
     "Credential",
@@ -167,7 +172,10 @@ __all__ = [
     "NotImplementedYet",
     "Operations",
     "Options",
+    "Part",
+    "Parts",
     "Permission",
+    "PreconditionFailed",
     "Problem",
     "Prompt",
     "RefusalPart",

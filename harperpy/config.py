@@ -36,6 +36,7 @@ from .leaves import (
     Port,
     Positive,
     Size,
+    SizeOrOff,
     SqliteUrl,
     Text,
     as_it_is,
@@ -65,6 +66,7 @@ class HttpConfig(_Section, frozen=True, kw_only=True):
     long a body may take to arrive, and a verb to return. Beyond `maxConcurrentRequests` (GET, HEAD,
     OPTIONS and streams do not count) requests wait for `requestQueueLimit`, and are then 503.
     `maxHeaderSize` bounds each line of a head, `headersTimeout` how long it takes.
+    A whole answer of more than `compressionThreshold` bytes is gzip to who takes it; 0 is never.
     """
 
     port: Port = 9926
@@ -79,6 +81,7 @@ class HttpConfig(_Section, frozen=True, kw_only=True):
     max_header_size: Size = 16_384
     max_concurrent_requests: Positive | None = None
     request_queue_limit: Patience = 20_000
+    compression_threshold: SizeOrOff = 0
 
     @property
     def timeout_seconds(self) -> float:

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 
 from .errors import HarperError, InvalidBody, PayloadTooLarge
+from .forms import Parts
 from .pointers import pointer, told
 from .sse import encode_json
 
 T = TypeVar("T")
 
 _ANY = msgspec.json.Decoder()
+_JSON = ("", "application/json")
+_MULTIPART = "multipart/form-data"
 
 
 class Body:
     """A request's body, read when a handler asks for it, and once.
 
-    `await body` decodes by Content-Type; `decode(T)` into the type you name.
+    `await body` decodes by Content-Type, `multipart/form-data` into its `parts()`; `decode(T)`
+    reads JSON into the type you name. The limit counts what a compressed body becomes.
     """
 
-    __slots__ = ("_bytes", "_chunks", "_length", "_limit", "arriving", "content_type")
+    __slots__ = (
+        "_bytes",
+        "_chunks",
+        "_decoders",
+        "_length",
+        "_limit",
+        "_told",
+        "arriving",
+        "content_type",
+    )
 
     def __init__(
         self,
@@ -32,8 +45,11 @@ class Body:
         content_type: str = "",
         length: int | None = None,
         limit: int = 10_000_000,
+        decoders: Mapping[str, Callable[[builtins.bytes], Any]] | None = None,
     ) -> None:
         self._chunks = chunks
+        self._decoders = decoders or {}
+        self._told = content_type
         self._length = length
         self._limit = limit
         self.arriving = False
@@ -75,14 +91,27 @@ class Body:
             message = f"the body is not UTF-8: {error.reason} at byte {error.start}"
             raise InvalidBody(message) from error
 
+    def parts(self) -> Parts:
+        """The fields and files of a `multipart/form-data` body, as they arrive.
+
+        Raises `InvalidBody` for a body of another type, or one that ends early.
+        """
+        if self.content_type != _MULTIPART:
+            message = f"Content-Type: expected {_MULTIPART}, got {self.content_type or 'none'}"
+            raise InvalidBody(message)
+        return Parts(self.stream(), self._told)
+
+    @property
+    def is_json(self) -> bool:
+        """Whether its Content-Type is one of JSON, or not said."""
+        return self.content_type in _JSON or self.content_type.endswith("+json")
+
     async def decode(self, kind: type[T] | msgspec.json.Decoder[T]) -> T:
         """The JSON body as `kind` (a type or a ready decoder).
 
         Raises `InvalidBody` whose `param` is the path of what does not fit.
         """
-        if self.content_type not in ("", "application/json") and not self.content_type.endswith(
-            "+json"
-        ):
+        if not self.is_json:
             message = f"Content-Type: expected application/json, got {self.content_type}"
             raise InvalidBody(message)
         data = await self.bytes()
@@ -92,17 +121,29 @@ class Body:
         return decode_json(data, kind)
 
     async def _decoded(self) -> Any:
-        """By Content-Type: JSON decoded, text as str, the rest as bytes; None without a body."""
+        """By Content-Type: text as str, what nobody reads as bytes; None without a body."""
+        if self.content_type == _MULTIPART:
+            return self.parts()
         data = await self.bytes()
         if not data:
             return None
+        if (decoder := self._decoders.get(self.content_type)) is not None:
+            return _read(data, decoder, self.content_type)
         if self.content_type.startswith("text/"):
             return await self.text()
-        if self.content_type == "application/json" or self.content_type.endswith("+json"):
-            return decode_json(data, _ANY)
-        if not self.content_type and data.lstrip()[:1] in (b"{", b"[", b'"'):
-            return decode_json(data, _ANY)
-        return data
+        looks_so = data.lstrip()[:1] in (b"{", b"[", b'"')
+        is_json = self.is_json if self.content_type else looks_so
+        return decode_json(data, _ANY) if is_json else data
+
+
+def _read(data: bytes, decoder: Callable[[bytes], Any], content_type: str) -> Any:
+    try:
+        return decoder(data)
+    except HarperError:
+        raise
+    except Exception as error:
+        message = f"the body is not valid {content_type}"
+        raise InvalidBody(message) from error
 
 
 def decode_json(data: bytes, kind: type[T] | msgspec.json.Decoder[T]) -> T:

@@ -11,7 +11,8 @@ from multidict import CIMultiDict
 from .accounting import Caller, current_caller
 from .auth import User
 from .errors import HarperError
-from .negotiation import negotiate
+from .negotiation import ContentTypes
+from .preconditions import check_version
 from .request import Request
 from .signal import AbortController, AbortSignal
 from .transactions import Transaction
@@ -43,6 +44,14 @@ class Context(Caller):
     """The status of a plain answer or a stream, until the head is sent; 200 or 204 if None."""
     response_headers: CIMultiDict[str]
     """Headers of the answer, until the head is sent."""
+    accept: str | None
+    """What the client takes: its `Accept`, or the type that the path's extension says."""
+    types: ContentTypes
+    """The media types that are known here."""
+    etag: str | None
+    """The version of what is read: a GET whose `If-None-Match` names it is answered 304."""
+    last_modified: float | None
+    """When what is read was changed last, in seconds since 1970."""
     stopping: AbortSignal
     """Fires as the server begins to stop: streams without end are to end then."""
     started: float
@@ -55,6 +64,9 @@ class Context(Caller):
         "_controller",
         "_handled",
         "_transaction",
+        "accept",
+        "etag",
+        "last_modified",
         "models",
         "rejection",
         "request",
@@ -62,6 +74,7 @@ class Context(Caller):
         "started",
         "status",
         "stopping",
+        "types",
     )
 
     def __init__(
@@ -73,6 +86,7 @@ class Context(Caller):
         stopping: AbortSignal | None = None,
         begin: Callable[[Caller], Transaction] | None = None,
         source: str = "rest",
+        types: ContentTypes | None = None,
     ) -> None:
         self._controller = AbortController()
         signal = self._controller.signal
@@ -82,8 +96,12 @@ class Context(Caller):
         self.models = models
         self.response_headers = CIMultiDict()
         self.status = None
+        self.etag = None
+        self.last_modified = None
         self.rejection = None
         self.stopping = AbortSignal() if stopping is None else stopping
+        self.accept = request.headers.get("accept")
+        self.types = types or ContentTypes()
         self._begin = begin
         self._handled = False
         self._transaction: Transaction | None = None
@@ -140,7 +158,15 @@ class Context(Caller):
         For verbs that may answer otherwise too; of a verb whose annotated return type holds plain
         values only the server asks by itself.
         """
-        negotiate(self.headers.get("accept"))
+        self.types.negotiate(self.accept)
+
+    def check_version(self, etag: str | None) -> None:
+        """Raise `PreconditionFailed` if the request is for another version of what it changes.
+
+        `etag` is the version that is there, None if nothing is. Ask where no other writer can come
+        between: under the transaction's lock.
+        """
+        check_version(self.headers, etag)
 
     def transaction(self) -> Transaction:
         """The request's transaction, to use as it is or in an `async with` block."""

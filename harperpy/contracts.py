@@ -25,6 +25,7 @@ from .sse import encode_json
 
 Handler: TypeAlias = Callable[[RequestTarget, Any, Context], Any]
 
+_FORM = "application/x-www-form-urlencoded"
 _LARGE = 100_000
 _PLAIN = (
     msgspec.inspect.StrType,
@@ -204,12 +205,25 @@ def _body_reader(kind: Any) -> Callable[[Body], Awaitable[Any]]:
     async def read(data: Body) -> Any:
         if optional and not await data.bytes():
             return None
+        if not data.is_json:
+            return _converted(await data, kind, data.content_type)
         try:
             return await data.decode(decoder)
         except InvalidBody as error:
             raise _located(error, await data.bytes(), decoder) from error
 
     return read
+
+
+def _converted(value: Any, kind: Any, content_type: str) -> Any:
+    """A body of another type: of a form, whose values are text, numbers and flags are read."""
+    if not isinstance(value, dict | list):
+        message = f"Content-Type: expected application/json, got {content_type}"
+        raise InvalidBody(message)
+    try:
+        return msgspec.convert(value, kind, strict=content_type != _FORM)
+    except msgspec.ValidationError as error:
+        raise refused(error) from error
 
 
 def _located(error: InvalidBody, data: bytes, decoder: msgspec.json.Decoder[Any]) -> InvalidBody:

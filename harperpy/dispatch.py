@@ -11,6 +11,7 @@ from multidict import CIMultiDict
 
 from .accounting import Caller, current_caller
 from .auth import Authenticators, User, Verb
+from .caching import keep_private, stamp, vary
 from .content import EventStream, Response, ResponseError
 from .context import Context
 from .cors import Cors
@@ -31,7 +32,7 @@ from .framing import as_harper_error, log_error
 from .health import Health
 from .middleware import Middlewares
 from .models import Models
-from .negotiation import EVENTS, negotiate
+from .negotiation import EVENTS, ContentTypes
 from .registry import Entry, Resources
 from .rendering import Early, Reply, checked, error_body, merged, render
 from .request import Request, RequestTarget
@@ -74,7 +75,9 @@ class Dispatch:
         local_user: Callable[[], Awaitable[User | None]],
         begin: Callable[[Caller], Transaction],
         source: str = "rest",
+        types: ContentTypes,
     ) -> None:
+        self.types = types
         self._resources = resources
         self._authenticators = authenticators
         self._models = models
@@ -98,18 +101,14 @@ class Dispatch:
             stopping=self._health.stopping,
             begin=self._begin,
             source=self._source,
+            types=self.types,
         )
         current_caller.set(context)
         return context
 
     async def answer(self, context: Context, early: Early = lambda _: None) -> Reply:
         """The reply to a request. `early` is told of a stream's head that cannot wait longer."""
-        request = context.request
-        found = self._resources.match(
-            request.path,
-            request.query,
-            _protocol(request) if self._resources.selective else "rest",
-        )
+        found = self._find(context)
         if found is not None:
             context.app = found[0].path
 
@@ -125,17 +124,35 @@ class Dispatch:
             self._mark(reply, found, context)
         return reply
 
+    def _find(self, context: Context) -> Found | None:
+        """The resource that answers, and the type that an extension of the path asks for."""
+        path, search = context.path, context.request.query
+        protocol = _protocol(context) if self._resources.selective else "rest"
+        found = self._resources.match(path, search, protocol)
+        if "." not in path or (asked := self.types.of_extension(path)) is None:
+            return found
+        stem, media = asked
+        without = self._resources.match(stem, search, protocol)
+        if without is None or not _means_extension(without, found):
+            return found
+        context.accept = media
+        return without
+
     def _mark(self, reply: Reply, found: Found | None, context: Context) -> None:
         """What every head carries: the resource's, the request's id, what other origins need."""
         if found is not None:
             for name, value in _own_headers(found[0].resource, context).items():
                 reply.headers.setdefault(name, value)
         request = context.request
-        headers = self._cors.headers(request)
-        vary = reply.headers.get("Vary")
-        if vary and vary != headers.get("Vary", vary):
-            headers["Vary"] = f"{vary}, {headers['Vary']}"
-        reply.headers.update(headers)
+        if stamp(reply.headers, context, reply.status) and isinstance(reply.body, bytes):
+            reply.status, reply.body = 304, b""
+            reply.headers.pop("Content-Type", None)
+        keep_private(reply.headers, context, reply.status)
+        for name, value in self._cors.headers(request).items():
+            if name == "Vary":
+                vary(reply.headers, value)
+            else:
+                reply.headers[name] = value
         reply.headers["x-request-id"] = request.id
 
     async def _answer(self, context: Context, found: Found | None, early: Early) -> Reply:
@@ -306,29 +323,37 @@ async def _sound(reply: Reply, context: Context) -> Reply:
     return reply
 
 
-def _protocol(request: Request) -> ProtocolName:
+def _protocol(context: Context) -> ProtocolName:
     """By what a resource is reached: a get that agrees on an event stream is of a kind."""
-    accept = request.headers.get("accept", "")
-    if request.method not in ("GET", "HEAD") or EVENTS not in accept.lower():
+    if context.method not in ("GET", "HEAD") or EVENTS not in (context.accept or "").lower():
         return "rest"
     try:
-        return "sse" if negotiate(accept) == EVENTS else "rest"
+        return "sse" if context.types.negotiate(context.accept) == EVENTS else "rest"
     except ClientError:
         return "rest"
+
+
+def _means_extension(without: Found, found: Found | None) -> bool:
+    """Whether the end of a path is an extension, rather than of the name of what is found."""
+    if found is not None and not found[1].pathname:
+        return False
+    if found is None or found[0] is not without[0]:
+        return not without[1].pathname
+    return without[0].resource.extensions
 
 
 def _verb(method: str, entry: Entry, context: Context) -> tuple[str, Verb]:
     """The verb and the permission for a method; who is not logged in learns no more than that."""
     verb, permission = METHOD_VERBS.get(method, ("", "read"))
     streams = verb == "get" and "connect" in entry.handlers
-    if streams and _protocol(context.request) == "sse":
+    if streams and _protocol(context) == "sse":
         return "connect", permission
     if verb in entry.handlers:
         return verb, permission
     if context.user is None and not entry.resource.public:
         raise AccessViolation(None)
     if streams:
-        told = context.headers.get("accept", "")
+        told = context.accept or ""
         message = f"Accept: this is a stream of events; expected {EVENTS}, got {told!r}"
         raise ClientError(message, status=406, code="not_acceptable")
     if not verb:

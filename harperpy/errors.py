@@ -9,6 +9,7 @@ HarperError                      500  any refusal; `status`, `code`, `param`, `t
 │   │   └── ModelNotFound        404  no backend answers to that model name
 │   ├── MethodNotAllowed         405  `allow` lists what the resource answers
 │   ├── Conflict                 409
+│   ├── PreconditionFailed       412  the version that a write is meant for is not there any more
 │   ├── BodyTimeout              408
 │   ├── PayloadTooLarge          413
 │   ├── CapabilityError          400  the model's backend lacks what the call needs
@@ -141,6 +142,13 @@ class Conflict(ClientError):
     """It exists already, or something else stands in its way."""
 
     status = 409
+
+
+class PreconditionFailed(ClientError):
+    """The version that a write is meant for is not the one that is there."""
+
+    status = 412
+    code = "precondition_failed"
 
 
 class BodyTimeout(ClientError):

@@ -13,7 +13,7 @@ from .backend import aclose
 from .content import ResponseError
 from .context import Context
 from .errors import Aborted, HarperError, ServerError, ServiceUnavailable
-from .negotiation import EVENTS, JSON, item_serializer
+from .negotiation import EVENTS, JSON
 from .resource import Resource
 from .signal import SHUTDOWN, AbortSignal
 from .sse import encode_json, encode_sse
@@ -89,7 +89,7 @@ RAW = Framing(lambda item: item.encode() if isinstance(item, str) else bytes(ite
 
 def framing_of(media: str, resource: type[Resource], context: Context) -> Framing:
     """The framing of a media type, its failures worded by the resource."""
-    item = item_serializer(media)
+    item = context.types.item_serializer(media)
     if media == EVENTS:
         return Framing(item, lambda error: _last_event(error, resource, context))
     if media.endswith("ndjson"):

@@ -47,6 +47,14 @@ Port = Annotated[int, Meta(ge=0, le=65535, description="an integer between 0 and
 Positive = Annotated[int, Meta(ge=1, description="an integer above 0")]
 Count = Annotated[int, Meta(ge=0, description="an integer of 0 or more")]
 Size = Annotated[int, Meta(ge=1, description=_SIZE_TEXT, extra={"parse": _in_units(_BYTE_UNITS)})]
+SizeOrOff = Annotated[
+    int,
+    Meta(
+        ge=0,
+        description="a size such as '10MB', or a number of bytes (0 is off)",
+        extra={"parse": _in_units(_BYTE_UNITS)},
+    ),
+]
 Duration = Annotated[int, Meta(ge=1, description=_TIME_TEXT, extra=_TIME)]
 DurationOrOff = Annotated[int, Meta(ge=0, description=f"{_TIME_TEXT} (0 is off)", extra=_TIME)]
 Patience = Annotated[int, Meta(ge=0, description=f"{_TIME_TEXT} (0 is not at all)", extra=_TIME)]

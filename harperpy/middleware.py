@@ -13,6 +13,7 @@ from .content import EventStream, Response
 from .context import Context
 from .errors import NotFound, RegistrationError
 from .framing import log_error
+from .negotiation import ContentTypes
 from .patterns import decoded_segment
 from .rendering import Reply
 from .spelling import nearest
@@ -140,9 +141,12 @@ class Middlewares:
 
 
 class PluginServer:
-    """The ports as one plugin sees them: `scope.server`."""
+    """The ports as one plugin sees them: `scope.server`; `content_types` are those of both."""
 
-    def __init__(self, ports: Mapping[str, Middlewares], owner: str) -> None:
+    def __init__(
+        self, ports: Mapping[str, Middlewares], owner: str, content_types: ContentTypes
+    ) -> None:
+        self.content_types = content_types
         self._ports = ports
         self._owner = owner
 

@@ -1,13 +1,15 @@
-"""Accept → how a value, or a stream of values, becomes bytes."""
+"""Accept → how a value, or a stream of values, becomes bytes; Content-Type → how bytes are read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
+import yaml
 
-from .errors import ClientError
+from .errors import ClientError, RegistrationError
+from .forms import decode_form
 from .records import Rows, encode_rows
 from .sse import encode_json, encode_sse
 
@@ -18,32 +20,163 @@ TEXT = "text/plain"
 CSV = "text/csv"
 MSGPACK = "application/x-msgpack"
 
-# Quality on our side; the first of equals wins.
-_OFFERED = {
-    MSGPACK: 0.9,
-    "application/msgpack": 0.9,
-    JSON: 0.8,
-    EVENTS: 0.8,
-    "application/problem+json": 0.8,
-    NDJSON: 0.7,
-    "application/ndjson": 0.7,
-    TEXT: 0.2,
-    CSV: 0.1,
-}
+Encode = Callable[[Any], bytes]
+Decode = Callable[[bytes], Any]
 
 encode_msgpack = msgspec.msgpack.Encoder(decimal_format="number").encode
 
 
-def negotiate(accept: str | None) -> str:
-    """The media type to answer in. Raises `ClientError` 406 when the client takes none of ours."""
-    if not accept or accept in ("*/*", JSON):
-        return JSON
-    wanted = [_media_range(part) for part in accept.lower().split(",")]
-    best = max(_OFFERED, key=lambda offered: _OFFERED[offered] * _quality(offered, wanted))
-    if _quality(best, wanted) <= 0:
-        message = f"Accept: expected one of {', '.join(_OFFERED)}, got {accept!r}"
-        raise ClientError(message, status=406, code="not_acceptable")
-    return best
+class ContentType(msgspec.Struct, frozen=True, kw_only=True):
+    """A media type: how a value becomes its bytes, and how a request's body of it is read.
+
+    `quality`, from 0 to 1, is how gladly it is sent: JSON has 0.8. `stream` makes, for one stream,
+    what turns each item into bytes; without it each is a whole value. `extension` is what asks for
+    it at the end of a path: `/notes.csv`. Only a type with `by_wildcard` is sent to who accepts
+    `*/*` or the like. What `deserialize` raises is a 400.
+    """
+
+    serialize: Encode | None = None
+    deserialize: Decode | None = None
+    quality: float = 0.5
+    stream: Callable[[], Encode] | None = None
+    extension: str | None = None
+    by_wildcard: bool = False
+
+
+def _built_in() -> dict[str, ContentType]:
+    """The types in the order that settles ties."""
+    packed = ContentType(
+        serialize=encode_msgpack,
+        deserialize=msgspec.msgpack.decode,
+        quality=0.9,
+        extension="msgpack",
+    )
+    lines = ContentType(
+        serialize=_encode_line,
+        deserialize=_decode_lines,
+        quality=0.7,
+        extension="ndjson",
+        by_wildcard=True,
+    )
+    documents = ContentType(
+        serialize=_encode_yaml,
+        quality=0.7,
+        stream=lambda: _encode_document,
+        extension="yaml",
+    )
+    return {
+        MSGPACK: packed,
+        "application/msgpack": packed,
+        JSON: ContentType(serialize=encode_json, quality=0.8, extension="json", by_wildcard=True),
+        EVENTS: ContentType(serialize=encode_sse, quality=0.8, by_wildcard=True),
+        "application/problem+json": ContentType(
+            serialize=encode_json, quality=0.8, by_wildcard=True
+        ),
+        NDJSON: lines,
+        "application/ndjson": lines,
+        "application/yaml": documents,
+        "application/x-yaml": documents,
+        "text/yaml": documents,
+        TEXT: ContentType(serialize=_encode_text, quality=0.2, by_wildcard=True),
+        CSV: ContentType(
+            serialize=encode_rows,
+            quality=0.1,
+            stream=lambda: Rows().encode,
+            extension="csv",
+            by_wildcard=True,
+        ),
+        "application/x-www-form-urlencoded": ContentType(deserialize=decode_form),
+    }
+
+
+class ContentTypes:
+    """The media types of one server, those of its plugins among them."""
+
+    def __init__(self) -> None:
+        self._types = _built_in()
+        self._offered: dict[str, ContentType] = {}
+        self._extensions: dict[str, str] = {}
+        self.decoders: Mapping[str, Decode] = {}
+        self._frozen = False
+        self._index()
+
+    def register(self, name: str, content_type: ContentType) -> None:
+        """Send and read this media type too, or otherwise than the server does by itself.
+
+        Raises `RegistrationError` for what cannot be a media type.
+        """
+        if not all(name.partition("/")) or name != name.lower() or set(name) & set(";, *"):
+            message = f"{name!r}: expected a media type in lower case, such as application/cbor"
+            raise RegistrationError(message)
+        if self._frozen or name in (JSON, EVENTS):
+            reason = "the server has started" if self._frozen else "it is the server's own"
+            message = f"{name} cannot be registered: {reason}"
+            raise RegistrationError(message)
+        self._types[name] = content_type
+        self._index()
+
+    def freeze(self) -> None:
+        """Take no more types."""
+        self._frozen = True
+
+    def negotiate(self, accept: str | None) -> str:
+        """The media type to answer in. Raises `ClientError` 406 when the client takes none."""
+        if not accept or accept in ("*/*", JSON):
+            return JSON
+        wanted = [_media_range(part) for part in accept.lower().split(",")]
+        offered = self._offered
+        best = max(offered, key=lambda name: offered[name].quality * self._liked(name, wanted))
+        if self._liked(best, wanted) <= 0:
+            message = f"Accept: expected one of {', '.join(offered)}, got {accept!r}"
+            raise ClientError(message, status=406, code="not_acceptable")
+        return best
+
+    def of_extension(self, name: str) -> tuple[str, str] | None:
+        """What stands before an extension, and the media type that it asks for."""
+        stem, dot, extension = name.rpartition(".")
+        named = dot and not stem.endswith("/")
+        media = self._extensions.get(extension) if named else None
+        return None if media is None else (stem, media)
+
+    def serialize(self, value: Any, media_type: str) -> bytes:
+        """One value as bytes of that type. Raises `ClientError` 406 for what has no form in it."""
+        known = self._offered.get(media_type)
+        return (
+            encode_json(value)
+            if known is None or known.serialize is None
+            else known.serialize(value)
+        )
+
+    def item_serializer(self, media_type: str) -> Encode:
+        """How each item of a stream becomes bytes; JSON frames its array elsewhere."""
+        known = self._offered.get(media_type)
+        if known is None or known.serialize is None:
+            return encode_json
+        return known.stream() if known.stream else known.serialize
+
+    def _index(self) -> None:
+        self._offered = {name: one for name, one in self._types.items() if one.serialize}
+        self._extensions = {
+            one.extension: name for name, one in reversed(self._offered.items()) if one.extension
+        }
+        self.decoders = {
+            name: one.deserialize for name, one in self._types.items() if one.deserialize
+        }
+
+    def _liked(self, name: str, wanted: list[tuple[str, float]]) -> float:
+        """The client's quality for a type: that of its most specific matching range.
+
+        A wildcard means JSON unless the client says more, and never what only a program reads.
+        """
+        family = name.partition("/")[0] + "/*"
+        for matched, share in ((name, 1.0), (family, 1.0), ("*/*", 0.5)):
+            for asked, quality in wanted:
+                if asked != matched:
+                    continue
+                if name in (matched, JSON):
+                    return quality
+                return quality * share if self._offered[name].by_wildcard else 0.0
+        return 0.0
 
 
 def _media_range(part: str) -> tuple[str, float]:
@@ -62,47 +195,23 @@ def _number(text: str) -> float:
         return 0.0
 
 
-def _quality(offered: str, wanted: list[tuple[str, float]]) -> float:
-    """The client's quality for a type: that of its most specific matching range."""
-    family = offered.partition("/")[0] + "/*"
-    for name in (offered, family, "*/*"):
-        for asked, quality in wanted:
-            if asked == name:
-                return quality * _liked(offered, name)
-    return 0.0
+def _encode_text(value: Any) -> bytes:
+    return value.encode() if isinstance(value, str) else encode_json(value)
 
 
-def _liked(offered: str, matched: str) -> float:
-    """A wildcard means JSON unless the client says more, and never what only a program reads."""
-    if offered in (matched, JSON):
-        return 1.0
-    if offered.endswith("msgpack"):
-        return 0.0
-    return 0.5 if matched == "*/*" else 1.0
+def _encode_line(value: Any) -> bytes:
+    return encode_json(value) + b"\n"
 
 
-def serialize(value: Any, media_type: str) -> bytes:
-    """One value as bytes of that type. Raises `ClientError` 406 for what has no form in it."""
-    if media_type == TEXT and isinstance(value, str):
-        return value.encode()
-    if media_type == EVENTS:
-        return encode_sse(value)
-    if media_type == CSV:
-        return encode_rows(value)
-    if media_type.endswith("msgpack"):
-        return encode_msgpack(value)
-    body = encode_json(value)
-    return body + b"\n" if media_type.endswith("ndjson") else body
+def _decode_lines(data: bytes) -> list[Any]:
+    return [msgspec.json.decode(line) for line in data.splitlines() if line.strip()]
 
 
-def item_serializer(media_type: str) -> Callable[[Any], bytes]:
-    """How each item of a stream becomes bytes of that type; JSON frames its array elsewhere."""
-    if media_type == EVENTS:
-        return encode_sse
-    if media_type == TEXT:
-        return lambda item: item.encode() if isinstance(item, str) else encode_json(item)
-    if media_type.endswith("ndjson"):
-        return lambda item: encode_json(item) + b"\n"
-    if media_type == CSV:
-        return Rows().encode
-    return encode_msgpack if media_type.endswith("msgpack") else encode_json
+def _encode_yaml(value: Any) -> bytes:
+    plain = msgspec.json.decode(encode_json(value))
+    text: str = yaml.safe_dump(plain, allow_unicode=True, sort_keys=False)
+    return text.encode()
+
+
+def _encode_document(value: Any) -> bytes:
+    return b"---\n" + _encode_yaml(value)

@@ -12,11 +12,12 @@ import msgspec
 from multidict import CIMultiDict
 
 from .backend import aclose, aiterate
+from .caching import vary
 from .content import Blob, EventStream, Response
 from .context import Context
 from .errors import ClientError, NotFound, ServerError
 from .framing import END, RAW, frames, framing_of
-from .negotiation import CSV, EVENTS, JSON, TEXT, negotiate, serialize
+from .negotiation import CSV, EVENTS, JSON, TEXT
 from .registry import Entry
 from .resource import Resource
 from .sse import SSE, encode_json
@@ -78,8 +79,9 @@ async def render(value: Any, entry: Entry, context: Context, early: Early) -> Re
         return Reply(context.status or 204, merged(context))
     if isinstance(value, (Blob, bytes, bytearray)):
         return _as_it_is(value, context)
-    media = negotiate(context.headers.get("accept"))
-    return _whole(200, merged(context), media, serialize(value, media), context)
+    headers, media = merged(context), context.types.negotiate(context.accept)
+    vary(headers, "Accept")
+    return _whole(200, headers, media, context.types.serialize(value, media), context)
 
 
 def _meant(value: dict[Any, Any]) -> Any:
@@ -108,8 +110,8 @@ async def _render_response(
     headers = merged(context, response.headers)
     body = response.body
     if response.data is not msgspec.UNSET:
-        media = headers.get("Content-Type") or negotiate(context.headers.get("accept"))
-        data = serialize(response.data, media.partition(";")[0])
+        media = headers.get("Content-Type") or context.types.negotiate(context.accept)
+        data = context.types.serialize(response.data, media.partition(";")[0])
         return _whole(response.status, headers, media, data, context, keep_status=True)
     if body is None or isinstance(body, (str, bytes)):
         data = body.encode() if isinstance(body, str) else body or b""
@@ -175,7 +177,7 @@ def checked(headers: CIMultiDict[str], context: Context) -> None:
 def _agreed(context: Context) -> str | None:
     """The type negotiated for a stream; None where it can only be sent if it is of events."""
     try:
-        return negotiate(context.headers.get("accept"))
+        return context.types.negotiate(context.accept)
     except ClientError:
         return None
 
@@ -195,11 +197,10 @@ async def _stream(  # noqa: PLR0917  # all that it takes to write a head
     Only where the type is certain before the first item may the head go out without it.
     """
     resource = entry.resource
-    accept = context.headers.get("accept")
     reply = Reply(200, CIMultiDict())
     if context.method == "HEAD":
         await aclose(source)
-        _head(reply, media or negotiate(accept), own, resource, context)
+        _head(reply, media or context.types.negotiate(context.accept), own, resource, context)
         return reply
 
     def commit() -> None:
@@ -211,7 +212,8 @@ async def _stream(  # noqa: PLR0917  # all that it takes to write a head
     late = asyncio.get_running_loop().call_later(wait, commit) if media == EVENTS else None
     try:
         first = await anext(source, END)
-        media = EVENTS if isinstance(first, SSE) and not raw else media or negotiate(accept)
+        media = EVENTS if isinstance(first, SSE) and not raw else media
+        media = media or context.types.negotiate(context.accept)
         framing = RAW if raw else framing_of(media, resource, context)
         ready = None if first is END else framing.item(first)
         if not reply.committed:

@@ -54,6 +54,8 @@ class Resource:
     """True, or the permissions that need no login."""
     sub_paths: ClassVar[bool] = False
     """Whether it answers below its mount too (`/notes/1`)."""
+    extensions: ClassVar[bool] = False
+    """Whether `/notes/1.csv` is its `/notes/1` as CSV; `/notes.csv` is at any rate `/notes`."""
     protocols: ClassVar[Collection[ProtocolName]] = PROTOCOLS
     """What reaches it; for any other protocol a shorter mount answers, or nothing."""
     first_item_wait: ClassVar[float] = 60.0
@@ -115,7 +117,7 @@ def granted(user: User | None, context: Context, verb: Verb) -> bool:
 
 def problem(error: HarperError, context: Context) -> Response:
     """RFC 9457 problem details."""
-    asked = context.headers.get("accept", "")
+    asked = context.accept or ""
     media = "application/problem+json" if "problem+json" in asked else "application/json"
     response = json_response(error.status, _problem_body(error, context), error.headers)
     response.headers["Content-Type"] = media

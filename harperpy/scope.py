@@ -20,6 +20,7 @@ from .errors import ConfigError
 from .health import Health
 from .middleware import Middlewares, PluginServer
 from .models import Models
+from .negotiation import ContentTypes
 from .operations import Operations
 from .options import Options
 from .people import People
@@ -81,6 +82,7 @@ class Core(msgspec.Struct):
     middlewares: Mapping[str, Middlewares]
     models: Models
     operations: Operations
+    content_types: ContentTypes
     authenticators: Authenticators
     ledger: Ledger
     database: Database
@@ -141,7 +143,7 @@ class Scope:
         self.root = core.root
         self.resources = PluginResources(core.resources, name)
         self.operations_resources = PluginResources(core.operations_resources, name)
-        self.server = PluginServer(core.middlewares, name)
+        self.server = PluginServer(core.middlewares, name, core.content_types)
         self.models = core.models
         self.operations = core.operations
         self.authenticators = core.authenticators

@@ -26,6 +26,7 @@ from .held import BACKLOG, Held, Place, data_root, lock_root, no_such_family, pl
 from .loader import Loader
 from .middleware import Middlewares
 from .models import Models
+from .negotiation import ContentTypes
 from .operations import Operations
 from .people import SUPER_USER, People
 from .registry import Resources
@@ -206,6 +207,7 @@ class Server:
             root=self.root,
             resources=Resources(),
             operations_resources=Resources(),
+            content_types=ContentTypes(),
             middlewares={"rest": Middlewares(), "operations": Middlewares()},
             models=Models(self.routes, ledger),
             operations=Operations(),
@@ -235,7 +237,8 @@ class Server:
         for owner, error in (one for chain in chains for one in chain.strangers()):
             loader.failed(owner, error)
         loader.withdraw(core.resources, core.operations_resources, *chains)
-        for part in (core.resources, core.operations_resources, core.operations, self.routes):
+        frozen = (core.resources, core.operations_resources, core.operations, core.content_types)
+        for part in (*frozen, self.routes):
             part.freeze()
         for chain in chains:
             chain.freeze()
@@ -278,6 +281,7 @@ class Server:
             local_user=self.local_user,
             begin=partial(Transaction, core.database),
             source="rest" if port == "rest" else "ops",
+            types=core.content_types,
         )
         return Wire(dispatch, self.config.http, trusted=trusted)
 

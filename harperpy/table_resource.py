@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from hashlib import blake2b
 from inspect import getattr_static
 from typing import Any, ClassVar, Self, TypeAlias, cast
 
@@ -18,6 +19,7 @@ from .queries import Query, read_query
 from .request import RequestTarget
 from .resource import Resource
 from .spelling import nearest
+from .sse import encode_json
 from .tables import Table, Tables
 
 Fields: TypeAlias = dict[str, Any]
@@ -47,10 +49,12 @@ class TableResource(Resource):
 
     A record that does not fit is 400, one that is not there 404, a key that is taken 409. Lists are
     cut at `page` records unless `limit` says otherwise, and a `Link` tells where they go on. Roles
-    open it like any mount; each write is audited. Subclass it for verbs of your own.
+    open it like any mount; each write is audited. A record has an `ETag`, and a write that says
+    `If-Match` or `If-None-Match: *` is 412 where that fails. Subclass it for verbs of your own.
     """
 
     sub_paths = True
+    extensions = True
     table: ClassVar[Table[Any]]
     record: ClassVar[type[msgspec.Struct]]
     key: ClassVar[str] = "id"
@@ -98,7 +102,10 @@ class TableResource(Resource):
         query = read_query(cls.table, target.search)
         if target.id is None:
             return await cls._list(query, target, context)
-        return cls._shown(await cls._found(cls._key(target, context), context), query)
+        record = await cls._found(cls._key(target, context), context)
+        if not query.select:
+            context.etag = _version(record)
+        return cls._shown(record, query)
 
     @classmethod
     async def post(cls, target: RequestTarget, data: Body, context: Context) -> Any:
@@ -114,6 +121,7 @@ class TableResource(Resource):
         """A record as given, whether it was there or not."""
         key = cls._key(target, context)
         fields = cls._with_key(await _fields(data), key)
+        await cls._check_version(key, context)
         await cls.table.put(context.transaction(), cls._record(fields))
 
     @classmethod
@@ -121,14 +129,24 @@ class TableResource(Resource):
         """Some fields of a record; the whole of it has to fit."""
         key = cls._key(target, context)
         fields = cls._with_key(await _fields(data), key)
+        await cls._check_version(key, context)
         before = msgspec.to_builtins(await cls._found(key, context, locked=True))
         await cls.table.update(context.transaction(), cls._record({**before, **fields}))
 
     @classmethod
     async def delete(cls, target: RequestTarget, context: Context) -> None:
         """The end of a record."""
-        if not await cls.table.delete(context.transaction(), cls._key(target, context)):
+        key = cls._key(target, context)
+        await cls._check_version(key, context)
+        if not await cls.table.delete(context.transaction(), key):
             raise NotFound
+
+    @classmethod
+    async def _check_version(cls, key: Any, context: Context) -> None:
+        """The request's own conditions, under the lock that its write needs anyway."""
+        if "if-match" in context.headers or "if-none-match" in context.headers:
+            record = await cls.table.get(context.transaction(), key, locked=True)
+            context.check_version(None if record is None else _version(record))
 
     @classmethod
     async def _list(cls, query: Query, target: RequestTarget, context: Context) -> list[Any]:
@@ -190,6 +208,10 @@ class TableResource(Resource):
             return msgspec.convert(fields, cls.table.record)
         except msgspec.ValidationError as error:
             raise refused(error) from error
+
+
+def _version(record: msgspec.Struct) -> str:
+    return blake2b(encode_json(record), digest_size=8).hexdigest()
 
 
 async def _fields(data: Body) -> Fields:

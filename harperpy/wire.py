@@ -11,6 +11,7 @@ from typing import Any
 
 from aiohttp import web
 
+from .caching import vary
 from .config import HttpConfig
 from .connections import SERVER, ConnectedRequest, Connections, new_id
 from .content import Body
@@ -57,11 +58,23 @@ class Wire:
         try:
             reply = await self._dispatch.answer(context, outgoing.begin)
             if isinstance(reply.body, bytes) and not reply.committed:
-                return _whole(reply)
+                return self._whole(reply, raw)
             return await outgoing.send(reply)
         except (asyncio.CancelledError, ConnectionError):
             context.abort(DISCONNECTED)
             raise
+
+    def _whole(self, reply: Reply, raw: web.BaseRequest) -> web.Response:
+        headers = reply.headers
+        headers["Server"] = SERVER
+        body = reply.body if isinstance(reply.body, bytes) else b""
+        response = web.Response(status=reply.status, headers=headers, body=body or None)
+        threshold = self._http.compression_threshold
+        if threshold and len(body) > threshold and "Content-Encoding" not in headers:
+            vary(response.headers, "Accept-Encoding")
+            if _takes_gzip(raw.headers.get("accept-encoding", "")):
+                response.enable_compression(web.ContentCoding.gzip)
+        return response
 
     def _read(self, raw: web.BaseRequest) -> Request:
         headers = raw.headers
@@ -86,6 +99,7 @@ class Wire:
             content_type=raw.headers.get("content-type", ""),
             length=raw.content_length,
             limit=self._max_body,
+            decoders=self._dispatch.types.decoders,
         )
 
     async def _chunks(self, raw: web.BaseRequest) -> AsyncIterator[bytes]:
@@ -111,11 +125,13 @@ class Wire:
         return f"{self._prefix}{next(self._count):06x}"
 
 
-def _whole(reply: Reply) -> web.Response:
-    headers = reply.headers
-    headers["Server"] = SERVER
-    body = reply.body if isinstance(reply.body, bytes) else b""
-    return web.Response(status=reply.status, headers=headers, body=body or None)
+def _takes_gzip(accept_encoding: str) -> bool:
+    """Whether a client asks for gzip by name, and not with a quality of 0."""
+    wanted = (part.partition(";") for part in accept_encoding.lower().split(","))
+    return any(
+        name.strip() == "gzip" and not re.fullmatch(r"\s*q=0(\.0*)?\s*", quality)
+        for name, _, quality in wanted
+    )
 
 
 class _Outgoing:

@@ -810,7 +810,7 @@ async def test_a_listed_origin_is_echoed_and_no_other(
 
     assert (401 if key == "" else 200) == answer.status
     assert allowed == answer.headers.get("Access-Control-Allow-Origin")
-    assert "Origin" == answer.headers["Vary"]
+    assert "Origin" in answer.headers["Vary"].split(", ")
     assert ("x-request-id" in answer.headers.get("Access-Control-Expose-Headers", "")) is bool(
         allowed
     )
@@ -832,7 +832,8 @@ async def test_without_cors_no_origin_is_answered() -> None:
         answer = await ask(server, "GET", "/v1/models", headers={"Origin": "https://page.example"})
 
     assert 200 == answer.status
-    assert not {"Access-Control-Allow-Origin", "Vary"} & set(answer.headers)
+    assert "Access-Control-Allow-Origin" not in answer.headers
+    assert "Origin" not in answer.headers["Vary"].split(", ")
 
 
 async def test_what_a_verb_says_to_vary_by_stays() -> None:
@@ -843,7 +844,7 @@ async def test_what_a_verb_says_to_vary_by_stays() -> None:
     async with running(CORS, resources={"varying": resource}) as server:
         answer = await ask(server, "GET", "/varying", headers={"Origin": "https://page.example"})
 
-    assert "Accept-Language, Origin" == answer.headers["Vary"]
+    assert {"Accept-Language", "Origin"} <= set(answer.headers["Vary"].split(", "))
 
 
 # --- health

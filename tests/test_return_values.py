@@ -765,7 +765,7 @@ async def test_each_port_has_its_own_list_of_origins(origin: str | None) -> None
     allowed = [a.headers.get("Access-Control-Allow-Origin") for a in (rest, admin)]
     mine = [origin if origin and name in origin else None for name in ("app", "admin")]
     assert mine == allowed
-    assert ["Origin", "Origin"] == [rest.headers["Vary"], admin.headers["Vary"]]
+    assert all("Origin" in one.headers["Vary"].split(", ") for one in (rest, admin))
 
 
 # --- a slow reader

@@ -273,7 +273,7 @@ async def test_the_head_does_not_wait_longer_than_it_is_told_to() -> None:
         "X-Made": "in time",
         "X-Request-Id": "mine",
         "Access-Control-Allow-Origin": "https://page.example",
-        "Vary": "Origin",
+        "Vary": "Authorization, Origin",
     }
     assert 200 == response.status
     assert expected == {name: response.headers.get(name) for name in expected}

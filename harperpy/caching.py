@@ -1,0 +1,42 @@
+"""Caching: what caches between a client and the server may keep, and for whom."""
+
+from __future__ import annotations
+
+from email.utils import formatdate
+
+from multidict import CIMultiDict
+
+from .context import Context
+from .preconditions import is_known, quoted
+
+_SHARED = ("public", "s-maxage")
+
+
+def vary(headers: CIMultiDict[str], on: str) -> None:
+    """Say that the answer depends on this header of the request too."""
+    known = headers.get("Vary")
+    if known is None:
+        headers["Vary"] = on
+    elif known != "*" and on.lower() not in known.lower():
+        headers["Vary"] = f"{known}, {on}"
+
+
+def stamp(headers: CIMultiDict[str], context: Context, status: int) -> bool:
+    """Say which version it is. Whether the client has it already, so that 304 is the answer."""
+    if not 200 <= status < 300:
+        return False
+    if context.last_modified is not None:
+        headers.setdefault("Last-Modified", formatdate(context.last_modified, usegmt=True))
+    if context.etag is None:
+        return False
+    headers.setdefault("ETag", quoted(context.etag))
+    return context.method in ("GET", "HEAD") and is_known(context.headers, context.etag)
+
+
+def keep_private(headers: CIMultiDict[str], context: Context, status: int) -> None:
+    """No cache gives one caller's answer to another, unless the handler says that it may."""
+    if context.user is None and status != 401 and "authorization" not in context.headers:
+        return
+    told = headers.setdefault("Cache-Control", "private, no-cache").lower()
+    if not any(word in told for word in _SHARED):
+        vary(headers, "Authorization")
