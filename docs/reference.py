@@ -35,8 +35,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Requests and answers": (
         *("Request", "Body", "Response", "ResponseError", "Blob", "EventStream", "SSE"),
         *("ReplayBuffer", "json_response", "decode_json", "Problem", "FieldError"),
-        *("encode_sse", "SSEDecoder"),
+        *("encode_sse", "SSEDecoder", "Part", "Parts", "ContentType", "ContentTypes"),
     ),
+    "Tables": ("TableResource", "Tables", "Table"),
     "Context": (
         "get_context",
         "Context",
@@ -80,7 +81,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Errors": (
         *("HarperError", "ClientError", "InvalidBody", "InvalidCredentials", "AccessViolation"),
-        *("NotFound", "ModelNotFound", "Conflict", "CapabilityError", "UpstreamRejected"),
+        *(
+            "NotFound",
+            "ModelNotFound",
+            "Conflict",
+            "PreconditionFailed",
+            "CapabilityError",
+            "UpstreamRejected",
+        ),
         *("ServerError", "NotImplementedYet", "ServiceUnavailable", "ModelUnavailable"),
         *("TransactionError", "BackendError", "BackendTimeout", "UpstreamAuthError", "Aborted"),
         *("SetupError", "ConfigError", "ResourceConflict", "RegistrationError"),
