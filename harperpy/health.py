@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -10,7 +11,7 @@ from .signal import SHUTDOWN, AbortController
 
 
 class PluginStatus(msgspec.Struct):
-    """How a plugin started: `ok`, or `error` with the cause in one line."""
+    """How a plugin is: `ok`, or `error` with the cause in one line."""
 
     status: Literal["loading", "ok", "error"] = "loading"
     error: str | None = None
@@ -19,7 +20,8 @@ class PluginStatus(msgspec.Struct):
 class Health:
     """`starting` → `ready` → `stopping`, and the state of each plugin.
 
-    `stopping` is the signal that fires with the last of them.
+    `stopping` is the signal that fires with the last of them. `on_restart` is set by who can start
+    the server anew.
     """
 
     def __init__(self) -> None:
@@ -27,6 +29,22 @@ class Health:
         self._stop = AbortController()
         self.stopping = self._stop.signal
         self.plugins: dict[str, PluginStatus] = {}
+        self.restart_reason: str | None = None
+        self.on_restart: Callable[[], None] | None = None
+        self._troubles: dict[str, dict[str, str]] = {}
+
+    def trouble(self, plugin: str, place: str, error: str | None) -> None:
+        """What is wrong with a plugin that started, at a place; None once that is over."""
+        troubles = self._troubles.setdefault(plugin, {})
+        troubles.pop(place, None)
+        if error is not None:
+            troubles[place] = f"{place}: {error}"
+
+    def ask_restart(self, reason: str) -> None:
+        """Only a new start helps: note the first reason, and tell whoever can do it."""
+        self.restart_reason = self.restart_reason or reason
+        if self.on_restart is not None:
+            self.on_restart()
 
     def stop(self) -> None:
         """Take no more requests; tell streams without end to end."""
@@ -36,7 +54,7 @@ class Health:
     @property
     def degraded(self) -> bool:
         """Whether a plugin failed."""
-        return any(plugin.status == "error" for plugin in self.plugins.values())
+        return any(plugin.status == "error" for plugin in self._now().values())
 
     def report(self, *, whole: bool) -> tuple[int, dict[str, Any]]:
         """An HTTP status and a body; with the plugins if `whole`."""
@@ -48,7 +66,18 @@ class Health:
     def whole(self) -> dict[str, Any]:
         """The state of the server, and of each plugin."""
         phase = "degraded" if self.degraded else "ok"
+        restart = {"restart_required": True, "restart_reason": self.restart_reason}
         return {
             "status": phase if self.phase == "ready" else self.phase,
-            "plugins": msgspec.to_builtins(self.plugins),
+            "plugins": msgspec.to_builtins(self._now()),
+            **(restart if self.restart_reason else {}),
         }
+
+    def _now(self) -> dict[str, PluginStatus]:
+        """How each plugin started, and what went wrong with it since."""
+        since = {
+            name: PluginStatus("error", next(iter(troubles.values())))
+            for name, troubles in self._troubles.items()
+            if troubles and self.plugins[name].status == "ok"
+        }
+        return {**self.plugins, **since}

@@ -23,6 +23,7 @@ from .errors import ConfigError, HarperError, RegistrationError
 from .health import Health, PluginStatus
 from .hookspecs import BackendFactory, ModelEntry, check_hooks
 from .middleware import Middlewares
+from .options import Change
 from .ordering import missing, ordered, required
 from .registry import Resources
 from .routing import Kind, Registration, Routes
@@ -61,6 +62,16 @@ class Plugin(msgspec.Struct):
         """The dotted name of its module, unless a path says otherwise."""
         return str(self.options.get("package") or f"harperpy.plugins.{self.name}")
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that are for the plugin itself."""
+        return {key: value for key, value in self.options.items() if key not in _OWN_OPTIONS}
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The options that are the loader's."""
+        return {key: value for key, value in self.options.items() if key in _OWN_OPTIONS}
+
 
 class Manager(pluggy.PluginManager):
     """pluggy's manager, for which a plain function with a hook's name is an implementation."""
@@ -89,6 +100,7 @@ class Loader:
     ) -> None:
         self._manager = Manager("harperpy")
         self._manager.add_hookspecs(hookspecs)
+        self._config = config
         self._directory = directory
         self._health = health
         self._kinds: dict[str, BackendFactory] = {}
@@ -180,15 +192,49 @@ class Loader:
             status = self._health.plugins[plugin.name]
             if self._is_down(plugin.name):
                 continue
-            options = {
-                key: value for key, value in plugin.options.items() if key not in _OWN_OPTIONS
-            }
-            scope = make_scope(plugin.name, options)
+            scope = make_scope(plugin.name, plugin.given)
             self.scopes.append(scope)
             if impl := functions.get(plugin.name):
                 await self._start(plugin, impl, scope)
             if status.status == "loading":
                 status.status = "ok"
+
+    def take_over(self, config: Config) -> list[str] | None:
+        """Give the plugins their new options; the keys that changed.
+
+        None, and nothing happens, if anything else changed, or a plugin does not listen.
+        """
+        found = self._new_options(config)
+        if found is None or not all(scope.takes(changes) for scope, _, changes in found):
+            return None
+        self._config = config
+        for scope, values, changes in found:
+            scope.take(values, changes)
+        return [
+            f"plugins.{scope.plugin_name}.{change.path}"
+            for scope, _, changes in found
+            for change in changes
+        ]
+
+    def _new_options(
+        self, config: Config
+    ) -> list[tuple[Scope, dict[str, Any], list[Change]]] | None:
+        """Whose options changed, the new ones, and how; None if there is more to a change."""
+        before = self._config
+        same = msgspec.structs.replace(config, plugins=before.plugins)
+        if same != before or _order(config, before) != _order(before, config):
+            return None
+        was, now = ({one.name: one for one in _named(each.plugins)} for each in (before, config))
+        if {name: one.own for name, one in was.items()} != {n: one.own for n, one in now.items()}:
+            return None
+        running = {scope.plugin_name: scope for scope in self.scopes}
+        changed = [name for name in now if repr(was[name].given) != repr(now[name].given)]
+        if any(name not in running or self._is_down(name) for name in changed):
+            return None
+        return [
+            (running[name], now[name].given, running[name].options.changes(now[name].given))
+            for name in changed
+        ]
 
     async def close(self) -> None:
         """Close the scopes, the last one opened first."""
@@ -267,6 +313,11 @@ def _named(plugins: Mapping[str, Any]) -> Iterator[Plugin]:
             message = f"config.yaml: plugins.{name}.timeout: expected a positive number of ms"
             raise ConfigError(message)
         yield Plugin(name, values, timeout / 1000)
+
+
+def _order(config: Config, other: Config) -> list[str]:
+    """In which order the one names the plugins that the other names too."""
+    return [name for name in config.plugins if name in other.plugins]
 
 
 def _made(factory: BackendFactory, entry: ModelEntry) -> ModelBackend:

@@ -19,7 +19,7 @@ import msgspec
 from .config import Config
 from .errors import ConfigError
 from .held import Held, Holder, data_root, places
-from .serving import HAND_OVER, READY, STOPS, Inherited, Serving
+from .serving import CONFIG, HAND_OVER, READY, RESTART, STOPS, TAKEN, Inherited, Serving
 
 _LOOK_SECONDS = 0.3
 _SETTLED_SECONDS = 0.05
@@ -71,8 +71,20 @@ class Child:
         self._process = process
         self._line = line
         self.ended = asyncio.ensure_future(process.wait())
-        self.ready = asyncio.ensure_future(self._is_ready())
+        self.ready: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self.told = False
+        self.wants_restart = False
+        self._answer: asyncio.Future[bool] | None = None
+        self._hearing = asyncio.ensure_future(self._hear())
+
+    async def takes_over(self) -> bool:
+        """Whether it uses the changed config.yaml as it is, without a new start."""
+        self._answer = asyncio.get_running_loop().create_future()
+        with contextlib.suppress(OSError):
+            self._line.send(CONFIG)
+        either = (self._answer, self.ended)
+        await asyncio.wait(either, timeout=_HANG_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        return self._answer.done() and self._answer.result()
 
     async def hand_over(self) -> None:
         """Have it answer whom it took, and end."""
@@ -93,15 +105,26 @@ class Child:
                 self._process.terminate()
         return await self._gone()
 
-    async def _is_ready(self) -> bool:
+    async def _hear(self) -> None:
         try:
-            return await asyncio.get_running_loop().sock_recv(self._line, 1) == READY
+            while word := await asyncio.get_running_loop().sock_recv(self._line, 1):
+                if word == READY:
+                    self.ready.set_result(True)
+                elif self._answer is not None and not self._answer.done():
+                    self._answer.set_result(word == TAKEN)
+                elif word == RESTART:
+                    self.wants_restart = True
         except OSError:
-            return False
+            # It has ended, and not by a word.
+            pass
+        finally:
+            if not self.ready.done():
+                self.ready.set_result(False)
 
     async def _gone(self) -> int:
         code = await self.ended
-        await self.ready
+        self._hearing.cancel()
+        await asyncio.wait((self._hearing,))
         self._line.close()
         return code if code >= 0 else 128 - code
 
@@ -152,11 +175,23 @@ class Parent:
             return None
         seen = await self._look()
         if seen != self._seen:
-            await self._settle(seen)
-            if child is not None and child.ready.done() and not child.told:
-                await self._told(child)
-            await self._restart()
+            await self._changed(child, seen)
+        elif child is not None and child.told and child.wants_restart:
+            child.wants_restart = False
+            await self._restart("a plugin asked for it")
         return None
+
+    async def _changed(self, child: Child | None, seen: Files) -> None:
+        """Let the server take it over if it can, or start anew."""
+        await self._settle(seen)
+        if child is not None and child.ready.done() and not child.told:
+            await self._told(child)
+        changed = differing(self._running, self._seen)
+        only_config = changed == [self._what.directory / "config.yaml"]
+        if only_config and child is not None and child.told and await child.takes_over():
+            self._running = self._seen
+        else:
+            await self._restart(f"{self._names(changed)} changed")
 
     async def _told(self, child: Child) -> None:
         """A child is ready, unless it is about to have ended."""
@@ -165,7 +200,7 @@ class Parent:
             await child.ended
         elif self._was_ready:
             seconds = time.monotonic() - self._began
-            click.echo(f"restarted: {self._changed} changed ({seconds:.1f} s)")
+            click.echo(f"restarted: {self._why} ({seconds:.1f} s)")
         else:
             self._was_ready = True
 
@@ -178,14 +213,13 @@ class Parent:
         click.echo("harperpy: the server is down and waits for a file to change", err=True)
         return None
 
-    async def _restart(self) -> None:
+    async def _restart(self, why: str) -> None:
         """Start anew on the files as they are; if they cannot be read, all stays as it is."""
         self._began = time.monotonic()
-        changed = differing(self._running, self._seen)
-        self._changed = self._names(changed)
+        self._why = why
         try:
             config = self._what.config()
-            _compile(changed)
+            _compile(differing(self._running, self._seen))
             self._held = self._hold(config)
         except ConfigError as error:
             click.echo(f"harperpy: {error}", err=True)

@@ -22,7 +22,7 @@ from .middleware import Middlewares, PluginServer
 from .models import Models
 from .negotiation import ContentTypes
 from .operations import Operations
-from .options import Options
+from .options import Change, Options
 from .people import People
 from .registry import Entry, Resources
 from .resource import Resource
@@ -32,6 +32,7 @@ from .tokens import Tokens
 T = TypeVar("T")
 
 _CLOSE_SECONDS = 5.0
+_LISTENER_SECONDS = 30.0
 
 
 class Secrets:
@@ -138,7 +139,6 @@ class Scope:
         self.plugin_name = name
         self.options = Options(name, options)
         self.secrets = Secrets(name, core.environ)
-        self.config = core.config
         self.directory = core.directory
         self.root = core.root
         self.resources = PluginResources(core.resources, name)
@@ -153,9 +153,34 @@ class Scope:
         self.tokens = core.tokens
         self.logger = logging.getLogger(f"harperpy.plugins.{name}")
         self.first_error: BaseException | None = None
+        self._core = core
         self._health = core.health
+        self._telling = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closers: list[Callable[[], Awaitable[None] | None]] = []
+
+    @property
+    def config(self) -> Config:
+        """All of config.yaml."""
+        return self._core.config
+
+    @property
+    def config_file_path(self) -> Path:
+        """Where config.yaml is, or would be."""
+        return self.directory / "config.yaml"
+
+    @property
+    def app_name(self) -> str:
+        """The name of the application's folder."""
+        return self.directory.resolve().name
+
+    def request_restart(self, reason: str) -> None:
+        """Only a new start helps: `harperpy dev` makes it, elsewhere `get_status` asks for it.
+
+        While the server starts it is noted, no more: a new start would come back to here.
+        """
+        self.logger.warning("a restart is required: %s", reason)
+        self._health.ask_restart(f"{self.plugin_name}: {reason}")
 
     def create_task(
         self, work: Coroutine[Any, Any, T], *, name: str | None = None
@@ -187,6 +212,15 @@ class Scope:
         """Call this when the server stops: last in, first called, each within five seconds."""
         self._closers.append(closer)
 
+    def takes(self, changes: list[Change]) -> bool:
+        """Whether the plugin handles these changes of its options."""
+        return not changes or bool(self.options.listeners)
+
+    def take(self, values: Mapping[str, Any], changes: list[Change]) -> None:
+        """Have these options from now on, and tell who listens, in the background."""
+        self.options.replace(values)
+        self.create_task(self._tell(changes), name="options.on_change")
+
     async def close(self) -> None:
         """Withdraw its middlewares, end its tasks, then call its closers, failing ones or not."""
         self.server.close()
@@ -199,6 +233,21 @@ class Scope:
                     await settled(self._closers.pop()())
             except Exception:
                 self.logger.exception("closing failed")
+
+    async def _tell(self, changes: list[Change]) -> None:
+        """Tell each listener of each change; one that fails is a trouble of the plugin."""
+        trouble = None
+        async with self._telling:
+            for change in changes:
+                for listener in self.options.listeners:
+                    try:
+                        async with asyncio.timeout(_LISTENER_SECONDS):
+                            told = listener(change.path, change.value, self.options.whole())
+                            await settled(told)
+                    except Exception as error:
+                        self.logger.exception("a listener failed on the option %s", change.path)
+                        trouble = trouble or f"{change.path}: {type(error).__name__}: {error}"
+        self._health.trouble(self.plugin_name, "options.on_change", trouble)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

@@ -118,6 +118,18 @@ class Server:
             await self.stop()
             raise
 
+    def take_over(self, config: Config) -> list[str]:
+        """Use a changed configuration where only options of plugins that listen changed.
+
+        The keys that changed, such as `plugins.greeter.word`. Without any, nothing has happened:
+        what changed needs a new start.
+        """
+        changed = self.loader.take_over(config)
+        if not changed:
+            return []
+        self.config = self.core.config = config
+        return changed
+
     async def stop(self, *, hand_over: bool = False) -> None:
         """Take no more requests, let the running ones end within ten seconds, and close all.
 

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ import msgspec
 from .accounting import current_caller
 from .banner import banner, http_url
 from .config import Config, load_config
+from .errors import ConfigError
 from .held import inherit
 from .server import Server
 
-READY = b"r"
-HAND_OVER = b"h"
+# A child's words, then its parent's.
+READY, TAKEN, RESTART = b"r", b"t", b"n"
+HAND_OVER, CONFIG = b"h", b"c"
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -71,7 +73,8 @@ async def serve(what: Serving, inherited: Inherited | None = None) -> None:
     try:
         # First of all: who reads the banner may change a file at once, and that is a restart.
         if parent:
-            parent.ready()
+            parent.ready(lambda: _takes_over(server, what))
+            server.health.on_restart = parent.restart
         # A configuration that names another data folder may make its first start here.
         if inherited is None or inherited.first or server.first_start:
             click.echo(banner(server, what.version))
@@ -81,8 +84,23 @@ async def serve(what: Serving, inherited: Inherited | None = None) -> None:
         await server.stop(hand_over=parent is not None and parent.takes_over)
 
 
+def _takes_over(server: Server, what: Serving) -> bool:
+    """Whether the server uses the changed config.yaml without a new start."""
+    try:
+        changed = server.take_over(what.config())
+    except ConfigError:
+        # Whoever starts anew says what is wrong.
+        return False
+    if changed:
+        click.echo(f"taken over: {', '.join(changed)}")
+    return bool(changed)
+
+
 class _Parent:
-    """The parent's end of a line: a word means that it takes over, silence that it is dead."""
+    """The parent's end of a line.
+
+    It says that config.yaml changed, or that it takes over; its silence means that it is dead.
+    """
 
     def __init__(self, control: int, stop: asyncio.Event) -> None:
         self.takes_over = False
@@ -93,17 +111,25 @@ class _Parent:
         # No task: it must hear while the project's code keeps the loop busy.
         threading.Thread(target=self._hear, daemon=True, name="harperpy-dev").start()
 
-    def ready(self) -> None:
-        """Say that connections are taken."""
+    def ready(self, takes_over: Callable[[], bool]) -> None:
+        """Say that connections are taken; `takes_over` is asked when config.yaml changed."""
+        self._takes_over = takes_over
         self._line.send(READY)
 
+    def restart(self) -> None:
+        """Ask for a new start."""
+        self._line.send(RESTART)
+
+    def _config_changed(self) -> None:
+        self._line.send(TAKEN if self._takes_over() else RESTART)
+
     def _hear(self) -> None:
-        if self._line.recv(1):
-            self.takes_over = True
-            self._loop.call_soon_threadsafe(self._stop.set)
-        if not self._line.recv(1):
-            # The parent was killed, and so is its server: the signal goes no further than here.
-            os.kill(os.getpid(), signal.SIGKILL)
+        while word := self._line.recv(1):
+            self.takes_over = word == HAND_OVER
+            heard = self._stop.set if self.takes_over else self._config_changed
+            self._loop.call_soon_threadsafe(heard)
+        # The parent was killed, and so is its server: the signal goes no further than here.
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 async def _before(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:

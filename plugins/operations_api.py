@@ -71,9 +71,8 @@ class ServerOperations:
     """Operations on the server itself."""
 
     def __init__(self, scope: Scope) -> None:
-        self._config = scope.config
+        self._scope = scope
         self._database = scope.database
-        self._status = scope.status
 
     async def sql(self, request: Sql) -> list[dict[str, Any]]:
         """The rows of one read-only SELECT over the system tables."""
@@ -94,8 +93,8 @@ class ServerOperations:
 
     async def get_configuration(self) -> dict[str, Any]:
         """The configuration, its secrets redacted."""
-        return redacted(self._config)
+        return redacted(self._scope.config)
 
     async def get_status(self) -> dict[str, Any]:
         """The state of the server and of each plugin, and what runs."""
-        return {**self._status(), "version": importlib.metadata.version("harperpy")}
+        return {**self._scope.status(), "version": importlib.metadata.version("harperpy")}
