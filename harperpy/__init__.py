@@ -18,6 +18,7 @@ from .content import Blob, Body, EventStream, Response, ResponseError, decode_js
 from .context import Context, get_context
 from .contracts import Contract, FieldError, Problem
 from .database import Database
+from .entries import FileEntry
 from .errors import (
     Aborted,
     AccessViolation,
@@ -142,6 +143,7 @@ __all__ = [
     "Entry",
     "EventStream",
     "FieldError",
+    "FileEntry",
     "FilePart",
     "GenerateChunk",
     "GenerateOpts",

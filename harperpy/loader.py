@@ -247,6 +247,7 @@ class Loader:
         try:
             async with limit:
                 await settled(impl.function(*given))
+                await scope.load_entries()
         except Exception as error:  # noqa: BLE001  # whatever a plugin raises ends it alone
             cause = _too_slow(plugin, scope) if limit.expired() else error
             self.failed(plugin.name, scope.first_error or cause)

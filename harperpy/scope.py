@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,23 +16,26 @@ from .auth import Authenticators
 from .backend import settled
 from .config import Config
 from .database import Database
-from .errors import ConfigError
+from .entries import EVENTS, EntryHandler, FileEntry, Wanted, wanted
+from .errors import ConfigError, RegistrationError
 from .health import Health
 from .middleware import Middlewares, PluginServer
 from .models import Models
 from .negotiation import ContentTypes
 from .operations import Operations
-from .options import Change, Options
+from .options import Change, Options, check_listener
 from .people import People
 from .registry import Entry, Resources
 from .resource import Resource
 from .secret import Secret
+from .spelling import nearest
 from .tokens import Tokens
 
 T = TypeVar("T")
 
 _CLOSE_SECONDS = 5.0
 _LISTENER_SECONDS = 30.0
+_LOOK_SECONDS = 0.5
 
 
 class Secrets:
@@ -78,6 +81,7 @@ class Core(msgspec.Struct):
     config: Config
     directory: Path
     root: Path
+    dev: bool
     resources: Resources
     operations_resources: Resources
     middlewares: Mapping[str, Middlewares]
@@ -156,6 +160,8 @@ class Scope:
         self._core = core
         self._health = core.health
         self._telling = asyncio.Lock()
+        self._handlers: list[EntryHandler] = []
+        self._has_loaded = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closers: list[Callable[[], Awaitable[None] | None]] = []
 
@@ -181,6 +187,48 @@ class Scope:
         """
         self.logger.warning("a restart is required: %s", reason)
         self._health.ask_restart(f"{self.plugin_name}: {reason}")
+
+    def handle_entry(
+        self,
+        listener: Callable[..., Any],
+        files: str | list[str] | Mapping[str, Any] | None = None,
+        *,
+        url_path: str | None = None,
+        on: Collection[str] = EVENTS,
+    ) -> None:
+        """Call `listener(entry)`, sync or async, for each file and folder of these patterns.
+
+        `entry` is a `FileEntry`. Those that are there come as `add` and `add_dir` before the plugin
+        counts as started; in dev what changes later comes too. `on` are the events it takes: a file
+        that changes in another way asks for a restart. Patterns are relative to the project's
+        folder, `{"source": …, "ignore": …}` leaves some out. Without `files` the plugin's options
+        `files` and `urlPath` say which. Raises `ConfigError` or `RegistrationError`.
+        """
+        where = f"plugins.{self.plugin_name}: handle_entry"
+        check_listener(listener, 1, where, "a function of one entry")
+        if strange := [event for event in on if event not in EVENTS]:
+            message = f"{where}: no event {strange[0]!r}; {nearest(strange[0], EVENTS, 'events')}"
+            raise RegistrationError(message)
+        if self._has_loaded:
+            message = f"{where}: expected to be called while the plugin starts, in its hook"
+            raise RegistrationError(message)
+        handler = EntryHandler(self._wanted(files, url_path), listener, on)
+        handler.follows_options = files is None
+        self._handlers.append(handler)
+
+    async def load_entries(self) -> None:
+        """Tell its listeners of the files that are there; in dev, of what happens to them later.
+
+        Raises `RegistrationError` for the first that fails.
+        """
+        self._has_loaded = True
+        for handler in self._handlers:
+            for entry in await handler.look(self.directory, self.root):
+                if handler.takes(entry) and (trouble := await self._handled(handler, entry)):
+                    message = f"{self._place(entry)}: {trouble}"
+                    raise RegistrationError(message)
+        if self._core.dev and self._handlers:
+            self.create_task(self._watch(), name="handle_entry")
 
     def create_task(
         self, work: Coroutine[Any, Any, T], *, name: str | None = None
@@ -214,11 +262,15 @@ class Scope:
 
     def takes(self, changes: list[Change]) -> bool:
         """Whether the plugin handles these changes of its options."""
-        return not changes or bool(self.options.listeners)
+        follows = any(handler.follows_options for handler in self._handlers)
+        own = ("files", "urlPath") if follows else ()
+        rest = [change for change in changes if change.path.split(".")[0] not in own]
+        return not rest or bool(self.options.listeners)
 
     def take(self, values: Mapping[str, Any], changes: list[Change]) -> None:
         """Have these options from now on, and tell who listens, in the background."""
         self.options.replace(values)
+        self._aim()
         self.create_task(self._tell(changes), name="options.on_change")
 
     async def close(self) -> None:
@@ -233,6 +285,55 @@ class Scope:
                     await settled(self._closers.pop()())
             except Exception:
                 self.logger.exception("closing failed")
+
+    def _aim(self) -> None:
+        """Let the handlers of the option `files` follow it."""
+        trouble = None
+        for handler in self._handlers:
+            if handler.follows_options:
+                try:
+                    handler.wanted = self._wanted(None, None)
+                except ConfigError as error:
+                    trouble = str(error)
+        if trouble:
+            self.logger.error("the old files stay: %s", trouble)
+        self._health.trouble(self.plugin_name, "handle_entry", trouble)
+
+    def _wanted(self, files: Any, url_path: str | None) -> Wanted:
+        """What is given, else what the options say."""
+        given = self.options.get("files") if files is None else files
+        if given is None:
+            message = (
+                f"config.yaml: plugins.{self.plugin_name}.files: missing; handle_entry without "
+                "files expects the patterns there"
+            )
+            raise ConfigError(message)
+        base = self.options.get("urlPath") if url_path is None else url_path
+        return wanted(given, base, self.plugin_name)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            for handler in self._handlers:
+                for entry in await handler.look(self.directory, self.root):
+                    if handler.takes(entry):
+                        trouble = await self._handled(handler, entry)
+                        self._health.trouble(self.plugin_name, self._place(entry), trouble)
+                    elif handler.misses(entry):
+                        self.request_restart(f"{self._place(entry)}: {entry.event}")
+
+    async def _handled(self, handler: EntryHandler, entry: FileEntry) -> str | None:
+        """Tell a listener; if it fails, why."""
+        try:
+            async with asyncio.timeout(_LISTENER_SECONDS):
+                await settled(handler.listener(entry))
+        except Exception as error:
+            self.logger.exception("the listener failed on %s", self._place(entry))
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def _place(self, entry: FileEntry) -> str:
+        return str(entry.path.relative_to(self.directory.resolve()))
 
     async def _tell(self, changes: list[Change]) -> None:
         """Tell each listener of each change; one that fails is a trouble of the plugin."""

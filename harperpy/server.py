@@ -217,6 +217,7 @@ class Server:
             config=self.config,
             directory=self.directory,
             root=self.root,
+            dev=self.dev,
             resources=Resources(),
             operations_resources=Resources(),
             content_types=ContentTypes(),

@@ -68,6 +68,7 @@ ORDER = (
     "throttle",
     "deadlines",
     "options",
+    "entries",
     "scope",
     "hookspecs",
     "ordering",
