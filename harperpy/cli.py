@@ -5,24 +5,24 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import logging
-import os
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 import msgspec
 
-from .config import Config, DatabaseConfig, load_config
-from .errors import ClientError, ConfigError, HarperError, SetupError
+from .config import Config, DatabaseConfig
 from .health import Health
 from .reload import Parent
-from .remote import Remote
 from .scaffold import TEMPLATES, write_project
-from .server import SOCKET_NAME, Server
+from .server import Server
 from .serving import Inherited, Serving, serve
+from .spelling import nearest
+from .target import Target, config_of, import_from, run_to_end, told
+from .words import parameters
 
 T = TypeVar("T")
 
@@ -47,7 +47,14 @@ _OFFLINE = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """The commands; any other word is an operation's name, such as a plugin's command."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return super().get_command(ctx, cmd_name) or _operation(cmd_name)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """A programmable AI server.
 
@@ -81,7 +88,7 @@ def dev(
         return
     given = [str(directory), *(["--root", str(root)] if root else [])]
     parent = Parent(what, [*given, *(["--offline"] if offline else [])])
-    sys.exit(_told(lambda: asyncio.run(parent.run())))
+    sys.exit(told(lambda: asyncio.run(parent.run())))
 
 
 @main.command()
@@ -113,7 +120,7 @@ _TEMPLATES = "\n".join(f"{name:<10}{about}" for name, about in TEMPLATES.items()
 )
 def init(name: Path, template: str) -> None:
     """Write a new project into the folder NAME: its config, its code, and tests that pass."""
-    _told(lambda: write_project(name, template))
+    told(lambda: write_project(name, template))
     click.echo(f"Wrote {name}. Next: harperpy dev {name}")
 
 
@@ -121,50 +128,13 @@ def init(name: Path, template: str) -> None:
 @_DIRECTORY
 def check(directory: Path) -> None:
     """Load DIR as a server would, without serving it, and say what is wrong."""
-    health = _told(lambda: _run(_check(directory)))
+    health = told(lambda: run_to_end(_check(directory)))
     for name, plugin in health.plugins.items():
         if plugin.status == "error":
             click.echo(f"plugin {name} does not start: {plugin.error}", err=True)
     if health.degraded:
         sys.exit(1)
     click.echo("config.yaml and all plugins are fine.")
-
-
-class Target(msgspec.Struct):
-    """The server an operation goes to, and how its result is shown."""
-
-    directory: Path
-    root: Path | None
-    url: str | None
-    api_key: str | None
-
-    def operate(self, operation: str, **parameters: Any) -> Any:
-        """Run one operation where the options say."""
-        given = {name: value for name, value in parameters.items() if value is not None}
-        return _told(lambda: _run(self._operate({"operation": operation, **given})))
-
-    async def _operate(self, body: dict[str, Any]) -> Any:
-        """Over HTTP, else by the socket, else, where no server runs, on the database itself."""
-        if self.url:
-            return await Remote(url=self.url, api_key=self.api_key).operate(body)
-        try:
-            config = _config(self.directory)
-        except ConfigError:
-            # A running server has the variables that this shell may lack.
-            root = self.root or self.directory / ".harperpy"
-            if await _is_dead(root / SOCKET_NAME):
-                raise
-            return await Remote(socket=root / SOCKET_NAME).operate(body)
-        server = Server(config, directory=self.directory, root=self.root)
-        socket = server.root / SOCKET_NAME
-        if not await _is_dead(socket):
-            return await Remote(socket=socket).operate(body)
-        _import_from(self.directory)
-        await server.open()
-        try:
-            return await server.operate(body)
-        finally:
-            await server.stop()
 
 
 def _targeted(command: Callable[..., None]) -> Callable[..., None]:
@@ -285,17 +255,49 @@ def sql(select: str, **where: Any) -> None:
     _show(Target(**where).operate("sql", sql=select))
 
 
+@main.command(short_help="List what the project's plugins add to these commands.")
+@_targeted
+def commands(**where: Any) -> None:
+    """List what the project's plugins add to these commands.
+
+    Run one as 'harperpy NAME key=value ...', like any operation.
+    """
+    _show(Target(**where).operate("list_commands"))
+
+
+def _operation(name: str) -> click.Command:
+    """The command that runs an operation with the words after its name."""
+
+    @click.command(name, context_settings={"ignore_unknown_options": True})
+    @click.argument("words", nargs=-1, metavar="[KEY=VALUE]...", type=click.UNPROCESSED)
+    @_targeted
+    @click.pass_context
+    def command(ctx: click.Context, words: tuple[str, ...], **where: Any) -> None:
+        """Run an operation of the server; a VALUE is JSON, or else text."""
+        target = Target(**where, seconds=None)
+        if not target.is_project:
+            near = nearest(name, main.commands, "commands")
+            ctx.fail(f"no such command '{name}', and no project here that may add it; {near}")
+        try:
+            given = parameters(words)
+        except ValueError as error:
+            ctx.fail(str(error))
+        _show(target.operate(name.replace("-", "_"), **given))
+
+    return command
+
+
 def _serve(what: Serving, inherited: Inherited | None = None) -> None:
-    _import_from(what.directory)
-    _told(lambda: _run(serve(what, inherited)))
+    import_from(what.directory)
+    told(lambda: run_to_end(serve(what, inherited)))
 
 
 async def _check(directory: Path) -> Health:
     with tempfile.TemporaryDirectory() as root:
-        config = _config(directory)
+        config = config_of(directory)
         # A database outside of the data folder is in use: the check leaves it alone.
         config = msgspec.structs.replace(config, database=DatabaseConfig())
-        _import_from(directory)
+        import_from(directory)
         server = Server(config, directory=directory, root=Path(root), dev=True)
         logging.disable(logging.CRITICAL)
         await server.open()
@@ -316,50 +318,13 @@ def _on_files(operation: str, name: str | None) -> None:
             finally:
                 await server.stop()
 
-    _show(_told(lambda: _run(operate())))
-
-
-async def _is_dead(socket: Path) -> bool:
-    """Whether nobody listens there; a server that was killed leaves its socket behind."""
-    try:
-        _, writer = await asyncio.open_unix_connection(str(socket))
-    except OSError:
-        return True
-    writer.close()
-    return False
-
-
-def _import_from(directory: Path) -> None:
-    """Let the project's resources and plugins import its other modules."""
-    sys.path.insert(0, str(directory.resolve()))
-
-
-def _config(directory: Path) -> Config:
-    return load_config(directory / "config.yaml", os.environ)
-
-
-def _run(work: Coroutine[Any, Any, T]) -> T:
-    """On uvloop where there is one."""
-    try:
-        import uvloop  # noqa: PLC0415
-    except ImportError:
-        return asyncio.run(work)
-    return uvloop.run(work)
-
-
-def _told(work: Callable[[], T]) -> T:
-    """A refusal is one sentence on stderr and exit code 1."""
-    try:
-        return work()
-    except (SetupError, ClientError) as error:
-        click.echo(f"harperpy: {error}", err=True)
-    except HarperError as error:
-        click.echo(f"harperpy: {type(error).__name__}: {error}", err=True)
-    sys.exit(1)
+    _show(told(lambda: run_to_end(operate())))
 
 
 def _show(result: Any) -> None:
     match result:
+        case None:
+            pass
         # Over HTTP a sentence comes as a message.
         case str(text) | {"message": str(text)}:
             click.echo(text)

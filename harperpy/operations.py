@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,19 +15,28 @@ from .context import Context
 from .errors import AccessViolation, ClientError, NotFound, RegistrationError
 from .spelling import closest
 
+# What the command line calls its own; a plugin's command of such a name could never be reached.
+COMMAND_LINE = frozenset(
+    "check commands dev init key models run sql user version".split()  # noqa: SIM905
+)
+
 
 class NoParameters(msgspec.Struct, forbid_unknown_fields=True):
     """The request of an operation that takes none."""
 
 
 class Operation(msgspec.Struct, frozen=True):
-    """One operation. `open_to` says who may: `super_user`, `user` (anyone logged in), `anyone`."""
+    """One operation. `open_to` says who may: `super_user`, `user` (anyone logged in), `anyone`.
+
+    `help` is the line that the command line shows of it; None for what is no command.
+    """
 
     name: str
     function: Callable[..., Any]
     request_type: type[Any]
     open_to: str
     parameters: int
+    help: str | None = None
 
 
 class Operations:
@@ -42,6 +53,7 @@ class Operations:
         request_type: type[Any],
         *,
         open_to: str = "super_user",
+        help: str | None = None,  # noqa: A002
     ) -> None:
         """Add `function(request, context)`, sync or async; `request` is a `request_type`.
 
@@ -54,7 +66,7 @@ class Operations:
             message = f"operation {name!r}: open_to must be 'super_user', 'user' or 'anyone'"
             raise RegistrationError(message)
         count = positional(function, 2)
-        self._operations[name] = Operation(name, function, request_type, open_to, count)
+        self._operations[name] = Operation(name, function, request_type, open_to, count, help)
 
     def freeze(self) -> None:
         """Take no more operations."""
@@ -102,3 +114,37 @@ class Operations:
         hint = f"; did you mean '{near}'?" if near else ""
         message = f"Operation '{name}' not found{hint}"
         return NotFound(message, status=400, param="operation")
+
+
+class Commands:
+    """A plugin's commands: operations for super users that `harperpy NAME key=value` runs."""
+
+    def __init__(self, operations: Operations, plugin: str) -> None:
+        self._operations = operations
+        self._plugin = plugin
+
+    def add(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        request_type: type[Any] = NoParameters,
+        *,
+        help: str = "",  # noqa: A002
+    ) -> None:
+        """Add `function(request, context)`, sync or async; `request` is a `request_type`.
+
+        It runs in the running server, else in one that is opened for it without ports. `help` is
+        one line, by default the first of the function's docstring. Raises `RegistrationError`.
+        """
+        where = f"plugins.{self._plugin}: command {name!r}"
+        if name in COMMAND_LINE:
+            message = f"{where}: the command line has one of its own by that name"
+            raise RegistrationError(message)
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            message = f"{where}: expected small letters, digits and '_', a letter first"
+            raise RegistrationError(message)
+        if not callable(function):
+            message = f"{where}: expected a function, got {type(function).__name__}"
+            raise RegistrationError(message)
+        text = help or (inspect.getdoc(function) or "").partition("\n")[0]
+        self._operations.add(name, function, request_type, help=text)

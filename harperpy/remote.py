@@ -15,19 +15,28 @@ _SECONDS = 10.0
 
 
 class Remote:
-    """The operations of one running server, by its socket's path or its operations URL."""
+    """The operations of one running server, by its socket's path or its operations URL.
+
+    An answer may take `seconds`, or any time if that is None.
+    """
 
     def __init__(
-        self, *, socket: Path | None = None, url: str | None = None, api_key: str | None = None
+        self,
+        *,
+        socket: Path | None = None,
+        url: str | None = None,
+        api_key: str | None = None,
+        seconds: float | None = _SECONDS,
     ) -> None:
         self._socket = socket
         self._url = url or "http://localhost/"
+        self._seconds = seconds
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     async def operate(self, body: Mapping[str, Any]) -> Any:
         """The result. Raises `ClientError` with the server's refusal, or if nobody answers."""
         connector = aiohttp.UnixConnector(str(self._socket)) if self._socket else None
-        timeout = aiohttp.ClientTimeout(total=_SECONDS)
+        timeout = aiohttp.ClientTimeout(total=self._seconds, sock_connect=_SECONDS)
         try:
             async with (
                 aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
@@ -43,6 +52,8 @@ class Remote:
 
 
 def _result(status: int, body: bytes) -> Any:
+    if status < 400 and not body:
+        return None
     try:
         answer = msgspec.json.decode(body)
     except msgspec.DecodeError as error:

@@ -22,7 +22,7 @@ from .health import Health
 from .middleware import Middlewares, PluginServer
 from .models import Models
 from .negotiation import ContentTypes
-from .operations import Operations
+from .operations import Commands, Operations
 from .options import Change, Options, check_listener
 from .people import People
 from .registry import Entry, Resources
@@ -150,6 +150,7 @@ class Scope:
         self.server = PluginServer(core.middlewares, name, core.content_types)
         self.models = core.models
         self.operations = core.operations
+        self.commands = Commands(core.operations, name)
         self.authenticators = core.authenticators
         self.ledger = core.ledger
         self.database = core.database

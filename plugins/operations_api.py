@@ -39,6 +39,7 @@ def handle_application(scope: Scope) -> None:
     scope.operations.add("sql", own.sql, Sql)
     scope.operations.add("get_configuration", own.get_configuration, NoParameters)
     scope.operations.add("get_status", own.get_status, NoParameters)
+    scope.operations.add("list_commands", own.list_commands, NoParameters)
 
 
 class OperationsResource(Resource):
@@ -98,3 +99,18 @@ class ServerOperations:
     async def get_status(self) -> dict[str, Any]:
         """The state of the server and of each plugin, and what runs."""
         return {**self._scope.status(), "version": importlib.metadata.version("harperpy")}
+
+    async def list_commands(self) -> list[dict[str, str]]:
+        """What plugins add to the command line: each command, its line of help, its parameters."""
+        return [
+            {"command": one.name, "help": one.help, "parameters": _shown(one.request_type)}
+            for one in self._scope.operations
+            if one.help is not None
+        ]
+
+
+def _shown(request_type: type[Any]) -> str:
+    """The parameters of a Struct; those that may be left out are in brackets."""
+    fields = msgspec.structs.fields(request_type)
+    shown = ((one.encode_name, one.required) for one in fields)
+    return " ".join(f"{name}=…" if needed else f"[{name}=…]" for name, needed in shown)

@@ -212,6 +212,7 @@ HELP: dict[str, list[str]] = {
     "key add": ["NAME", "--user", "shown this once"],
     "key list": ["first letters"],
     "key drop": ["ID", "at once"],
+    "commands": ["plugins add", "key=value", "--url", "--dir"],
     "sql": ["SELECT", "system.hdb_model_calls", "--url", "--api-key"],
 }
 

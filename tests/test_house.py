@@ -85,6 +85,8 @@ ORDER = (
     "scaffold",
     "serving",
     "reload",
+    "target",
+    "words",
     "cli",
     "__init__",
 )

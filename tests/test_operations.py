@@ -203,6 +203,7 @@ CLOSED: dict[str, dict[str, Any]] = {
     "sql": {"sql": "SELECT * FROM hdb_user"},
     "get_configuration": {},
     "get_status": {},
+    "list_commands": {},
 }
 OWN: dict[str, dict[str, Any]] = {
     "user_info": {},

@@ -1,0 +1,107 @@
+"""Where an operation of the command line goes, and how its refusals are said."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import msgspec
+
+from .config import Config, load_config
+from .errors import ClientError, ConfigError, HarperError, SetupError
+from .remote import Remote
+from .server import SOCKET_NAME, Server
+
+T = TypeVar("T")
+
+
+class Target(msgspec.Struct):
+    """The server an operation goes to, and how many seconds it may take; None is any time."""
+
+    directory: Path
+    root: Path | None
+    url: str | None
+    api_key: str | None
+    seconds: float | None = 10.0
+
+    def operate(self, operation: str, /, **parameters: Any) -> Any:
+        """Run one operation where the options say."""
+        given = {name: value for name, value in parameters.items() if value is not None}
+        return told(lambda: run_to_end(self._operate({**given, "operation": operation})))
+
+    @property
+    def is_project(self) -> bool:
+        """Whether there is anything to ask."""
+        here = (self.directory / "config.yaml", self.directory / "resources.py")
+        return bool(self.url or self.root) or any(file.is_file() for file in here)
+
+    async def _operate(self, body: dict[str, Any]) -> Any:
+        """Over HTTP, else by the socket, else, where no server runs, on the database itself."""
+        if self.url:
+            return await self._remote(url=self.url, api_key=self.api_key).operate(body)
+        try:
+            config = config_of(self.directory)
+        except ConfigError:
+            # A running server has the variables that this shell may lack.
+            root = self.root or self.directory / ".harperpy"
+            if await _is_dead(root / SOCKET_NAME):
+                raise
+            return await self._remote(socket=root / SOCKET_NAME).operate(body)
+        server = Server(config, directory=self.directory, root=self.root)
+        socket = server.root / SOCKET_NAME
+        if not await _is_dead(socket):
+            return await self._remote(socket=socket).operate(body)
+        import_from(self.directory)
+        await server.open()
+        try:
+            return await server.operate(body)
+        finally:
+            await server.stop()
+
+    def _remote(self, **where: Any) -> Remote:
+        return Remote(**where, seconds=self.seconds)
+
+
+def told(work: Callable[[], T]) -> T:
+    """A refusal is one sentence on stderr and exit code 1."""
+    try:
+        return work()
+    except (SetupError, ClientError) as error:
+        click.echo(f"harperpy: {error}", err=True)
+    except HarperError as error:
+        click.echo(f"harperpy: {type(error).__name__}: {error}", err=True)
+    sys.exit(1)
+
+
+def run_to_end(work: Coroutine[Any, Any, T]) -> T:
+    """On uvloop where there is one."""
+    try:
+        import uvloop  # noqa: PLC0415
+    except ImportError:
+        return asyncio.run(work)
+    return uvloop.run(work)
+
+
+def config_of(directory: Path) -> Config:
+    """The config.yaml of a project."""
+    return load_config(directory / "config.yaml", os.environ)
+
+
+def import_from(directory: Path) -> None:
+    """Let the project's resources and plugins import its other modules."""
+    sys.path.insert(0, str(directory.resolve()))
+
+
+async def _is_dead(socket: Path) -> bool:
+    """Whether nobody listens there; a server that was killed leaves its socket behind."""
+    try:
+        _, writer = await asyncio.open_unix_connection(str(socket))
+    except OSError:
+        return True
+    writer.close()
+    return False

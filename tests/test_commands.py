@@ -1,0 +1,184 @@
+"""`scope.commands`: what plugins add to the command line, run as people run it."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from harperpy import RegistrationError, Scope
+from harperpy.cli import main
+from harperpy.operations import COMMAND_LINE
+from harperpy.testing import running
+from helpers import operation
+from test_cli import configured, harperpy, names, refusal, said, serving
+
+PLUGIN = '''
+import os
+import msgspec
+from harperpy import ClientError
+
+class Reindex(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
+    batch: int
+    dry_run: bool = False
+    names: list[str] = []
+    operation_id: str = ""
+
+def reindex(request, context):
+    """Build the index anew."""
+    return [request.batch, request.dry_run, request.names, context.user.username]
+
+async def quiet():
+    pass
+
+def refuses():
+    raise ClientError("not now")
+
+def fails():
+    raise ValueError("secret text")
+
+def pid():
+    return os.getpid()
+
+def handle_application(scope):
+    scope.commands.add("reindex", reindex, Reindex)
+    scope.commands.add("quiet", quiet, help="Say nothing.")
+    scope.commands.add("re_fuse", refuses)
+    scope.commands.add("fails", fails)
+    scope.commands.add("pid", pid)
+'''
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project whose plugin adds commands."""
+    folder = configured(tmp_path / "project", "plugins: {index: {path: index.py}}\n")
+    (folder / "index.py").write_text(PLUGIN)
+    return folder
+
+
+WORDS: dict[str, list[Any]] = {
+    "reindex batch=10": [10, False, []],
+    "reindex --batch 10 --dryRun": [10, True, []],
+    "reindex --batch=10 dryRun=true": [10, True, []],
+    'reindex batch=10 names=["a","b=c"]': [10, False, ["a", "b=c"]],
+    "reindex --dryRun --batch 3": [3, True, []],
+}
+
+
+async def test_a_command_runs_in_the_running_server(project: Path) -> None:
+    """Its words are the fields of its Struct, JSON or text; what it returns is printed."""
+    async with serving(project) as server:
+        for words, expected in WORDS.items():
+            assert [*expected, "HDB_ADMIN"] == await said(project, *words.split()), words
+        assert "" == await said(project, "quiet")
+        inside = await said(project, "pid")
+        assert str(inside) != str(server.process.pid)
+        assert inside == await said(project, "pid")
+        remote = ("--url", server.operations_url, "--api-key", server.key)
+        assert inside == await said(project, "pid", *remote)
+        assert "ok" == (await said(project, "get-status"))["status"]
+
+
+async def test_without_a_server_one_is_opened_for_it(project: Path) -> None:
+    """Without ports, as super user; each time anew."""
+    first = await said(project, "reindex", "batch=10")
+    assert [10, False, []] == first[:3]
+    assert "" == await said(project, "quiet")
+    assert await said(project, "pid") != await said(project, "pid")
+    assert [10, False, []] == (
+        await said(project.parent, "reindex", "batch=10", "--dir", "project")
+    )[:3]
+
+
+async def test_the_commands_of_a_project_are_listed(project: Path) -> None:
+    """Each with its line of help, given or of its docstring, and its parameters."""
+    listed = {one["command"]: one for one in await said(project, "commands")}
+
+    assert {"reindex", "quiet", "re_fuse", "fails", "pid"} == set(listed)
+    assert "Build the index anew." == listed["reindex"]["help"]
+    assert "batch=… [dryRun=…] [names=…] [operationId=…]" == listed["reindex"]["parameters"]
+    assert ("Say nothing.", "") == (listed["quiet"]["help"], listed["quiet"]["parameters"])
+
+
+REFUSED: dict[str, str] = {
+    "reindx": "Operation 'reindx' not found; did you mean 'reindex'?",
+    "re-fuse": "not now",
+    "reindex": "Object missing required field `batch`",
+    "reindex batch=many": "Expected `int`, got `str`",
+    "reindex batch=1 bathc=2": "Object contains unknown field `bathc`",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+async def test_a_refusal_is_one_sentence(project: Path, words: str) -> None:
+    """It is the operation's own, and an unknown word is told the nearest right one."""
+    assert REFUSED[words] in await refusal(project, *words.split())
+
+
+async def test_what_fails_tells_nothing_of_its_inside(project: Path) -> None:
+    """A running server answers with its general words; the cause is in its log."""
+    async with serving(project):
+        assert "secret text" not in await refusal(project, "fails")
+
+
+USAGE: dict[str, str] = {
+    "reindex ten": "expected key=value or --key value, got 'ten'",
+    "reindex batch=1 batch=2": "batch is given twice",
+}
+
+
+@pytest.mark.parametrize("words", USAGE)
+async def test_words_that_are_no_parameters(project: Path, words: str) -> None:
+    """They are a wrong usage, and nothing was opened for it."""
+    done = await harperpy(project, *words.split())
+
+    assert (2, "") == (done.code, done.out)
+    assert USAGE[words] in done.err
+    assert ".harperpy" not in names(project)
+
+
+async def test_where_there_is_no_project_nothing_is_made(tmp_path: Path) -> None:
+    """A misspelt command is told the nearest one."""
+    done = await harperpy(tmp_path, "chekc")
+
+    assert (2, "") == (done.code, done.out)
+    assert "no such command 'chekc'" in done.err
+    assert "did you mean 'check'?" in done.err
+    assert [] == names(tmp_path)
+
+
+async def test_a_command_is_for_super_users() -> None:
+    """Also as an operation over HTTP."""
+    async with running(handle_application=lambda scope: scope.commands.add("go", lambda: 7)) as own:
+        admin, ada = f"Bearer {own.api_key}", f"Bearer {await own.key_for('ada')}"
+        asked = [await operation(own, {"operation": "go"}, who) for who in (admin, ada, None)]
+
+    assert [200, 403, 401] == [status for status, _ in asked]
+
+
+MISUSE: dict[str, tuple[Any, Any, str]] = {
+    "taken": ("sql", print, "the command line has one of its own by that name"),
+    "no name": ("re-index", print, "expected small letters, digits and '_', a letter first"),
+    "no function": ("go", "print", "expected a function, got str"),
+}
+
+
+@pytest.mark.parametrize(("name", "function", "told"), MISUSE.values(), ids=MISUSE)
+async def test_what_cannot_be_a_command_is_refused(name: str, function: Any, told: str) -> None:
+    """The error names the plugin, the command and what was expected."""
+    errors: list[str] = []
+
+    def apply(scope: Scope) -> None:
+        with pytest.raises(RegistrationError) as refused:
+            scope.commands.add(name, function)
+        errors.append(str(refused.value))
+
+    async with running(handle_application=apply):
+        assert [f"plugins.test: command {name!r}: {told}"] == errors
+
+
+def test_no_plugin_can_take_a_command_of_the_command_line() -> None:
+    """The names that are refused are those that exist."""
+    assert isinstance(main, click.Group)
+    assert COMMAND_LINE == set(main.commands)
