@@ -1,191 +1,47 @@
 """The command `harperpy`, run as people run it: in a process of its own."""
 
 import asyncio
-import os
-import re
 import signal
 import sqlite3
 import stat
 import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import closing, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import aiohttp
-import msgspec
 import pytest
 
+from commands import (
+    ADMIN,
+    ECHO,
+    FIRST,
+    FREE,
+    SECONDS,
+    SECRETS,
+    closed,
+    configured,
+    execute,
+    get,
+    harperpy,
+    names,
+    refusal,
+    said,
+    serving,
+    slowed,
+    started,
+    streaming,
+    until,
+)
 from harperpy.scaffold import TEMPLATES
 from helpers import basic, events
-
-SECONDS = 30
-FREE = "http: {port: 0}\noperationsApi: {network: {port: 0}}\n"
-ECHO = "models: {generative: {default: {backend: echo}}, embedding: {default: {backend: echo}}}\n"
-ADMIN = {"HDB_ADMIN_USERNAME": "root", "HDB_ADMIN_PASSWORD": "s3cret-enough"}
-SECRETS = re.compile(r"hk_|password|s3cret")
-FIRST = "no super user exists yet: set HDB_ADMIN_USERNAME and HDB_ADMIN_PASSWORD"
-
-
-class Done(NamedTuple):
-    """How a command ended, and what it said."""
-
-    code: int
-    out: str
-    err: str
-
-
-def environment(**more: str) -> dict[str, str]:
-    """Ours without what would change a command's mind, and with `harperpy` on the path."""
-    ours = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("HARPERPY_", "HDB_", "PYTEST_"))
-    }
-    path = f"{Path(sys.executable).parent}{os.pathsep}{ours['PATH']}"
-    return {**ours, "PATH": path, **more}
-
-
-async def execute(folder: Path, *command: str, stdin: str = "", **environ: str) -> Done:
-    """Run a command in a folder to its end."""
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(
-        *command, cwd=folder, env=environment(**environ), stdin=pipe, stdout=pipe, stderr=pipe
-    )
-    try:
-        async with asyncio.timeout(SECONDS):
-            out, err = await process.communicate(stdin.encode())
-    except TimeoutError:
-        process.kill()
-        raise
-    return Done(process.returncode or 0, out.decode(), err.decode())
-
-
-async def harperpy(folder: Path, *arguments: str, stdin: str = "", **environ: str) -> Done:
-    """Run `harperpy` in a folder to its end."""
-    return await execute(folder, "harperpy", *arguments, stdin=stdin, **environ)
-
-
-def names(folder: Path) -> list[str]:
-    """What a folder holds."""
-    return sorted(file.name for file in folder.iterdir())
-
-
-async def said(folder: Path, *arguments: str, **environ: str) -> Any:
-    """What a command that must succeed prints, decoded where it is JSON."""
-    done = await harperpy(folder, *arguments, **environ)
-    assert (0, "") == (done.code, done.err), done
-    with suppress(msgspec.DecodeError):
-        return msgspec.json.decode(done.out)
-    return done.out.strip()
-
-
-async def refusal(folder: Path, *arguments: str, **environ: str) -> str:
-    """The one sentence with which a command fails."""
-    done = await harperpy(folder, *arguments, **environ)
-    assert (1, "") == (done.code, done.out), done
-    assert "Traceback" not in done.err
-    (sentence,) = done.err.splitlines()
-    assert sentence.startswith("harperpy: ")
-    return sentence.removeprefix("harperpy: ")
-
-
-class Serving:
-    """A running `harperpy dev` or `harperpy run`, and what it printed until it was ready."""
-
-    def __init__(self, process: asyncio.subprocess.Process, printed: str) -> None:
-        self.process = process
-        self.printed = printed
-        self.url = self.found(r"REST +(\S+)")
-        self.operations_url = self.found(r"Operations +(\S+)")
-
-    def found(self, pattern: str) -> str:
-        """The one place of what was printed that a pattern names."""
-        (place,) = re.findall(pattern, self.printed)
-        return place
-
-    @property
-    def key(self) -> str:
-        """The API key of a first start."""
-        return self.found(r"API key +(hk_\S+)")
-
-    async def end(self, number: int = signal.SIGTERM) -> int:
-        """Send a signal; the exit code."""
-        self.process.send_signal(number)
-        async with asyncio.timeout(SECONDS):
-            return await self.process.wait()
-
-
-async def until(process: asyncio.subprocess.Process, start: str) -> str:
-    """What a process prints up to the line that begins so."""
-    assert process.stdout is not None
-    printed = ""
-    async with asyncio.timeout(SECONDS):
-        while line := (await process.stdout.readline()).decode():
-            printed += line
-            if line.startswith(start):
-                return printed
-    pytest.fail(f"no line begins with {start!r}:\n{printed}")
-
-
-@asynccontextmanager
-async def started(
-    folder: Path, *arguments: str, umask: int = -1, environ: Mapping[str, str] = {}
-) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A `harperpy` process, killed in the end if it still runs; its log is in `log`."""
-    with (folder / "log").open("ab") as log:
-        process = await asyncio.create_subprocess_exec(
-            "harperpy",
-            *arguments,
-            cwd=folder,
-            env=environment(**environ),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=log,
-            umask=umask,
-        )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
-
-
-@asynccontextmanager
-async def serving(
-    folder: Path, *arguments: str, umask: int = -1, environ: Mapping[str, str] = {}
-) -> AsyncIterator[Serving]:
-    """A server that is ready, ended by SIGTERM unless the test ended it."""
-    given = arguments or ("dev",)
-    async with started(folder, *given, umask=umask, environ=environ) as process:
-        server = Serving(process, await until(process, "Ready on"))
-        yield server
-        if process.returncode is None:
-            assert 0 == await server.end(), (folder / "log").read_text()
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A folder with a config.yaml that takes free ports and models that echo."""
     return configured(tmp_path / "project")
-
-
-def configured(folder: Path, more: str = "") -> Path:
-    """A folder with such a config.yaml, and more in it."""
-    folder.mkdir()
-    (folder / "config.yaml").write_text(FREE + ECHO + more)
-    return folder
-
-
-async def get(url: str, credential: str = "") -> tuple[int, Any]:
-    """What a GET is answered."""
-    headers = {"Authorization": credential} if credential else {}
-    async with (
-        aiohttp.ClientSession() as session,
-        session.get(url, headers=headers) as response,
-    ):
-        return response.status, await response.json()
 
 
 # What a stranger reads
@@ -596,42 +452,11 @@ async def test_operations_reach_a_server_that_knows_more_variables(tmp_path: Pat
 
 # The end
 
-SLOW = """
-import asyncio
-from pathlib import Path
-from harperpy import define_backend
-
-async def answer():
-    yield "one "
-    while not Path("go").exists():
-        await asyncio.sleep(0.01)
-    yield "two"
-
-def handle_application(scope):
-    backend = define_backend("slow", generate_stream=answer)
-    scope.models.register_backend("generative", "slow", backend)
-"""
-
 
 @pytest.fixture
 def slow(project: Path) -> Path:
-    """A project whose model `slow` says one word, and the next when there is a file `go`."""
-    (project / "slow.py").write_text(SLOW)
-    with (project / "config.yaml").open("a") as config:
-        config.write("plugins: {slow: {path: slow.py}}\n")
-    return project
-
-
-async def closed(url: str) -> None:
-    """Return when nobody listens there any more."""
-    port = int(url.rpartition(":")[2])
-    async with asyncio.timeout(SECONDS):
-        while True:
-            try:
-                _, writer = await asyncio.open_connection("localhost", port)
-            except OSError:
-                return
-            writer.close()
+    """A project with a model that waits to be told to go on."""
+    return slowed(project)
 
 
 async def rows(folder: Path) -> list[dict[str, Any]]:
@@ -639,22 +464,6 @@ async def rows(folder: Path) -> list[dict[str, Any]]:
     select = "SELECT model, success, error_code, finish_reason FROM system.hdb_model_calls"
     found: list[dict[str, Any]] = await said(folder, "sql", select)
     return found
-
-
-@asynccontextmanager
-async def streaming(server: Serving) -> AsyncIterator[aiohttp.ClientResponse]:
-    """A stream of the slow model, its first word read."""
-    body = {"model": "slow", "stream": True, "messages": [{"role": "user", "content": "go"}]}
-    headers = {"Authorization": f"Bearer {server.key}"}
-    url = f"{server.url}/v1/chat/completions"
-    async with (
-        aiohttp.ClientSession() as session,
-        session.post(url, json=body, headers=headers) as response,
-    ):
-        async with asyncio.timeout(SECONDS):
-            while b"one" not in await response.content.readline():
-                pass
-        yield response
 
 
 async def test_sigterm_lets_a_stream_end(slow: Path) -> None:

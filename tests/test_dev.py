@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from test_cli import (
+from commands import (
     ECHO,
     FREE,
     SECONDS,
@@ -18,18 +18,16 @@ from test_cli import (
     Serving,
     closed,
     configured,
-    events,
     get,
     harperpy,
     said,
     serving,
-    slow,
+    slowed,
     started,
     streaming,
     until,
 )
-
-__all__ = ["slow"]
+from helpers import events
 
 
 @pytest.fixture
@@ -38,6 +36,12 @@ def project(tmp_path: Path) -> Path:
     folder = configured(tmp_path / "project")
     say(folder, "one")
     return folder
+
+
+@pytest.fixture
+def slow(project: Path) -> Path:
+    """A project with a model that waits to be told to go on."""
+    return slowed(project)
 
 
 def say(folder: Path, word: str, more: str = "") -> None:

@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
+from commands import Done, execute
 from harperpy.config import parse_config
 from harperpy.testing import running, with_echo
-from test_cli import Done, execute
 
 PAID = """
 models:

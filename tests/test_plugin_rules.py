@@ -14,10 +14,10 @@ import aiohttp
 import msgspec
 import pytest
 
+from commands import FREE, Serving, harperpy, serving
 from harperpy import ConfigError, Scope, Secret
 from harperpy.testing import ECHO, RunningServer, running
 from helpers import ask, operation
-from test_cli import FREE, Serving, harperpy, serving
 
 STARTING = """
 requires = {requires}
