@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from .registry import Entry
+from .resource import PERMISSIONS
 from .routing import ModelInfo
 from .server import Server
 
@@ -75,8 +76,8 @@ def _resource(entry: Entry) -> Sequence[str]:
 
 
 def _who(entry: Entry) -> str:
-    public = entry.resource.public
-    if public is True:
+    public = entry.public
+    if public == PERMISSIONS:
         return "anyone"
     closed = "roles that grant it"
     return (

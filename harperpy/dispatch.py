@@ -350,7 +350,7 @@ def _verb(method: str, entry: Entry, context: Context) -> tuple[str, Verb]:
         return "connect", permission
     if verb in entry.handlers:
         return verb, permission
-    if context.user is None and not entry.resource.public:
+    if context.user is None and not entry.public:
         raise AccessViolation(None)
     if streams:
         told = context.accept or ""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -19,11 +19,21 @@ from .contracts import Contract, Handler, check_schemas, contract_of, typed
 from .errors import PluginNotStarted, RegistrationError, ResourceConflict
 from .patterns import Pattern, decoded_segment, has_parameters
 from .request import RequestTarget
-from .resource import METHOD_VERBS, PROTOCOLS, VERBS, WITHOUT_BODY, ProtocolName, Resource
+from .resource import (
+    METHOD_VERBS,
+    PERMISSIONS,
+    PROTOCOLS,
+    VERBS,
+    WITHOUT_BODY,
+    ProtocolName,
+    Resource,
+)
 from .spelling import closest
 from .table_resource import TableResource
 
 logger = logging.getLogger("harperpy.dispatch")
+
+W = TypeVar("W", bound=str)
 
 _RESERVED = frozenset({"health"})
 _TAKES = {
@@ -50,6 +60,7 @@ class Entry:
         "pattern",
         "plain",
         "protocols",
+        "public",
         "resource",
     )
 
@@ -58,7 +69,8 @@ class Entry:
         self.resource = resource
         self.owner = owner
         self.pattern = Pattern(path) if has_parameters(path) else None
-        self.protocols = frozenset(resource.protocols)
+        self.protocols = _words(resource, "protocols", PROTOCOLS)
+        self.public = _public(resource)
         verbs = [verb for verb in VERBS if hasattr(resource, verb)]
         check_schemas(resource, verbs)
         self.contracts: dict[str, Contract] = {}
@@ -89,8 +101,7 @@ class Entry:
 
     async def permits(self, permission: Verb, target: RequestTarget, context: Context) -> bool:
         """Whether it is open to the context's user; a hook that fails denies."""
-        public = self.resource.public
-        if public is True or permission in public:
+        if permission in self.public:
             return True
         try:
             verdict = await settled(self.admits[permission](context.user, target, context))
@@ -224,16 +235,31 @@ def _check(resource: Any) -> None:
                 f"write @staticmethod on the line above 'def {name}'"
             )
             raise RegistrationError(message)
-    protocols: Any = resource.protocols
-    unknown = [protocols] if isinstance(protocols, str) else [*{*protocols} - PROTOCOLS]
-    if unknown:
-        near = closest(str(unknown[0]), PROTOCOLS)
+
+
+def _public(resource: type[Resource]) -> frozenset[Verb]:
+    """The permissions that need no login."""
+    if isinstance(resource.public, bool):
+        return PERMISSIONS if resource.public else frozenset()
+    return _words(resource, "public", PERMISSIONS)
+
+
+def _words(resource: type[Resource], name: str, known: frozenset[W]) -> frozenset[W]:
+    """An attribute of the class that is a set of such words, and nothing else."""
+    given: Any = getattr(resource, name)
+    # A word alone is a collection too: of letters.
+    listed = isinstance(given, Collection) and not isinstance(given, str)
+    words = cast("list[object]", [*given] if listed else [given])
+    wrong = [word for word in words if not listed or word not in list(known)]
+    if wrong:
+        near = closest(str(wrong[0]), known)
         hint = f"; did you mean {near!r}?" if near else ""
-        known = ", ".join(sorted(PROTOCOLS))
         message = (
-            f"{resource.__name__}.protocols: expected a set of {known}, got {unknown[0]!r}{hint}"
+            f"{resource.__name__}.{name}: expected a set of {', '.join(sorted(known))}, "
+            f"got {wrong[0]!r}{hint}"
         )
         raise RegistrationError(message)
+    return frozenset(word for word in known if word in words)
 
 
 def _handler(resource: type[Resource], verb: str) -> Handler:

@@ -26,6 +26,9 @@ METHOD_VERBS: dict[str, tuple[str, Verb]] = {
 VERBS = (*dict.fromkeys(verb for verb, _ in METHOD_VERBS.values()), "connect")
 """All that a resource may define; `connect` is a GET whose `Accept` prefers an event stream."""
 
+PERMISSIONS: frozenset[Verb] = frozenset(permission for _, permission in METHOD_VERBS.values())
+"""All permissions that a verb may take."""
+
 ProtocolName: TypeAlias = Literal["rest", "sse", "ws", "mcp"]
 """By what a resource is reached; `sse` is a GET whose `Accept` asks for an event stream."""
 PROTOCOLS: frozenset[ProtocolName] = frozenset({"rest", "sse", "ws", "mcp"})
@@ -50,7 +53,7 @@ class Resource:
 
     path: ClassVar[str | None] = None
     """Where `resources.py` mounts it; its class name if None."""
-    public: ClassVar[Literal[True] | Collection[Verb]] = frozenset()
+    public: ClassVar[bool | Collection[Verb]] = False
     """True, or the permissions that need no login."""
     sub_paths: ClassVar[bool] = False
     """Whether it answers below its mount too (`/notes/1`)."""

@@ -183,8 +183,7 @@ def _operation(entry: Entry, method: str, path: str, schemas: _Schemas) -> dict[
     permission = METHOD_VERBS[method][1]
     contract = _contract(entry, method)
     summary, text = _told(getattr(entry.resource, verbs_of(entry, method)[0]).__doc__)
-    public = entry.resource.public
-    is_open = public is True or permission in public
+    is_open = permission in entry.public
     operation: dict[str, Any] = {
         "operationId": re.sub(r"\W+", "_", f"{method.lower()}{path}").rstrip("_"),
         "tags": [entry.resource.__name__],
