@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import chain
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -41,6 +41,7 @@ _TAKES = {
     "delete": ("target", "context"),
     "connect": ("target", "incoming", "context"),
 }
+_ASKED = ("user", "target", "context")
 _PLAIN = (dict, list, tuple, set, frozenset, str, int, float, Mapping, msgspec.Struct)
 
 
@@ -71,7 +72,7 @@ class Entry:
         self.pattern = Pattern(path) if has_parameters(path) else None
         self.protocols = _words(resource, "protocols", PROTOCOLS)
         self.public = _public(resource)
-        verbs = [verb for verb in VERBS if hasattr(resource, verb)]
+        verbs = [verb for verb in VERBS if getattr(resource, verb, None) is not None]
         check_schemas(resource, verbs)
         self.contracts: dict[str, Contract] = {}
         self.handlers: dict[str, Handler] = {}
@@ -85,8 +86,8 @@ class Entry:
         # What can only be answered in a type that is negotiated need not begin without one.
         self.plain = frozenset(verb for verb in self.handlers if _gives_plain(resource, verb))
         self.admits = {
-            permission: fitted(getattr(resource, f"allow_{permission}"), 3)
-            for permission in ("read", "create", "update", "delete")
+            permission: fitted(_fit(resource, f"allow_{permission}", _ASKED), 3)
+            for permission in PERMISSIONS
         }
         if "connect" in self.handlers:
             _finish_connect(self)
@@ -229,6 +230,11 @@ def _check(resource: Any) -> None:
     hooks = [name for name in dir(Resource) if name.startswith(("allow_", "present_"))]
     for name in (*VERBS, *hooks):
         found = inspect.getattr_static(resource, name, None)
+        if found is None and name not in hooks:
+            continue
+        if not callable(getattr(resource, name)):
+            message = f"{resource.__name__}.{name}: expected a function, got {found!r}"
+            raise RegistrationError(message)
         if inspect.isfunction(found):
             message = (
                 f"{resource.__name__}.{name} must be static: "
@@ -264,13 +270,9 @@ def _words(resource: type[Resource], name: str, known: frozenset[W]) -> frozense
 
 def _handler(resource: type[Resource], verb: str) -> Handler:
     """The verb as a function of (target, data, context), whatever it takes."""
-    function = getattr(resource, verb)
     takes = _TAKES.get(verb, ("target", "data", "context"))
+    function = _fit(resource, verb, takes)
     count = positional(function, len(takes))
-    if required(function) > len(takes):
-        given = ", ".join(takes)
-        message = f"{resource.__name__}.{verb} takes too many parameters: it is given ({given})"
-        raise RegistrationError(message)
     if len(takes) == 2:
         return lambda target, _, context: function(*(target, context)[:count])
     return lambda target, data, context: function(*(target, data, context)[:count])
@@ -286,6 +288,18 @@ def _finish_connect(entry: Entry) -> None:
         raise RegistrationError(message)
     contract = entry.contracts["connect"]
     entry.contracts["connect"] = msgspec.structs.replace(contract, response=EventStream)
+
+
+def _fit(resource: type[Resource], name: str, takes: tuple[str, ...]) -> Callable[..., Any]:
+    """The function of that name. Raises if it needs more than it is given, by position."""
+    function: Callable[..., Any] = getattr(resource, name)
+    parameters = inspect.signature(function).parameters.values()
+    named = any(one.kind is one.KEYWORD_ONLY and one.default is one.empty for one in parameters)
+    if named or required(function) > len(takes):
+        asks = f"{resource.__name__}.{name} takes what it is not given"
+        message = f"{asks}: it is given ({', '.join(takes)}), by position"
+        raise RegistrationError(message)
+    return function
 
 
 def _gives_plain(resource: type[Resource], verb: str) -> bool:

@@ -287,7 +287,7 @@ def plain() -> dict[str, str]:
         ({"connect": one}, "It.connect must be static: write @staticmethod on the line above"),
         (
             {"connect": staticmethod(missing)},
-            "It.connect takes too many parameters: it is given (target, incoming, context)",
+            "takes what it is not given: it is given (target, incoming, context), by position",
         ),
         (
             {"connect": staticmethod(plain)},

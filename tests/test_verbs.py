@@ -73,3 +73,83 @@ def test_another_word_than_a_permission_is_refused_when_mounted(public: Any, tol
     expected = "Verbs.public: expected a set of create, delete, read, update, "
     assert str(refusal.value).startswith(expected)
     assert told in str(refusal.value)
+
+
+# --- what is a verb
+
+
+@pytest.mark.parametrize("verb", ["get", "post", "put", "patch", "delete", "query"])
+async def test_none_takes_an_inherited_verb_away(verb: str) -> None:
+    """`post = None` is as if it had never been defined: 405, and not in `Allow`."""
+    methods = {"GET", "HEAD"} if verb == "get" else {verb.upper()}
+
+    async with running(resources={"it": all_verbs(**{verb: None})}) as server:
+        found = {method: (await ask(server, method, "/it")).status for method in METHODS}
+        allowed = (await ask(server, "OPTIONS", "/it")).headers["Allow"].split(", ")
+
+    assert {method: 405 if method in methods else 200 for method in METHODS} == found
+    assert {*METHODS, "OPTIONS"} - methods == set(allowed)
+
+
+def takes_a_name(*, target: Any) -> str:
+    """Takes its parameter by name only."""
+    return str(target)
+
+
+def takes_four(one: Any, two: Any, three: Any, four: Any) -> str:
+    """Takes more than anything is given."""
+    return str((one, two, three, four))
+
+
+NO_VERBS: dict[str, tuple[str, Any, str]] = {
+    "a number": ("get", 5, ": expected a function, got 5"),
+    "a word": ("post", "create", ": expected a function, got 'create'"),
+    "by name": (
+        "get",
+        staticmethod(takes_a_name),
+        " takes what it is not given: it is given (target, context), by position",
+    ),
+    "a verb with a body by name": (
+        "query",
+        staticmethod(takes_a_name),
+        " takes what it is not given: it is given (target, data, context), by position",
+    ),
+    "too many": (
+        "put",
+        staticmethod(takes_four),
+        " takes what it is not given: it is given (target, data, context), by position",
+    ),
+    "a hook that is none": ("allow_read", None, ": expected a function, got None"),
+    "a hook by name": (
+        "allow_update",
+        staticmethod(takes_a_name),
+        " takes what it is not given: it is given (user, target, context), by position",
+    ),
+    "a hook that takes too many": (
+        "allow_delete",
+        staticmethod(takes_four),
+        " takes what it is not given: it is given (user, target, context), by position",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "value", "told"), NO_VERBS.values(), ids=NO_VERBS)
+def test_what_could_never_be_called_is_refused_when_mounted(
+    name: str, value: Any, told: str
+) -> None:
+    """A verb or a hook that would fail at every call is found before the first."""
+    with pytest.raises(RegistrationError) as refusal:
+        Resources().set("it", type("Odd", (Resource,), {name: value}))
+
+    assert f"Odd.{name}{told}" == str(refusal.value)
+
+
+async def test_parameters_with_a_value_of_their_own_keep_it() -> None:
+    """What a verb takes beyond its arguments, by place or by name, is its own affair."""
+
+    def get(target: Any, context: Any, extra: int = 4, *, more: int = 5) -> list[int]:
+        del target, context
+        return [extra, more]
+
+    async with running(resources={"it": all_verbs(get=staticmethod(get))}) as server:
+        assert [4, 5] == (await ask(server, "GET", "/it")).json
