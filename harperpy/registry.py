@@ -144,6 +144,9 @@ class Resources:
         if path in _RESERVED:
             message = f"{path!r} cannot be mounted: the server itself answers there"
             raise RegistrationError(message)
+        if {*path} & {*"%?#"}:
+            message = f"{path!r} cannot be mounted: write it decoded, without '%', '?' and '#'"
+            raise RegistrationError(message)
         _check(resource)
         entry = Entry(path, resource, owner)
         place, key = self._place(entry)
