@@ -178,6 +178,11 @@ class Context(Caller):
             self._transaction.of_handler = self._handled
         return self._transaction
 
+    @property
+    def in_block(self) -> bool:
+        """Whether an `async with context.transaction()` block is open."""
+        return self._transaction is not None and self._transaction.in_block
+
     async def settle(self, work: Awaitable[T]) -> T:
         """Await the handler's work; commit what it wrote when it returns, undo it when it raises.
 

@@ -11,7 +11,7 @@ import msgspec
 from .backend import positional, required
 from .content import EventStream, Response
 from .context import Context
-from .errors import NotFound, RegistrationError
+from .errors import NotFound, RegistrationError, TransactionError
 from .framing import log_error
 from .negotiation import ContentTypes
 from .patterns import decoded_segment
@@ -164,7 +164,8 @@ class PluginServer:
 
         It returns what `await call_next(context)` gives, with another status or more headers if it
         likes, or answers by itself: with a `Response`, or by raising. A refusal of what stands
-        after it is an answer like any other. `call_next` may be called once. Headers that every
+        after it is an answer like any other. `call_next` may be called once, and in no
+        transaction's block. Headers that every
         answer is to have, even one whose head goes out while its stream is silent, are set in
         `context.response_headers` before.
 
@@ -330,6 +331,12 @@ class _Turn:
             how = "a second time" if self._asked else "with a context that is not its own"
             message = f"middleware {self._name!r} called call_next {how}"
             raise RuntimeError(message)
+        if context.in_block:
+            message = (
+                f"middleware {self._name!r} called call_next in a transaction's block, but what "
+                "the handler writes is kept or undone by itself: end the block before"
+            )
+            raise TransactionError(message)
         self._asked = True
         try:
             self._given = await self._following(self._way)

@@ -59,6 +59,11 @@ class Transaction:
         self._failed: str | None = None
         self.of_handler = False
 
+    @property
+    def in_block(self) -> bool:
+        """Whether an `async with` block is open."""
+        return bool(self._blocks)
+
     async def execute(self, statement: sa.Executable, parameters: Parameters = None) -> Rows:
         """Run a statement on tables of your own: the rows it returns, by column.
 

@@ -6,7 +6,7 @@ import json
 import re
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +22,9 @@ from harperpy import (
     Context,
     EventStream,
     HarperError,
+    Middleware,
+    Next,
+    Reply,
     RequestTarget,
     Resource,
     Response,
@@ -295,6 +298,88 @@ async def test_an_operation_is_in_a_transaction_too() -> None:
         await server.operate("works")
         assert ["kept", "kept"] == await texts(server)
         assert ["ops", "ops"] == [row["source"] for row in await audited(server)]
+
+
+# --- around the handler ---
+
+
+async def writes_before(context: Context, call_next: Next) -> Reply:
+    """At once."""
+    await write("before")
+    return await call_next(context)
+
+
+async def writes_after(context: Context, call_next: Next) -> Reply:
+    """When the handler has ended."""
+    reply = await call_next(context)
+    await write("after")
+    return reply
+
+
+async def writes_in_blocks(context: Context, call_next: Next) -> Reply:
+    """In a block on each side, one of which raises."""
+    with suppress(ClientError):
+        async with context.transaction():
+            await write("lost")
+            refuse()
+    reply = await call_next(context)
+    async with context.transaction():
+        await write("after")
+    return reply
+
+
+async def writes_and_refuses(context: Context, call_next: Next) -> Reply:
+    """And the handler is not even called."""
+    del context, call_next
+    await write("before")
+    refuse()
+
+
+AROUND: dict[str, tuple[Middleware, int, list[str], int, list[str]]] = {
+    "before": (writes_before, 200, ["before", "kept"], 500, ["before"]),
+    "after": (writes_after, 200, ["kept", "after"], 500, ["after"]),
+    "in blocks": (writes_in_blocks, 200, ["kept", "after"], 500, ["after"]),
+    "and refuses": (writes_and_refuses, 400, ["before"], 400, ["before"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "status", "kept", "failed", "left"), AROUND.values(), ids=AROUND
+)
+async def test_what_a_middleware_writes_is_its_own(
+    function: Middleware, status: int, kept: list[str], failed: int, left: list[str]
+) -> None:
+    """It is kept at once or at its block's end, whatever becomes of the handler's writes."""
+
+    def also(scope: Scope) -> None:
+        scope.server.http(function)
+
+    async with serving(returns, also=also) as server:
+        assert (status, kept) == ((await post(server)).status, await texts(server))
+    async with serving(raises, also=also) as server:
+        assert (failed, left) == ((await post(server)).status, await texts(server))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["after a write", "nothing written"])
+async def test_no_block_may_be_open_around_the_handler(
+    caplog: pytest.LogCaptureFixture, *, first: bool
+) -> None:
+    """The handler's writes could be neither kept nor undone with it: 500, and nothing is kept."""
+
+    async def around(context: Context, call_next: Next) -> Reply:
+        async with context.transaction():
+            if first:
+                await write("before")
+            return await call_next(context)
+
+    def also(scope: Scope) -> None:
+        scope.server.http(around, name="around")
+
+    async with serving(returns, also=also) as server:
+        assert 500 == (await post(server)).status
+        assert [] == await texts(server)
+
+    assert "middleware 'around' called call_next in a transaction's block" in caplog.text
 
 
 # --- lazy, joined, one commit ---
