@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qs, quote
 
 from multidict import CIMultiDict
 
 from .accounting import Caller, current_caller
 from .auth import User
+from .background import Background
 from .errors import HarperError
 from .negotiation import ContentTypes
 from .preconditions import check_version
@@ -18,7 +19,8 @@ from .signal import AbortController, AbortSignal
 from .transactions import Transaction
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    import asyncio
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping
 
     from .models import Models
 
@@ -60,6 +62,7 @@ class Context(Caller):
     """The refused credential, where the class says `settles_credentials`."""
 
     __slots__ = (
+        "_background",
         "_begin",
         "_controller",
         "_handled",
@@ -87,6 +90,7 @@ class Context(Caller):
         begin: Callable[[Caller], Transaction] | None = None,
         source: str = "rest",
         types: ContentTypes | None = None,
+        background: Background | None = None,
     ) -> None:
         self._controller = AbortController()
         signal = self._controller.signal
@@ -103,6 +107,7 @@ class Context(Caller):
         self.accept = request.headers.get("accept")
         self.types = types or ContentTypes()
         self._begin = begin
+        self._background = background
         self._handled = False
         self._transaction: Transaction | None = None
 
@@ -167,6 +172,30 @@ class Context(Caller):
         between: under the transaction's lock.
         """
         check_version(self.headers, etag)
+
+    def detach(self, work: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
+        """Let `work` go on whatever becomes of this request, on behalf of the same user.
+
+        It has a context of its own, whose signal the client's leaving does not fire and whose
+        transaction is its own. A failure is logged. A server that stops waits for it for a moment,
+        and then cancels it. What it needs of the request's body is to be read before.
+        """
+        if self._background is None:
+            work.close()
+            message = "this context has no server to go on in"
+            raise LookupError(message)
+        own = Context(
+            self.request,
+            self.models,
+            self.user,
+            stopping=self.stopping,
+            begin=self._begin,
+            source=self.source,
+            types=self.types,
+            background=self._background,
+        )
+        own.app = self.app
+        return self._background.start(work, own, own.abort, name)
 
     def transaction(self) -> Transaction:
         """The request's transaction, to use as it is or in an `async with` block."""

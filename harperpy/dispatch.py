@@ -11,6 +11,7 @@ from multidict import CIMultiDict
 
 from .accounting import Caller, current_caller
 from .auth import Authenticators, User, Verb
+from .background import Background
 from .caching import keep_private, stamp, vary
 from .content import EventStream, Response, ResponseError
 from .context import Context
@@ -74,6 +75,7 @@ class Dispatch:
         authorize_local: bool = False,
         local_user: Callable[[], Awaitable[User | None]],
         begin: Callable[[Caller], Transaction],
+        background: Background,
         source: str = "rest",
         types: ContentTypes,
     ) -> None:
@@ -92,6 +94,7 @@ class Dispatch:
         self._local_user = local_user
         self._begin = begin
         self._source = source
+        self._background = background
 
     def open(self, request: Request) -> Context:
         """The context of a request, current from now on in the running task."""
@@ -102,6 +105,7 @@ class Dispatch:
             begin=self._begin,
             source=self._source,
             types=self.types,
+            background=self._background,
         )
         current_caller.set(context)
         return context

@@ -15,6 +15,7 @@ from aiohttp import web
 
 from .accounting import Ledger, current_caller
 from .auth import Authenticators, User
+from .background import Background
 from .config import Config
 from .context import Context
 from .cors import Cors
@@ -41,6 +42,7 @@ from .wire import Wire
 SOCKET_NAME = "operations.sock"
 
 _DRAIN_SECONDS = 10.0
+_DETACHED_SECONDS = 5.0
 # When another process takes over the ports: for running requests, and for a first one to come.
 _HAND_OVER_SECONDS = 0.5
 _FIRST_REQUEST_SECONDS = 0.25
@@ -89,6 +91,7 @@ class Server:
         self._environ = os.environ if environ is None else environ
         self._lock: TextIO | None = None
         self._runners: list[web.ServerRunner] = []
+        self._background = Background()
         self._wires: list[Wire] = []
 
     async def start(self) -> None:
@@ -144,6 +147,7 @@ class Server:
             await asyncio.gather(*(_hurry(server) for server in servers if server is not None))
         await asyncio.gather(*(runner.cleanup() for runner in self._runners))
         self._runners.clear()
+        await self._background.close(_HAND_OVER_SECONDS if hand_over else _DETACHED_SECONDS)
         if hasattr(self, "loader"):
             await self.loader.close()
             await self.core.models.close()
@@ -157,8 +161,14 @@ class Server:
         """Run an operation as the local super user."""
         request = Request("POST", "/", headers={}, trusted=True)
         begin = partial(Transaction, self.core.database)
-        user = await self.local_user()
-        context = Context(request, self.core.models, user, begin=begin, source="ops")
+        context = Context(
+            request,
+            self.core.models,
+            await self.local_user(),
+            begin=begin,
+            source="ops",
+            background=self._background,
+        )
         before = current_caller.set(context)
         try:
             return await context.settle(self.core.operations.call(body, context))
@@ -295,6 +305,7 @@ class Server:
             begin=partial(Transaction, core.database),
             source="rest" if port == "rest" else "ops",
             types=core.content_types,
+            background=self._background,
         )
         return Wire(dispatch, self.config.http, trusted=trusted)
 

@@ -50,6 +50,7 @@ ORDER = (
     "people",
     "tokens",
     "preconditions",
+    "background",
     "context",
     "caching",
     "replay",
