@@ -25,10 +25,10 @@ _PARAMETER = re.compile(r"^(?::(\w+)|\*(\w*))$")
 _NAME = re.compile(r"\{\w+\}")
 _DECIMAL = {"type": "string", "format": "decimal"}
 _NUMBER = r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$"
-DESCRIBED = {
-    method: verb for method, verb in METHOD_VERBS.items() if method not in ("HEAD", "QUERY")
-}
-"""The methods that OpenAPI 3.1 has a place for; HEAD goes without saying."""
+DESCRIBED = {method: verb for method, verb in METHOD_VERBS.items() if method != "HEAD"}
+"""The methods to describe; HEAD goes without saying."""
+_MORE = "x-oai-additionalOperations"
+"""Where OpenAPI's registry of extensions puts QUERY, as 3.1 itself has no place for it."""
 
 Shown = tuple[Entry, tuple[str, ...]]
 
@@ -45,9 +45,11 @@ def document(shown: Iterable[Shown], *, title: str, version: str) -> dict[str, A
             if (shape := _NAME.sub("{}", path)) in shapes:
                 continue
             shapes.add(shape)
-            paths[path] = {
-                method.lower(): _operation(entry, method, path, schemas) for method in methods
-            }
+            told = {method: _operation(entry, method, path, schemas) for method in methods}
+            more = {method: told.pop(method) for method in methods if method == "QUERY"}
+            paths[path] = {method.lower(): operation for method, operation in told.items()}
+            if more:
+                paths[path][_MORE] = more
             if parameters:
                 paths[path]["parameters"] = parameters
     tags = [_tag(entry.resource) for entry, _ in shown]
@@ -203,7 +205,7 @@ def _operation(entry: Entry, method: str, path: str, schemas: _Schemas) -> dict[
         content = {"application/json": {"schema": schemas.of(contract.body)}}
         required = NoneType not in get_args(contract.body)
         operation["requestBody"] = {"required": required, "content": content}
-    elif method in ("POST", "PUT", "PATCH"):
+    elif method in ("POST", "PUT", "PATCH", "QUERY"):
         operation["requestBody"] = {"content": {"application/json": {"schema": {}}}}
     return operation
 

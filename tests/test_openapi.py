@@ -32,6 +32,7 @@ from harperpy import (
 from harperpy.testing import ECHO, RunningServer, running
 from helpers import ask
 
+MORE = "x-oai-additionalOperations"
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 SCHEMATHESIS = Path(sys.executable).parent / "schemathesis"
 # TRACE is answered 501, as any method that nobody here knows; the tool wants 405 from all.
@@ -107,7 +108,7 @@ class Notes(Resource):
 
     @staticmethod
     def query(target: RequestTarget, data: Search) -> list[Note]:
-        """OpenAPI 3.1 has no place for it."""
+        """Search notes."""
         return []
 
 
@@ -224,8 +225,11 @@ async def document(server: RunningServer, key: str | None = None) -> dict[str, A
 
 
 def operations(described: dict[str, Any]) -> dict[str, set[str]]:
-    """The methods by path."""
-    return {path: set(item) - {"parameters"} for path, item in described["paths"].items()}
+    """The methods by path, the one for which OpenAPI 3.1 has no place of its own too."""
+    return {
+        path: set(item) - {"parameters", MORE} | {name.lower() for name in item.get(MORE, {})}
+        for path, item in described["paths"].items()
+    }
 
 
 ANYONE = {"/board": {"get"}, "/feed": {"get", "post"}}
@@ -236,7 +240,7 @@ GATEWAY = {
     "/v1/models/{id}": {"get"},
 }
 ASKED = {"/by/path": {"get"}}
-EVERYTHING = {"get", "post", "put", "delete"}
+EVERYTHING = {"get", "post", "put", "delete", "query"}
 ALL = {
     **ANYONE,
     **GATEWAY,
@@ -258,7 +262,7 @@ async def test_each_caller_is_told_what_they_may_use(described: RunningServer) -
         assert ANYONE == operations(await document(described, ""))
         assert ALL == operations(await document(described))
         assert {**ANYONE, **GATEWAY, **ASKED} == operations(await document(described, model_user))
-        notes = {"/notes": {"get"}, "/notes/{id}": {"get"}}
+        notes = {"/notes": {"get", "query"}, "/notes/{id}": {"get", "query"}}
         assert {**ANYONE, **ASKED, **notes} == operations(await document(described, reader))
 
 
@@ -308,14 +312,29 @@ async def test_an_operation_is_told_by_its_contract_and_docstrings(
     assert [] == whole["paths"]["/board"]["get"]["security"]
 
 
+async def test_a_query_is_described_where_openapi_has_it_registered(
+    described: RunningServer,
+) -> None:
+    """With its body, its answers and a name of its own; 3.1 itself has no place for it."""
+    item = (await document(described))["paths"]["/notes"]
+    query = item[MORE]["QUERY"]
+    search = {"application/json": {"schema": {"$ref": "#/components/schemas/Search"}}}
+
+    assert {"QUERY"} == set(item[MORE])
+    assert ("Search notes.", "query_notes") == (query["summary"], query["operationId"])
+    assert {"required": True, "content": search} == query["requestBody"]
+    assert {"200", "400", "401", "403", "4XX", "5XX"} == set(query["responses"])
+    assert MORE not in (await document(described))["paths"]["/board"]
+
+
 async def test_every_operation_has_a_name_of_its_own(described: RunningServer) -> None:
     """Generators of clients name functions by it."""
     whole = await document(described)
     names = [
         told["operationId"]
         for item in whole["paths"].values()
-        for method, told in item.items()
-        if method != "parameters"
+        for method, told in (item | item.get(MORE, {})).items()
+        if method not in ("parameters", MORE)
     ]
 
     assert len(names) == len(set(names))
