@@ -216,7 +216,7 @@ class Database:
         """`work(connection)` in one transaction: committed on return, rolled back on raise.
 
         Raises `ServiceUnavailable` while the file is locked by someone else or the disk is full,
-        and `TransactionError` in a request whose own transaction this would wait for.
+        `Conflict` for a key that is there already, and `TransactionError` in a request whose own transaction this would wait for.
         """
         caller = current_caller.get()
         if caller is not None and caller.writing:
@@ -251,7 +251,7 @@ class Database:
         try:
             with self._engine.begin() as connection:
                 return work(connection)
-        except exc.OperationalError as error:
+        except exc.DBAPIError as error:
             if (refusal := plain_refusal(error)) is not None:
                 raise refusal from error
             raise

@@ -110,8 +110,6 @@ class Scope:
     """Its block of config.yaml, without `path`, `package` and `timeout`."""
     secrets: Secrets
     """The environment's: `secrets.get("NAME")`."""
-    config: Config
-    """All of config.yaml."""
     directory: Path
     """The project's folder."""
     root: Path

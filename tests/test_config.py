@@ -235,8 +235,9 @@ models:
             "http: {quux: 1}",
             (
                 "http.quux: unknown key; the known keys are "
-                "compressionThreshold, cors, corsAccessList, headersTimeout, host, keepAliveTimeout, "
-                "maxBodySize, maxConcurrentRequests, maxHeaderSize, port, requestQueueLimit, timeout, workers"
+                "compressionThreshold, cors, corsAccessList, headersTimeout, host, "
+                "keepAliveTimeout, maxBodySize, maxConcurrentRequests, maxHeaderSize, port, "
+                "requestQueueLimit, timeout, workers"
             ),
         ),
         (
