@@ -123,11 +123,15 @@ Subscriber: TypeAlias = Callable[[ModelCall], None]
 
 
 class Ledger:
-    """Hands each finished `ModelCall` to its subscribers, and numbers them in order of time."""
+    """Hands each finished `ModelCall` to its subscribers, and numbers them in order of time.
 
-    def __init__(self) -> None:
+    `index` and `of`: which of how many ledgers of one database this is.
+    """
+
+    def __init__(self, index: int = 0, of: int = 1) -> None:
         self._subscribers: list[Subscriber] = []
         self._last_id = 0
+        self._index, self._of = index, of
 
     def subscribe(self, subscriber: Subscriber) -> None:
         """Call `subscriber` with every finished call; it must not block and must not raise."""
@@ -139,6 +143,10 @@ class Ledger:
             subscriber(call)
 
     def next_id(self) -> int:
-        """Microseconds since 1970, and always above the last: a key that sorts by time."""
-        self._last_id = max(self._last_id + 1, time.time_ns() // 1000)
+        """Microseconds since 1970, always above the last, and no other ledger's: it sorts by time.
+
+        A number's remainder says whose it is.
+        """
+        least = max(self._last_id + 1, time.time_ns() // 1000)
+        self._last_id = least + (self._index - least) % self._of
         return self._last_id

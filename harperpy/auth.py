@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from .epoch import Epoch
 from .errors import InvalidCredentials
 
 Verb: TypeAlias = Literal["read", "create", "update", "delete"]
@@ -132,16 +133,16 @@ class Authenticators:
     """The authenticators in order; the first that vouches wins.
 
     What was verified is remembered for `ttl` seconds under a keyed hash of the whole header.
-    `revoke()` forgets all at once: call it after any change of users, roles, keys or tokens.
-    Failures are never remembered.
+    `revoke()` forgets all at once, in each process that shares the `epoch`: call it after any
+    change of users, roles, keys or tokens. Failures are never remembered.
     """
 
-    def __init__(self, ttl: float = 30.0) -> None:
+    def __init__(self, ttl: float = 30.0, epoch: Epoch | None = None) -> None:
         self._ttl = ttl
         self._list: list[Authenticator] = []
-        self._epoch = 0
+        self._epoch = epoch or Epoch()
         self._secret = os.urandom(32)
-        self._cache: dict[bytes, tuple[int, float, User]] = {}
+        self._cache: dict[bytes, tuple[bytes, float, User]] = {}
 
     def append(self, authenticator: Authenticator) -> None:
         """Ask this one too, after those that are there."""
@@ -149,16 +150,16 @@ class Authenticators:
 
     def revoke(self) -> None:
         """Let no cached verification count any more, those still under way included."""
-        self._epoch += 1
+        self._epoch.move()
         self._cache.clear()
 
     async def identify(self, header: str) -> User:
         """The user behind an `Authorization` header. Raises `InvalidCredentials`."""
         sent = header.encode(errors="surrogateescape")
         key = hashlib.blake2b(sent, key=self._secret, digest_size=32).digest()
-        if (known := self._cache.get(key)) and known[0] == self._epoch and known[1] > time.time():
+        epoch = self._epoch.now()
+        if (known := self._cache.get(key)) and known[0] == epoch and known[1] > time.time():
             return known[2]
-        epoch = self._epoch
         verified = await self._ask(read_credential(header))
         expires = time.time() + self._ttl
         if verified.expires is not None:

@@ -30,6 +30,7 @@ ORDER = (
     "negotiation",
     "request",
     "patterns",
+    "epoch",
     "auth",
     "parts",
     "messages",
