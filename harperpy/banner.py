@@ -21,7 +21,7 @@ def banner(server: Server, version: str) -> str:
         "",
         f"  REST         {http_url(server)}",
         f"  OpenAI       {http_url(server)}/v1",
-        f"  Operations   {_url(network.host, server.operations_port)}",
+        f"  Operations   {local_url(network.host, server.operations_port)}",
         f"  Data         {server.root}",
         "",
         "Resources",
@@ -59,12 +59,19 @@ def _demo(models: Iterable[ModelInfo]) -> list[str]:
     ]
 
 
+def ready(url: str, workers: int = 1) -> str:
+    """The line after which connections are taken."""
+    by = f" with {workers} workers" if workers > 1 else ""
+    return f"\nReady on {url}{by} (Ctrl-C stops)"
+
+
 def http_url(server: Server) -> str:
     """Where the REST port is reached from this machine."""
-    return _url(server.config.http.host, server.http_port)
+    return local_url(server.config.http.host, server.http_port)
 
 
-def _url(host: str | None, port: int) -> str:
+def local_url(host: str | None, port: int) -> str:
+    """Where a port is reached from this machine."""
     if host in (None, "localhost", "0.0.0.0", "::"):  # noqa: S104  # 'any' includes this machine
         host = "localhost"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -23,6 +23,7 @@ from .serving import Inherited, Serving, serve
 from .spelling import nearest
 from .target import Target, config_of, import_from, run_to_end, told
 from .words import parameters
+from .workers import Workers
 
 T = TypeVar("T")
 
@@ -84,7 +85,7 @@ def dev(
     """
     what = Serving(directory, root, dev=True, offline=offline, version=_version())
     if no_reload or inherited:
-        _serve(what, msgspec.json.decode(inherited, type=Inherited) if inherited else None)
+        _serve(what, inherited)
         return
     given = [str(directory), *(["--root", str(root)] if root else [])]
     parent = Parent(what, [*given, *(["--offline"] if offline else [])])
@@ -95,12 +96,19 @@ def dev(
 @_DIRECTORY
 @_ROOT
 @_OFFLINE
-def run(directory: Path, root: Path | None, *, offline: bool) -> None:
-    """Serve DIR on all interfaces.
+@click.option("--inherited", hidden=True)
+def run(directory: Path, root: Path | None, *, offline: bool, inherited: str | None) -> None:
+    """Serve DIR on all interfaces, in as many processes as http.workers of config.yaml says.
 
     The first start needs HDB_ADMIN_USERNAME and HDB_ADMIN_PASSWORD in the environment.
     """
-    _serve(Serving(directory, root, dev=False, offline=offline, version=_version()))
+    what = Serving(directory, root, dev=False, offline=offline, version=_version())
+    config = None if inherited else told(what.config)
+    if config is None or config.http.workers == 1:
+        _serve(what, inherited)
+        return
+    workers = Workers(what, config)
+    sys.exit(told(lambda: asyncio.run(workers.run())))
 
 
 _TEMPLATES = "\n".join(f"{name:<10}{about}" for name, about in TEMPLATES.items())
@@ -287,9 +295,10 @@ def _operation(name: str) -> click.Command:
     return command
 
 
-def _serve(what: Serving, inherited: Inherited | None = None) -> None:
+def _serve(what: Serving, inherited: str | None) -> None:
+    given = msgspec.json.decode(inherited, type=Inherited) if inherited else None
     import_from(what.directory)
-    told(lambda: run_to_end(serve(what, inherited)))
+    told(lambda: run_to_end(serve(what, given)))
 
 
 async def _check(directory: Path) -> Health:

@@ -216,7 +216,8 @@ class Database:
         """`work(connection)` in one transaction: committed on return, rolled back on raise.
 
         Raises `ServiceUnavailable` while the file is locked by someone else or the disk is full,
-        `Conflict` for a key that is there already, and `TransactionError` in a request whose own transaction this would wait for.
+        `Conflict` for a key that is there already, and `TransactionError` in a request whose own
+        transaction this would wait for.
         """
         caller = current_caller.get()
         if caller is not None and caller.writing:

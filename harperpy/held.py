@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import socket
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,12 +14,16 @@ from typing import Any, TextIO
 import msgspec
 
 from .config import Config
+from .epoch import Epoch
 from .errors import ConfigError
 
 _DEV_HOSTS = ("127.0.0.1", "::1")
 _RUN_HOSTS = ("0.0.0.0", "::")  # noqa: S104  # 'run' serves all interfaces, by contract
 _NO_SUCH_FAMILY = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}
 BACKLOG = 1024
+SOCKET_NAME = "operations.sock"
+LOCAL = "local"
+"""What the socket of that name is called among those of the ports."""
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -80,12 +85,30 @@ def lock_root(root: Path) -> TextIO:
     return lock
 
 
+class Worker(msgspec.Struct, frozen=True):
+    """Which of how many processes on the same ports; `memory` is the file of their epoch."""
+
+    index: int = 0
+    of: int = 1
+    memory: int = -1
+
+    def epoch(self) -> Epoch:
+        """The epoch of them all; the slot after the last worker's is their parent's."""
+        return Epoch() if self.memory < 0 else Epoch(self.of + 1, self.index, self.memory)
+
+
 class Held:
     """The lock and the listening sockets that a parent keeps while its children come and go."""
 
-    def __init__(self, lock: TextIO, sockets: Mapping[str, list[socket.socket]]) -> None:
+    def __init__(
+        self,
+        lock: TextIO,
+        sockets: Mapping[str, list[socket.socket]],
+        worker: Worker = Worker(),  # noqa: B008  # frozen
+    ) -> None:
         self.lock = lock
         self.sockets = dict(sockets)
+        self.worker = worker
 
     @property
     def numbers(self) -> dict[str, list[int]]:
@@ -134,9 +157,27 @@ class Holder:
         return self._held
 
 
-def inherit(numbers: Mapping[str, list[int]]) -> Held:
+def hold(root: Path, wanted: Mapping[str, Place], count: int) -> list[Held]:
+    """The lock, and what each of so many workers listens on. Raises `ConfigError`."""
+    held = [Held(lock, {}) for lock in [lock_root(root)] * count]
+    try:
+        for name, place in wanted.items():
+            for one, sockets in zip(held, listen_apart(place, count), strict=True):
+                one.sockets[name] = sockets
+        local = local_socket(root)
+    except ConfigError:
+        for one in held:
+            one.close()
+        raise
+    for one in held:
+        one.sockets[LOCAL] = [local]
+    return held
+
+
+def inherit(numbers: Mapping[str, list[int]], worker: Worker) -> Held:
     """What a parent holds, in its child; the child's own children get none of it."""
-    for number in (number for many in numbers.values() for number in many):
+    memory = [worker.memory] if worker.memory >= 0 else []
+    for number in (*memory, *(number for many in numbers.values() for number in many)):
         os.set_inheritable(number, False)  # noqa: FBT003  # takes no keyword
     (lock,) = numbers["lock"]
     sockets = {
@@ -144,7 +185,7 @@ def inherit(numbers: Mapping[str, list[int]]) -> Held:
         for name, many in numbers.items()
         if name != "lock"
     }
-    return Held(os.fdopen(lock, "a+", encoding="utf-8"), sockets)
+    return Held(os.fdopen(lock, "a+", encoding="utf-8"), sockets, worker)
 
 
 def listen(place: Place) -> list[socket.socket]:
@@ -153,7 +194,7 @@ def listen(place: Place) -> list[socket.socket]:
     port = place.port
     for host in place.hosts:
         try:
-            made.append(_listening(host, port))
+            made.append(_listening(*_address(host, port)))
         except OSError as error:
             if no_such_family(error) and host != place.hosts[0]:
                 continue
@@ -163,11 +204,49 @@ def listen(place: Place) -> list[socket.socket]:
     return made
 
 
-def _listening(host: str, port: int) -> socket.socket:
-    kind, (family, *_, address) = socket.SOCK_STREAM, _address(host, port)
-    one = socket.socket(family, kind)
+def listen_apart(place: Place, count: int) -> list[list[socket.socket]]:
+    """As `listen`, for each of so many processes; a connection comes to one of them."""
+    first = listen(place)
+    if sys.platform != "linux":
+        # SO_REUSEPORT spreads nothing there: they take from one queue.
+        return [first] * count
+    apart = [first, *([] for _ in range(1, count))]
     try:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for one, twins in ((one, twins) for twins in apart[1:] for one in first):
+            # Not before it was bound alone: who has the port already may have this set too.
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            twins.append(_listening(one.family, one.getsockname(), socket.SO_REUSEPORT))
+    except OSError as error:
+        _close(apart)
+        raise port_taken(error, place.hosts[0], place.port, place.key) from error
+    return apart
+
+
+def local_socket(root: Path) -> socket.socket:
+    """The socket for who works on this machine in the owner's name. Raises `ConfigError`."""
+    path = root / SOCKET_NAME
+    path.unlink(missing_ok=True)
+    one = socket.socket(socket.AF_UNIX)
+    # Nobody else may connect, from the moment it exists.
+    before = os.umask(0o177)
+    try:
+        one.bind(str(path))
+        one.listen(BACKLOG)
+    except OSError as error:
+        one.close()
+        message = f"cannot listen on {path}: {error}"
+        raise ConfigError(message) from error
+    finally:
+        os.umask(before)
+    one.settimeout(0)
+    return one
+
+
+def _listening(family: int, address: Any, *options: int) -> socket.socket:
+    one = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        for option in (socket.SO_REUSEADDR, *options):
+            one.setsockopt(socket.SOL_SOCKET, option, 1)
         if family == socket.AF_INET6:
             one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         one.bind(address)
@@ -179,8 +258,10 @@ def _listening(host: str, port: int) -> socket.socket:
     return one
 
 
-def _address(host: str, port: int) -> Any:
-    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+def _address(host: str, port: int) -> tuple[int, Any]:
+    kind, passive = socket.SOCK_STREAM, socket.AI_PASSIVE
+    family, *_, address = socket.getaddrinfo(host, port, type=kind, flags=passive)[0]
+    return family, address
 
 
 def _close(sockets: Iterable[list[socket.socket]]) -> None:

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import signal
-import socket
-import sys
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 
+from .child import Child, start
 from .config import Config
 from .errors import ConfigError
 from .held import Held, Holder, data_root, places
-from .serving import CONFIG, HAND_OVER, READY, RESTART, STOPS, TAKEN, Inherited, Serving
+from .serving import STOPS, Serving
 
 _LOOK_SECONDS = 0.3
 _SETTLED_SECONDS = 0.05
-# A server that is still there so long after it was asked to hand over hangs.
-_HANG_SECONDS = 3.0
-_COMMAND = "from harperpy.cli import main; main(prog_name='harperpy')"
 _NO_PROJECT = {"__pycache__", "node_modules", "site-packages"}
 
 Files = dict[Path, tuple[int, int, int]]
@@ -62,71 +55,6 @@ def _note(file: Path, found: Files) -> None:
 def differing(before: Files, after: Files) -> list[Path]:
     """The files that changed, came or went."""
     return sorted(path for path in {*before, *after} if before.get(path) != after.get(path))
-
-
-class Child:
-    """One server process, and the line to it."""
-
-    def __init__(self, process: asyncio.subprocess.Process, line: socket.socket) -> None:
-        self._process = process
-        self._line = line
-        self.ended = asyncio.ensure_future(process.wait())
-        self.ready: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self.told = False
-        self.wants_restart = False
-        self._answer: asyncio.Future[bool] | None = None
-        self._hearing = asyncio.ensure_future(self._hear())
-
-    async def takes_over(self) -> bool:
-        """Whether it uses the changed config.yaml as it is, without a new start."""
-        self._answer = asyncio.get_running_loop().create_future()
-        with contextlib.suppress(OSError):
-            self._line.send(CONFIG)
-        either = (self._answer, self.ended)
-        await asyncio.wait(either, timeout=_HANG_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        return self._answer.done() and self._answer.result()
-
-    async def hand_over(self) -> None:
-        """Have it answer whom it took, and end."""
-        try:
-            self._line.send(HAND_OVER)
-            await asyncio.wait_for(asyncio.shield(self.ended), _HANG_SECONDS)
-        except TimeoutError:
-            self._process.kill()
-        except OSError:
-            # It has just ended by itself.
-            pass
-        await self._gone()
-
-    async def stop(self) -> int:
-        """Have it end as by the signal; its exit code."""
-        if not self.ended.done():
-            with contextlib.suppress(ProcessLookupError):
-                self._process.terminate()
-        return await self._gone()
-
-    async def _hear(self) -> None:
-        try:
-            while word := await asyncio.get_running_loop().sock_recv(self._line, 1):
-                if word == READY:
-                    self.ready.set_result(True)
-                elif self._answer is not None and not self._answer.done():
-                    self._answer.set_result(word == TAKEN)
-                elif word == RESTART:
-                    self.wants_restart = True
-        except OSError:
-            # It has ended, and not by a word.
-            pass
-        finally:
-            if not self.ready.done():
-                self.ready.set_result(False)
-
-    async def _gone(self) -> int:
-        code = await self.ended
-        self._hearing.cancel()
-        await asyncio.wait((self._hearing,))
-        self._line.close()
-        return code if code >= 0 else 128 - code
 
 
 class Parent:
@@ -230,21 +158,7 @@ class Parent:
         self._child = None if self._stop.is_set() else await self._start()
 
     async def _start(self) -> Child:
-        ours, theirs = socket.socketpair()
-        ours.settimeout(0)
-        numbers = self._held.numbers
-        inherited = Inherited(theirs.fileno(), numbers, first=not self._was_ready)
-        given = ["--inherited", msgspec.json.encode(inherited).decode()]
-        command = [sys.executable, "-P", "-c", _COMMAND, "dev", *self._arguments, *given]
-        passed = [theirs.fileno(), *(one for many in numbers.values() for one in many)]
-        # Until the child has its handlers, a signal waits for them.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-        try:
-            process = await asyncio.create_subprocess_exec(*command, pass_fds=passed)
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-            theirs.close()
-        return Child(process, ours)
+        return await start(["dev", *self._arguments], self._held, first=not self._was_ready)
 
     def _hold(self, config: Config) -> Held:
         root = data_root(config, self._what.directory, self._what.root)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,21 @@ from .context import Context
 from .cors import Cors
 from .database import Database, read_secret
 from .dispatch import Dispatch
-from .errors import ConfigError
 from .health import Health
-from .held import BACKLOG, Held, Place, data_root, lock_root, no_such_family, places, port_taken
+from .held import (
+    BACKLOG,
+    LOCAL,
+    SOCKET_NAME,
+    Held,
+    Place,
+    Worker,
+    data_root,
+    local_socket,
+    lock_root,
+    no_such_family,
+    places,
+    port_taken,
+)
 from .loader import Loader
 from .middleware import Middlewares
 from .models import Models
@@ -38,8 +51,6 @@ from .throttle import Throttle
 from .tokens import Tokens
 from .transactions import Transaction
 from .wire import Wire
-
-SOCKET_NAME = "operations.sock"
 
 _DRAIN_SECONDS = 10.0
 _DETACHED_SECONDS = 5.0
@@ -80,6 +91,9 @@ class Server:
     ) -> None:
         self._offline = offline
         self._held = held
+        self._worker = held.worker if held else Worker()
+        # A parent of several keeps the socket for local operations too.
+        self._given = held.sockets.get(LOCAL, []) if held else []
         self._plugins = plugins or {}
         self.config = config
         self.directory = directory
@@ -100,7 +114,8 @@ class Server:
             await self._open()
             if self._held is None:
                 await self._listen()
-            await self._serve_socket(self._wire("operations", (), trusted=True))
+            if not self._given:
+                await self._serve_socket(local_socket(self.root))
             await self._apply()
             # After all that may fail: what is made up here is shown once, by who started it.
             await self._meet_the_first()
@@ -111,6 +126,8 @@ class Server:
         self.health.phase = "ready"
         if self._held is not None:
             await self._listen()
+        for one in self._given:
+            await self._serve_socket(one)
 
     async def open(self) -> None:
         """Start without ports, for the command line while no server runs."""
@@ -153,7 +170,8 @@ class Server:
             await self.core.models.close()
             await self.core.database.close()
         if self._lock is not None:
-            (self.root / SOCKET_NAME).unlink(missing_ok=True)
+            if not self._given:
+                (self.root / SOCKET_NAME).unlink(missing_ok=True)
             self._lock.close()
             self._lock = None
 
@@ -181,9 +199,6 @@ class Server:
         return user or User("operations.sock", SUPER_USER)
 
     async def _open(self) -> None:
-        if self.config.http.workers != 1:
-            message = "config.yaml: http.workers: expected 1, more do not exist yet"
-            raise ConfigError(message)
         self._lock = self._held.lock if self._held else lock_root(self.root)
         secret = read_secret(self.root)
         core = self._put_together(secret, int((self.root / "secret.key").stat().st_mtime))
@@ -209,7 +224,7 @@ class Server:
 
     def _put_together(self, secret: bytes, created: int) -> Core:
         authentication = self.config.authentication
-        authenticators = Authenticators(authentication.cache_seconds)
+        authenticators = Authenticators(authentication.cache_seconds, self._worker.epoch())
         url = self.config.database.url
         path = Path(url.removeprefix("sqlite:///")) if url else self.root / "system.db"
         fsync = self.config.accounting.durability == "fsync"
@@ -221,7 +236,7 @@ class Server:
             audited=self.config.logging.audit_log,
         )
         people = People(database, authenticators.revoke)
-        ledger = Ledger()
+        ledger = Ledger(self._worker.index, self._worker.of)
         self.routes = Routes(created)
         return Core(
             config=self.config,
@@ -340,19 +355,9 @@ class Server:
             port = runner.addresses[0][1]
         return port
 
-    async def _serve_socket(self, wire: Wire) -> None:
-        path = self.root / SOCKET_NAME
-        path.unlink(missing_ok=True)
-        runner = await self._runner(wire)
-        # Nobody else may connect, from the moment it exists.
-        before = os.umask(0o177)
-        try:
-            await web.UnixSite(runner, str(path)).start()
-        except OSError as error:
-            message = f"cannot listen on {path}: {error}"
-            raise ConfigError(message) from error
-        finally:
-            os.umask(before)
+    async def _serve_socket(self, one: socket.socket) -> None:
+        runner = await self._runner(self._wire("operations", (), trusted=True))
+        await web.SockSite(runner, one, backlog=BACKLOG).start()
 
 
 async def _hurry(server: web.Server) -> None:

@@ -16,10 +16,10 @@ import click
 import msgspec
 
 from .accounting import current_caller
-from .banner import banner, http_url
+from .banner import banner, http_url, ready
 from .config import Config, load_config
 from .errors import ConfigError
-from .held import inherit
+from .held import Worker, inherit
 from .server import Server
 
 # A child's words, then its parent's.
@@ -29,11 +29,12 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Inherited(msgspec.Struct):
-    """What a child of `dev` is given: descriptors, and whether its start is the first one."""
+    """What a child is given: descriptors, whether its start is the first one, and its place."""
 
     control: int
     numbers: dict[str, list[int]]
     first: bool
+    worker: Worker
 
 
 class Serving(msgspec.Struct, frozen=True):
@@ -66,19 +67,22 @@ async def serve(what: Serving, inherited: Inherited | None = None) -> None:
         root=what.root,
         dev=what.dev,
         offline=what.offline,
-        held=inherit(inherited.numbers) if inherited else None,
+        held=inherit(inherited.numbers, inherited.worker) if inherited else None,
     )
     if not await _before(stop, server.start()):
         return
     try:
         # First of all: who reads the banner may change a file at once, and that is a restart.
-        if parent:
+        if parent and what.dev:
             parent.ready(lambda: _takes_over(server, what))
             server.health.on_restart = parent.restart
         # A configuration that names another data folder may make its first start here.
         if inherited is None or inherited.first or server.first_start:
             click.echo(banner(server, what.version))
-            click.echo(f"\nReady on {http_url(server)} (Ctrl-C stops)")
+            if not parent or what.dev:
+                click.echo(ready(http_url(server)))
+        if parent and not what.dev:
+            parent.ready(lambda: False)
         await stop.wait()
     finally:
         await server.stop(hand_over=parent is not None and parent.takes_over)
@@ -109,7 +113,7 @@ class _Parent:
         self._loop = asyncio.get_running_loop()
         self._stop = stop
         # No task: it must hear while the project's code keeps the loop busy.
-        threading.Thread(target=self._hear, daemon=True, name="harperpy-dev").start()
+        threading.Thread(target=self._hear, daemon=True, name="harperpy-parent").start()
 
     def ready(self, takes_over: Callable[[], bool]) -> None:
         """Say that connections are taken; `takes_over` is asked when config.yaml changed."""

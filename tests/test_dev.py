@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -114,8 +114,12 @@ class Loop:
 
     async def heard(self, answer: str) -> None:
         """Return when this was answered."""
+        await self.until(lambda answers: answer in answers)
+
+    async def until(self, enough: Callable[[dict[str, int]], bool]) -> None:
+        """Return when what was answered so far is enough."""
         async with asyncio.timeout(SECONDS), self._heard:
-            await self._heard.wait_for(lambda: answer in self.answers)
+            await self._heard.wait_for(lambda: enough(self.answers))
 
 
 @asynccontextmanager

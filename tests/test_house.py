@@ -86,9 +86,11 @@ ORDER = (
     "remote",
     "scaffold",
     "serving",
+    "child",
     "reload",
     "target",
     "words",
+    "workers",
     "cli",
     "__init__",
 )

@@ -1,0 +1,114 @@
+"""A server in a process of its own, which its parent starts, hears from and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from .held import Held
+from .serving import CONFIG, HAND_OVER, READY, RESTART, STOPS, TAKEN, Inherited
+
+# A server that is still there so long after it was asked to hand over hangs.
+_HANG_SECONDS = 3.0
+_COMMAND = "from harperpy.cli import main; main(prog_name='harperpy')"
+
+
+class Child:
+    """One server process, and the line to it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, line: socket.socket) -> None:
+        self._process = process
+        self.pid = process.pid
+        self._line = line
+        self.ended = asyncio.ensure_future(process.wait())
+        self.ready: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self.told = False
+        self.wants_restart = False
+        self._answer: asyncio.Future[bool] | None = None
+        self._hearing = asyncio.ensure_future(self._hear())
+        self.began = time.monotonic()
+
+    async def takes_over(self) -> bool:
+        """Whether it uses the changed config.yaml as it is, without a new start."""
+        self._answer = asyncio.get_running_loop().create_future()
+        with contextlib.suppress(OSError):
+            self._line.send(CONFIG)
+        either = (self._answer, self.ended)
+        await asyncio.wait(either, timeout=_HANG_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        return self._answer.done() and self._answer.result()
+
+    async def hand_over(self) -> None:
+        """Have it answer whom it took, and end."""
+        try:
+            self._line.send(HAND_OVER)
+            await asyncio.wait_for(asyncio.shield(self.ended), _HANG_SECONDS)
+        except TimeoutError:
+            self.kill()
+        except OSError:
+            # It has just ended by itself.
+            pass
+        await self._gone()
+
+    async def stop(self) -> int:
+        """Have it end as by the signal; its exit code."""
+        if not self.ended.done():
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+        return await self._gone()
+
+    def kill(self) -> None:
+        """Have it end now."""
+        if not self.ended.done():
+            self._process.kill()
+
+    async def _hear(self) -> None:
+        try:
+            while word := await asyncio.get_running_loop().sock_recv(self._line, 1):
+                if word == READY:
+                    self.ready.set_result(True)
+                elif self._answer is not None and not self._answer.done():
+                    self._answer.set_result(word == TAKEN)
+                elif word == RESTART:
+                    self.wants_restart = True
+        except OSError:
+            # It has ended, and not by a word.
+            pass
+        finally:
+            if not self.ready.done():
+                self.ready.set_result(False)
+
+    async def _gone(self) -> int:
+        code = await asyncio.shield(self.ended)
+        self._hearing.cancel()
+        await asyncio.wait((self._hearing,))
+        self._line.close()
+        return code if code >= 0 else 128 - code
+
+
+async def start(command: Sequence[str], held: Held, *, first: bool) -> Child:
+    """Run a command of ours on what is held."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(0)
+    numbers, worker = held.numbers, held.worker
+    inherited = Inherited(theirs.fileno(), numbers, first, worker)
+    given = ["--inherited", msgspec.json.encode(inherited).decode()]
+    passed = [theirs.fileno(), *(one for many in numbers.values() for one in many)]
+    if worker.memory >= 0:
+        passed.append(worker.memory)
+    # Until the child has its handlers, a signal waits for them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-c", _COMMAND, *command, *given, pass_fds=passed
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        theirs.close()
+    return Child(process, ours)

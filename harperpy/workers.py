@@ -1,0 +1,137 @@
+"""A parent that holds the ports and keeps several processes serving them."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from tempfile import TemporaryFile
+
+import click
+
+from .banner import local_url, ready
+from .child import Child, start
+from .config import Config
+from .epoch import Epoch
+from .held import SOCKET_NAME, Worker, data_root, hold, places
+from .serving import STOPS, Serving
+
+# Who lived so long is started again at once when it dies.
+_QUICK_SECONDS = 10.0
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+# Ten for the requests that run, and some for the plugins to close.
+_END_SECONDS = 20.0
+_HARD_STOP = 128 + signal.SIGINT
+# One Ctrl-C may come twice: from the terminal, and from who started us.
+_DOUBLED_SECONDS = 0.5
+
+
+class Workers:
+    """Keeps the ports and the data folder, and all workers at work."""
+
+    def __init__(self, what: Serving, config: Config) -> None:
+        self._what = what
+        self._config = config
+        self._root = data_root(config, what.directory, what.root)
+        self._children: dict[int, Child] = {}
+        self._stop, self._hurry = asyncio.Event(), asyncio.Event()
+
+    async def run(self) -> int:
+        """Serve until a signal; the exit code. Raises `ConfigError` if the start is refused."""
+        for number in STOPS:
+            asyncio.get_running_loop().add_signal_handler(number, self._signalled, number)
+        count = self._config.http.workers
+        self._held = hold(self._root, places(self._config, dev=False), count)
+        with TemporaryFile(dir=self._root, buffering=0) as memory:
+            # Not a hole, which a full disk could not fill when it is needed.
+            memory.write(bytes(Epoch.size(count + 1)))
+            for index, held in enumerate(self._held):
+                held.worker = Worker(index, count, memory.fileno())
+            self._epoch = Worker(count, count, memory.fileno()).epoch()
+            try:
+                return await self._until_stopped()
+            finally:
+                (self._root / SOCKET_NAME).unlink(missing_ok=True)
+                self._held[0].lock.close()
+
+    def _signalled(self, number: int) -> None:
+        if not self._stop.is_set():
+            self._stop.set()
+            self._stopped = time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._stopped > _DOUBLED_SECONDS:
+            self._hurry.set()
+
+    async def _until_stopped(self) -> int:
+        serving = asyncio.ensure_future(self._serve())
+        stopping = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        for task in (serving, stopping):
+            task.cancel()
+        await asyncio.wait((serving, stopping))
+        await self._end()
+        # All is done: one more of them would only spoil the exit code.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        if self._hurry.is_set():
+            return _HARD_STOP
+        return 0 if serving.cancelled() else serving.result()
+
+    async def _serve(self) -> int:
+        """Start all, and keep them; the exit code of one that was never ready."""
+        # The first one makes what all need: the schema, and the first administrator.
+        for indices in (range(1), range(1, len(self._held))):
+            for index in indices:
+                await self._start(index, first=index == 0)
+            for index in indices:
+                if not await asyncio.shield(self._children[index].ready):
+                    return await self._children[index].stop()
+        port = self._held[0].sockets["rest"][0].getsockname()[1]
+        click.echo(ready(local_url(self._config.http.host, port), len(self._held)))
+        await asyncio.gather(*(self._keep(index) for index in range(len(self._held))))
+        return 0
+
+    async def _start(self, index: int, *, first: bool = False) -> None:
+        what = self._what
+        offline = ["--offline"] if what.offline else []
+        # A worker that is started again reads a config.yaml that may name another folder by now.
+        command = ["run", str(what.directory), "--root", str(self._root), *offline]
+        self._children[index] = await start(command, self._held[index], first=first)
+
+    async def _keep(self, index: int) -> None:
+        """Start a worker again whenever it ends."""
+        quick = 0
+        while True:
+            child = self._children[index]
+            code = await asyncio.shield(child.ended)
+            # It may have changed who may do what, and not have come to say so.
+            self._epoch.move()
+            how = f"ended with exit code {code}" if code >= 0 else _killed(-code)
+            told = f"harperpy: worker {index} (process {child.pid}) {how} and is started again"
+            click.echo(told, err=True)
+            await child.stop()
+            quick = quick + 1 if time.monotonic() - child.began < _QUICK_SECONDS else 0
+            await asyncio.sleep(_pause(quick))
+            await self._start(index)
+
+    async def _end(self) -> None:
+        """Have all end, at once where they do not in time or nobody waits."""
+        for held in self._held:
+            held.close_sockets()
+        ending = asyncio.gather(*(child.stop() for child in self._children.values()))
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        waited = (ending, hurry)
+        await asyncio.wait(waited, timeout=_END_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if not ending.done():
+            click.echo("harperpy: what did not end in time is cut off", err=True)
+            for child in self._children.values():
+                child.kill()
+        await ending
+
+
+def _pause(quick: int) -> float:
+    """How long to wait after so many quick deaths in a row, in seconds; not after the first."""
+    return min(_SHORTEST_PAUSE * 2 ** (quick - 2), _LONGEST_PAUSE) if quick > 1 else 0.0
+
+
+def _killed(number: int) -> str:
+    return f"was killed by signal {number} ({signal.strsignal(number)})"
