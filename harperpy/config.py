@@ -64,9 +64,10 @@ class HttpConfig(_Section, frozen=True, kw_only=True):
 
     By default `dev` serves this machine with `cors`, `run` all interfaces without. `timeout` is how
     long a body may take to arrive, and a verb to return. Beyond `maxConcurrentRequests` (GET, HEAD,
-    OPTIONS and streams do not count) requests wait for `requestQueueLimit`, and are then 503.
-    `maxHeaderSize` bounds each line of a head, `headersTimeout` how long it takes.
-    A whole answer of more than `compressionThreshold` bytes is gzip to who takes it; 0 is never.
+    OPTIONS and streams do not count) requests wait for `requestQueueLimit`, and are then 503; each
+    of the `workers` (processes) counts by itself. `maxHeaderSize` bounds each line of a head,
+    `headersTimeout` how long it takes. A whole answer of more than `compressionThreshold` bytes is
+    gzip to who takes it; 0 is never.
     """
 
     port: Port = 9926

@@ -225,3 +225,10 @@ async def streaming(server: Serving) -> AsyncIterator[aiohttp.ClientResponse]:
             while b"one" not in await response.content.readline():
                 pass
         yield response
+
+
+async def rows(folder: Path) -> list[dict[str, Any]]:
+    """The model calls that a server which has ended left behind."""
+    select = "SELECT model, success, error_code, finish_reason FROM system.hdb_model_calls"
+    found: list[dict[str, Any]] = await said(folder, "sql", select)
+    return found

@@ -8,7 +8,6 @@ import sys
 from contextlib import closing, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
@@ -27,6 +26,7 @@ from commands import (
     harperpy,
     names,
     refusal,
+    rows,
     said,
     serving,
     slowed,
@@ -457,13 +457,6 @@ async def test_operations_reach_a_server_that_knows_more_variables(tmp_path: Pat
 def slow(project: Path) -> Path:
     """A project with a model that waits to be told to go on."""
     return slowed(project)
-
-
-async def rows(folder: Path) -> list[dict[str, Any]]:
-    """The model calls that a server which has ended left behind."""
-    select = "SELECT model, success, error_code, finish_reason FROM system.hdb_model_calls"
-    found: list[dict[str, Any]] = await said(folder, "sql", select)
-    return found
 
 
 async def test_sigterm_lets_a_stream_end(slow: Path) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 import click
 import pytest
 
+from commands import configured, harperpy, names, refusal, said, serving
 from harperpy import RegistrationError, Scope
 from harperpy.cli import main
 from harperpy.operations import COMMAND_LINE
 from harperpy.testing import running
 from helpers import operation
-from test_cli import configured, harperpy, names, refusal, said, serving
 
 PLUGIN = '''
 import os

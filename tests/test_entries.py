@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from asking import put, restarted
+from commands import ECHO as ECHOING
+from commands import FREE, configured, get, serving
 from harperpy import FileEntry, Scope, Server
 from harperpy.config import parse_config
 from harperpy.testing import ECHO, RunningServer, on_free_ports, running
 from helpers import ask
-from test_cli import ECHO as ECHOING
-from test_cli import FREE, configured, get, serving
-from test_dev import put, restarted
 
 Told = tuple[str, str]
 

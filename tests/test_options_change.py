@@ -12,13 +12,13 @@ import aiohttp
 import msgspec
 import pytest
 
+from asking import logged, put, restarted
+from commands import ECHO as ECHOING
+from commands import FREE, configured, get, serving, until
 from harperpy import Scope
 from harperpy.config import parse_config
 from harperpy.testing import ECHO, RunningServer, on_free_ports, running
 from helpers import ask, operation
-from test_cli import ECHO as ECHOING
-from test_cli import FREE, configured, get, serving, until
-from test_dev import logged, put, restarted
 
 PLUGIN = "from harperpy_test_hook import apply as handle_application\n"
 

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from test_cli import ECHO, FREE, execute, serving, until
-from test_dev import put
+from asking import put
+from commands import ECHO, FREE, execute, serving, until
 
 PAGE = Path(__file__).parent.parent / "docs" / "plugin-options.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -14,6 +14,7 @@ import aiohttp
 import openai
 import pytest
 
+from asking import asking, children, logged
 from commands import (
     ADMIN,
     ECHO,
@@ -32,7 +33,6 @@ from commands import (
 )
 from harperpy import Ledger
 from helpers import basic, events
-from test_dev import asking, children, logged
 
 ROOT = basic("root", "s3cret-enough")
 MANY = 200
