@@ -74,7 +74,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("ToolCallDelta", "ToolType", "JSONSchemaFormat", "TokenLogprob", "TopLogprob", "paired"),
     ),
     "Plugins": (
-        *("Scope", "scope.PluginResources", "middleware.PluginServer", "Options"),
+        *("Scope", "scope.PluginResources", "middleware.PluginServer", "Options", "FileEntry"),
         *("scope.Secrets", "Secret", "mask", "Operations", "NoParameters", "Middleware", "Next"),
         *("Reply", "Database", "auth.Authenticators", "hookimpl", "Config", "ModelConfig"),
         *("load_config", "redacted", "Server"),

@@ -280,7 +280,7 @@ def _operation(name: str) -> click.Command:
     @click.argument("words", nargs=-1, metavar="[KEY=VALUE]...", type=click.UNPROCESSED)
     @_targeted
     @click.pass_context
-    def command(ctx: click.Context, words: tuple[str, ...], **where: Any) -> None:
+    def command(ctx: click.Context, /, words: tuple[str, ...], **where: Any) -> None:
         """Run an operation of the server; a VALUE is JSON, or else text."""
         target = Target(**where, seconds=None)
         if not target.is_project:
