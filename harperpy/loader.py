@@ -36,6 +36,7 @@ BUILT_IN = (
     "users",
     "operations_api",
     "openapi",
+    "listing",
     "model_calls",
     "audit",
     "echo",

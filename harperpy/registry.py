@@ -63,10 +63,14 @@ class Entry:
         "protocols",
         "public",
         "resource",
+        "yields",
     )
 
-    def __init__(self, path: str, resource: type[Resource], owner: str) -> None:
+    def __init__(
+        self, path: str, resource: type[Resource], owner: str, *, yields: bool = False
+    ) -> None:
         self.path = path
+        self.yields = yields
         self.resource = resource
         self.owner = owner
         self.pattern = Pattern(path) if has_parameters(path) else None
@@ -127,12 +131,19 @@ class Resources:
         """Whether any mount is hidden for a protocol."""
 
     def set(
-        self, path: str, resource: type[Resource], *, owner: str = "", force: bool = False
+        self,
+        path: str,
+        resource: type[Resource],
+        *,
+        owner: str = "",
+        force: bool = False,
+        yields: bool = False,
     ) -> None:
         """Mount a resource class. `""` is the root, which takes what nothing else does.
 
         `:name` in the path stands for any one segment, `*name` at its end for all that is left;
-        their values are the target's `params`. They answer where no mount without them does.
+        their values are the target's `params`. They answer where no mount without them does. One
+        that `yields` gives way to any other that answers there.
 
         Raises `ResourceConflict` for a taken path (unless `force`), `RegistrationError` for a class
         that cannot be mounted.
@@ -148,10 +159,13 @@ class Resources:
             message = f"{path!r} cannot be mounted: write it decoded, without '%', '?' and '#'"
             raise RegistrationError(message)
         _check(resource)
-        entry = Entry(path, resource, owner)
+        entry = Entry(path, resource, owner, yields=yields)
         place, key = self._place(entry)
         known = place.get(key)
-        if known and known.resource is not resource and not force:
+        if known and yields:
+            return
+        taken = known is not None and known.resource is not resource and not known.yields
+        if known and taken and not force:
             message = (
                 f"{path!r} is taken by {known.resource.__name__} of plugin {known.owner!r}; "
                 f"{resource.__name__} of {owner!r} cannot have it"

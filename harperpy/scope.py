@@ -61,14 +61,16 @@ class PluginResources:
         self._resources = resources
         self._owner = owner
 
-    def set(self, path: str, resource: type[Resource], *, force: bool = False) -> None:
+    def set(
+        self, path: str, resource: type[Resource], *, force: bool = False, yields: bool = False
+    ) -> None:
         """Mount a resource class: at `notes`, `users/:id`, `files/*path`, or `""` for the rest.
 
         `:name` stands for one segment, `*name` for all that is left: `target.params` holds them.
-        Raises `ResourceConflict` for a taken path unless `force`, `RegistrationError` for a class
-        that cannot be mounted.
+        One that `yields` gives way to any other that answers there. Raises `ResourceConflict` for a
+        taken path unless `force`, `RegistrationError` for a class that cannot be mounted.
         """
-        self._resources.set(path, resource, owner=self._owner, force=force)
+        self._resources.set(path, resource, owner=self._owner, force=force, yields=yields)
 
     def __iter__(self) -> Iterator[Entry]:
         """All mounts of the port, other plugins' too."""

@@ -77,7 +77,7 @@ class Table(Generic[T]):
     key whose default is None is made by the table: the next integer, or a random text.
     """
 
-    def __init__(self, name: str, record: type[T], key: str, indexed: Collection[str] = ()) -> None:
+    def __init__(self, name: str, record: type[T], key: str, indexed: Collection[str]) -> None:
         self.name = name
         self.record = record
         self.key = key

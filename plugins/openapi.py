@@ -73,7 +73,7 @@ class OpenAPIResource(Resource):
                 "Vary": _VARY,
             }
             return Response(200, headers, body=cls.page)
-        shown = tuple([each async for each in _open_to(context, cls.entries)])
+        shown = tuple([each async for each in open_to(context, cls.entries)])
         # Mounts do not change any more, and few roles see different ones.
         if (described := cls.made.get(shown)) is None:
             options = cls.options
@@ -86,7 +86,7 @@ class OpenAPIResource(Resource):
         return Response(200, headers, body=described)
 
 
-async def _open_to(context: Context, entries: Iterable[Entry]) -> AsyncIterator[Shown]:
+async def open_to(context: Context, entries: Iterable[Entry]) -> AsyncIterator[Shown]:
     """The entries that the caller may use, with the methods they may use of each."""
     for entry in entries:
         if entry.resource.hidden:

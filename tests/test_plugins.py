@@ -36,6 +36,7 @@ BUILT_IN = {
     "echo",
     "openai",
     "local",
+    "listing",
     "models_gateway",
     "app_resources",
 }
