@@ -307,6 +307,8 @@ def _named(plugins: Mapping[str, Any]) -> Iterator[Plugin]:
     named = {name: True for name in BUILT_IN if name not in plugins} | dict(plugins)
     for name, options in named.items():
         if options is False:
+            if name not in BUILT_IN and (near := closest(name, BUILT_IN, 0.75)):
+                logger.warning("plugins.%s: false turns nothing off; did you mean %r?", name, near)
             continue
         given = cast("Mapping[str, Any]", options) if isinstance(options, Mapping) else None
         values: Mapping[str, Any] = given or {}

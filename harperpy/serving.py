@@ -159,7 +159,7 @@ class _WithRequestId(logging.Filter):
 
 def _log(config: Config, *, dev: bool) -> None:
     level = (config.logging.level or ("info" if dev else "warn")).upper()
-    handler = logging.StreamHandler()
+    handler = logging.StreamHandler() if config.logging.std_streams else logging.NullHandler()
     handler.addFilter(_WithRequestId())
     line = "%(asctime)s %(levelname)s %(request_id)s %(name)s: %(message)s"
     handler.setFormatter(logging.Formatter(line))

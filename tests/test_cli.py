@@ -459,6 +459,16 @@ def slow(project: Path) -> Path:
     return slowed(project)
 
 
+@pytest.mark.parametrize("streams", ["true", "false"])
+async def test_the_log_is_on_stderr_unless_that_is_off(tmp_path: Path, streams: str) -> None:
+    """`logging.stdStreams: false` leaves the terminal to the banner."""
+    logging = f"logging: {{level: debug, stdStreams: {streams}}}\n"
+    folder = configured(tmp_path / "project", logging)
+    async with serving(folder) as server:
+        assert 404 == (await get(f"{server.url}/nothing"))[0]
+    assert ("404 NotFound" in (folder / "log").read_text()) == (streams == "true")
+
+
 async def test_sigterm_lets_a_stream_end(slow: Path) -> None:
     """It takes no more requests, finishes the one that runs, writes its row, and exits 0."""
     async with serving(slow) as server, streaming(server) as response:

@@ -115,6 +115,14 @@ async def test_the_built_in_plugins_are_on_unless_turned_off() -> None:
         assert 404 == (await ask(server, "GET", "/v1/models")).status
 
 
+async def test_what_turns_nothing_off_is_told_the_nearest(caplog: pytest.LogCaptureFixture) -> None:
+    """A misspelt built-in that is to be off is still on, and the log says so."""
+    async with echoing("plugins: {audti: false, somebody_elses: false}") as server:
+        assert "audit" in await states(server)
+    told = [record.message for record in caplog.records if "turns nothing off" in record.message]
+    assert ["plugins.audti: false turns nothing off; did you mean 'audit'?"] == told
+
+
 @pytest.fixture
 def on_path(tmp_path: Path) -> Iterator[Path]:
     """A folder whose modules can be imported."""
