@@ -12,6 +12,9 @@ _LIMITS = ("limit", "remaining", "reset")
 _EXPOSED = ", ".join(
     (
         "x-request-id",
+        "etag",
+        "link",
+        "location",
         "retry-after",
         "openai-processing-ms",
         "openai-version",
