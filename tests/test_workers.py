@@ -33,6 +33,7 @@ from commands import (
 )
 from harperpy import Ledger
 from helpers import basic, events
+from llama import weights
 
 ROOT = basic("root", "s3cret-enough")
 MANY = 200
@@ -475,3 +476,19 @@ def test_two_ledgers_give_no_number_twice() -> None:
     assert 15000 == len({number for numbers in given for number in numbers})
     for own in zip(*given, strict=True):
         assert list(own) == sorted(own)
+
+
+async def test_one_child_runs_the_local_model_for_all_workers(project: Path) -> None:
+    """Each worker answers with it, and one process has it loaded."""
+    weights()
+    text = (project / "config.yaml").read_text().replace("backend: echo", "backend: local", 1)
+    (project / "config.yaml").write_text(text)
+    async with running(project) as server, pinned(server) as clients:
+        for session in clients.values():
+            body = {**CHAT, "max_tokens": 3}
+            headers = {"Authorization": ROOT}
+            async with session.post("/v1/chat/completions", json=body, headers=headers) as answer:
+                assert 200 == answer.status, await answer.text()
+                assert (await answer.json())["choices"][0]["message"]["content"]
+        loaded = [child for worker in clients for child in children(worker)]
+    assert 1 == len(loaded)
