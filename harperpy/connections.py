@@ -8,7 +8,7 @@ import secrets
 from http import HTTPStatus
 from typing import Any
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
@@ -38,6 +38,7 @@ class ConnectedRequest(web.BaseRequest):
     """aiohttp's request, which knows the context to tell when its connection is lost."""
 
     context: Context | None = None
+    websocket = False
 
     def _cancel(self, exc: BaseException) -> None:
         # Called before the handler's task is cancelled: the signal is there when it unwinds.
@@ -85,7 +86,17 @@ class Connections(web.Server):
     ) -> ConnectedRequest:
         self.fresh.discard(protocol)
         self.heads.remove(protocol)
-        return ConnectedRequest(message, payload, protocol, writer, task, self._loop)
+        request = ConnectedRequest(message, payload, protocol, writer, task, self._loop)
+        if message.upgrade:
+            request.websocket = _asks_for_websocket(request)
+        return request
+
+
+def _asks_for_websocket(request: ConnectedRequest) -> bool:
+    """Whether what it wants to become is a WebSocket; nothing else is, and nothing with a body."""
+    named = request.headers.get("upgrade", "").lower() == "websocket"
+    sound = request.version >= HttpVersion11 and not request.body_exists
+    return request.method == "GET" and named and sound
 
 
 class _Connection(RequestHandler):

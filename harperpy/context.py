@@ -33,8 +33,8 @@ class Context(Caller):
     """One request's context: who asks, from where, and what the answer's head will carry.
 
     `signal` fires when the client leaves before the answer is complete, never when it is; its
-    `reason` is `client_disconnected`, `timeout` if the verb took too long, or `server_shutdown` if
-    the server could not wait.
+    `reason` is `client_disconnected`, `timeout` if the verb took too long, `access_revoked` if a
+    WebSocket's user may not go on, or `server_shutdown` if the server could not wait.
     """
 
     signal: AbortSignal  # pyright: ignore[reportIncompatibleVariableOverride]  # here always

@@ -44,6 +44,21 @@ class Cors:
             "Vary": "Origin",
         }
 
+    def admits(self, request: Request) -> bool:
+        """Whether the page that a request comes from, if any, may open a WebSocket.
+
+        Browsers ask nobody before they do. What a page cannot send by itself, a name and password
+        that the browser remembers, counts for pages of this very host only.
+        """
+        origin = request.headers.get("origin")
+        if origin is None:
+            return True
+        host = origin.partition("://")[2].lower()
+        if host and host == request.headers.get("host", "").lower():
+            return True
+        basic = request.headers.get("authorization", "").lower().startswith("basic")
+        return not basic and bool({"*", origin} & self._origins)
+
     def preflight(self, request: Request) -> dict[str, str] | None:
         """The headers that answer a preflight; None if the request is not one, or not for us."""
         if request.method != "OPTIONS" or "access-control-request-method" not in request.headers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 
 from multidict import CIMultiDict
@@ -23,21 +24,22 @@ from .errors import (
     BodyTimeout,
     ClientError,
     InvalidCredentials,
-    MethodNotAllowed,
     NotFound,
-    NotImplementedYet,
     ServerError,
     ServiceUnavailable,
 )
 from .framing import as_harper_error, log_error
+from .handshake import check_handshake, credential_of
 from .health import Health
+from .incoming import Incoming
 from .middleware import Middlewares
 from .models import Models
-from .negotiation import EVENTS, ContentTypes
+from .negotiation import ContentTypes
+from .reach import Found, find, verb_of
 from .registry import Entry, Resources
-from .rendering import Early, Reply, checked, error_body, merged, render
+from .rendering import Early, Reply, checked, error_body, merged, render, upgraded
 from .request import Request, RequestTarget
-from .resource import METHOD_VERBS, ProtocolName, Resource
+from .resource import Resource
 from .sse import encode_json
 from .throttle import SAFE, Throttle
 from .transactions import Transaction
@@ -54,8 +56,6 @@ _PROXY_HEADERS = (
     "x-forwarded-proto",
     "x-real-ip",
 )
-
-Found = tuple[Entry, RequestTarget]
 
 
 class Dispatch:
@@ -112,7 +112,7 @@ class Dispatch:
 
     async def answer(self, context: Context, early: Early = lambda _: None) -> Reply:
         """The reply to a request. `early` is told of a stream's head that cannot wait longer."""
-        found = self._find(context)
+        found = find(self._resources, self.types, context)
         if found is not None:
             context.app = found[0].path
 
@@ -127,20 +127,6 @@ class Dispatch:
         if not reply.committed:
             self._mark(reply, found, context)
         return reply
-
-    def _find(self, context: Context) -> Found | None:
-        """The resource that answers, and the type that an extension of the path asks for."""
-        path, search = context.path, context.request.query
-        protocol = _protocol(context) if self._resources.selective else "rest"
-        found = self._resources.match(path, search, protocol)
-        if "." not in path or (asked := self.types.of_extension(path)) is None:
-            return found
-        stem, media = asked
-        without = self._resources.match(stem, search, protocol)
-        if without is None or not _means_extension(without, found):
-            return found
-        context.accept = media
-        return without
 
     def _mark(self, reply: Reply, found: Found | None, context: Context) -> None:
         """What every head carries: the resource's, the request's id, what other origins need."""
@@ -161,6 +147,9 @@ class Dispatch:
 
     async def _answer(self, context: Context, found: Found | None, early: Early) -> Reply:
         request = context.request
+        if request.websocket and not self._cors.admits(request):
+            message = "Origin: pages of this origin may not open a WebSocket here"
+            raise ClientError(message, status=403, code="origin_not_allowed")
         if (preflight := self._cors.preflight(request)) is not None:
             return Reply(204, CIMultiDict(preflight))
         if request.path == _HEALTH and request.method in ("GET", "HEAD"):
@@ -197,22 +186,34 @@ class Dispatch:
         entry, target = found
         if request.method == "OPTIONS":
             return Reply(204, merged(context, {"Allow": ", ".join(entry.allow)}))
-        verb, permission = _verb(request.method, entry, context)
+        verb, permission = verb_of(entry, context)
+        given = _given(verb, entry, context)
         try:
-            value = await context.settle(self._invoke(entry, verb, permission, target, context))
+            work = self._invoke(entry, verb, permission, target, given, context)
+            value = await context.settle(work)
+            if isinstance(given, Incoming):
+                check = partial(self._check, context, found)
+                return upgraded(value, given, check, entry, context)
             return await render(value, entry, context, early)
         except ResponseError as error:
             log_error(error)
             return await render(error.response, entry, context, early)
 
-    async def _invoke(
-        self, entry: Entry, verb: str, permission: Verb, target: RequestTarget, context: Context
+    async def _invoke(  # noqa: PLR0917  # who may, and what they call with what
+        self,
+        entry: Entry,
+        verb: str,
+        permission: Verb,
+        target: RequestTarget,
+        given: Any,
+        context: Context,
     ) -> Any:
         if not await entry.permits(permission, target, context):
             raise context.rejection or AccessViolation(context.user)
         if verb in entry.plain:
             context.check_accept()
-        given = None if verb == "connect" else context.request.body
+        if context.request.websocket:
+            check_handshake(context.headers)
         value = entry.handlers[verb](target, given, context)
         return await self._in_time(value, entry, context) if inspect.isawaitable(value) else value
 
@@ -247,7 +248,7 @@ class Dispatch:
     async def authenticate(self, context: Context, found: Found | None) -> None:
         """Who is asking; a refused credential ends it here unless the resource settles it."""
         request = context.request
-        header = request.headers.get("authorization")
+        header = credential_of(request)
         try:
             if header is not None:
                 context.user = await self._authenticators.identify(header)
@@ -257,6 +258,18 @@ class Dispatch:
             if found is None or not found[0].resource.settles_credentials:
                 raise
             context.rejection = error
+
+    async def _check(self, context: Context, found: Found) -> None:
+        """Ask anew whether what was allowed when it began still is. Raises what refuses it now."""
+        header = credential_of(context.request)
+        if header is not None and context.rejection is None:
+            user = await self._authenticators.identify(header)
+            # A middleware may have put another in their place.
+            if context.user is not None and user.username == context.user.username:
+                context.user = user
+        entry, target = found
+        if not await entry.permits("read", target, context):
+            raise AccessViolation(context.user)
 
     async def _report_health(self, context: Context) -> Reply:
         try:
@@ -327,43 +340,11 @@ async def _sound(reply: Reply, context: Context) -> Reply:
     return reply
 
 
-def _protocol(context: Context) -> ProtocolName:
-    """By what a resource is reached: a get that agrees on an event stream is of a kind."""
-    if context.method not in ("GET", "HEAD") or EVENTS not in (context.accept or "").lower():
-        return "rest"
-    try:
-        return "sse" if context.types.negotiate(context.accept) == EVENTS else "rest"
-    except ClientError:
-        return "rest"
-
-
-def _means_extension(without: Found, found: Found | None) -> bool:
-    """Whether the end of a path is an extension, rather than of the name of what is found."""
-    if found is not None and not found[1].pathname:
-        return False
-    if found is None or found[0] is not without[0]:
-        return not without[1].pathname
-    return without[0].resource.extensions
-
-
-def _verb(method: str, entry: Entry, context: Context) -> tuple[str, Verb]:
-    """The verb and the permission for a method; who is not logged in learns no more than that."""
-    verb, permission = METHOD_VERBS.get(method, ("", "read"))
-    streams = verb == "get" and "connect" in entry.handlers
-    if streams and _protocol(context) == "sse":
-        return "connect", permission
-    if verb in entry.handlers:
-        return verb, permission
-    if context.user is None and not entry.public:
-        raise AccessViolation(None)
-    if streams:
-        told = context.accept or ""
-        message = f"Accept: this is a stream of events; expected {EVENTS}, got {told!r}"
-        raise ClientError(message, status=406, code="not_acceptable")
-    if not verb:
-        message = f"Method {method} is not recognised."
-        raise NotImplementedYet(message)
-    raise MethodNotAllowed(method, entry.allow)
+def _given(verb: str, entry: Entry, context: Context) -> Any:
+    """What a verb gets besides its target: the body, or what comes in over a WebSocket."""
+    if verb != "connect":
+        return context.request.body
+    return Incoming(entry.read) if context.request.websocket else None
 
 
 def _own_headers(resource: type[Resource], context: Context) -> Mapping[str, str]:

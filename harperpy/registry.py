@@ -17,6 +17,8 @@ from .content import EventStream
 from .context import Context
 from .contracts import Contract, Handler, check_schemas, contract_of, typed
 from .errors import PluginNotStarted, RegistrationError, ResourceConflict
+from .incoming import Incoming, Read, reader_of
+from .outgoing import awaited
 from .patterns import Pattern, decoded_segment, has_parameters
 from .request import RequestTarget
 from .resource import (
@@ -28,6 +30,7 @@ from .resource import (
     ProtocolName,
     Resource,
 )
+from .signatures import Signature
 from .spelling import closest
 from .table_resource import TableResource
 
@@ -48,7 +51,8 @@ _PLAIN = (dict, list, tuple, set, frozenset, str, int, float, Mapping, msgspec.S
 class Entry:
     """A mounted resource: its handlers by verb, bound and cut to what they take, once.
 
-    `contracts` says, verb by verb, what they take and answer.
+    `contracts` says, verb by verb, what they take and answer; `read` decodes what a WebSocket's
+    client sends.
     """
 
     __slots__ = (
@@ -62,6 +66,7 @@ class Entry:
         "plain",
         "protocols",
         "public",
+        "read",
         "resource",
         "yields",
     )
@@ -93,6 +98,7 @@ class Entry:
             permission: fitted(_fit(resource, f"allow_{permission}", _ASKED), 3)
             for permission in PERMISSIONS
         }
+        self.read: Read | None = None
         if "connect" in self.handlers:
             _finish_connect(self)
         answers = {*self.handlers, *(["get"] if "connect" in self.handlers else ())}
@@ -290,9 +296,18 @@ def _handler(resource: type[Resource], verb: str) -> Handler:
     takes = _TAKES.get(verb, ("target", "data", "context"))
     function = _fit(resource, verb, takes)
     count = positional(function, len(takes))
+    if verb == "connect" and inspect.iscoroutinefunction(function):
+        return lambda target, incoming, context: _connected(
+            function, (target, incoming, context)[:count], incoming
+        )
     if len(takes) == 2:
         return lambda target, _, context: function(*(target, context)[:count])
     return lambda target, data, context: function(*(target, data, context)[:count])
+
+
+def _connected(function: Any, given: tuple[Any, ...], incoming: Incoming | None) -> Any:
+    """A coroutine's messages: of a WebSocket it runs once that is open, and may have none."""
+    return function(*given) if incoming is None else awaited(lambda: function(*given))
 
 
 def _finish_connect(entry: Entry) -> None:
@@ -304,6 +319,9 @@ def _finish_connect(entry: Entry) -> None:
         )
         raise RegistrationError(message)
     contract = entry.contracts["connect"]
+    where = f"{entry.resource.__name__}.connect"
+    told = Signature(entry.resource.connect, entry.resource, where)  # type: ignore[attr-defined]
+    entry.read = reader_of(told.incoming(), where)
     entry.contracts["connect"] = msgspec.structs.replace(contract, response=EventStream)
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from typing import Any, cast
 
 import msgspec
@@ -17,7 +25,9 @@ from .content import Blob, EventStream, Response
 from .context import Context
 from .errors import ClientError, NotFound, ServerError
 from .framing import END, RAW, frames, framing_of
+from .incoming import Incoming, Socket
 from .negotiation import CSV, EVENTS, JSON, TEXT
+from .outgoing import sent
 from .registry import Entry
 from .resource import Resource
 from .sse import SSE, encode_json
@@ -31,10 +41,11 @@ _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 class Reply:
     """A status, headers, and a body: bytes, or an iterator that one task steps and closes.
 
-    `committed` says that the head was sent while the first item was still awaited.
+    `committed` says that the head was sent while the first item was still awaited; `socket` is
+    what a 101 is followed by.
     """
 
-    __slots__ = ("body", "committed", "headers", "keepalive", "source", "status")
+    __slots__ = ("body", "committed", "headers", "keepalive", "socket", "source", "status")
 
     def __init__(
         self,
@@ -50,6 +61,7 @@ class Reply:
         self.keepalive = keepalive
         self.committed = False
         self.source: AsyncIterator[Any] | None = None
+        self.socket: Socket | None = None
 
     async def close(self) -> None:
         """Close the body's iterator and what it is made from, begun or not."""
@@ -82,6 +94,20 @@ async def render(value: Any, entry: Entry, context: Context, early: Early) -> Re
     headers, media = merged(context), context.types.negotiate(context.accept)
     vary(headers, "Accept")
     return _whole(200, headers, media, context.types.serialize(value, media), context)
+
+
+def upgraded(
+    value: Any,
+    incoming: Incoming,
+    check: Callable[[], Awaitable[None]],
+    entry: Entry,
+    context: Context,
+) -> Reply:
+    """The reply that opens a WebSocket for the messages that `connect` returned."""
+    reply = Reply(101, merged(context))
+    reply.source = sent(value)
+    reply.socket = Socket(reply.source, incoming, check, entry.resource.keepalive)
+    return reply
 
 
 def _meant(value: dict[Any, Any]) -> Any:

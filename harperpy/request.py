@@ -36,7 +36,7 @@ class Request:
     trusted: bool
     """Whether it came by the local socket, whose file permissions are its credential."""
 
-    __slots__ = ("body", "headers", "id", "method", "path", "peer", "query", "trusted")
+    __slots__ = ("body", "headers", "id", "method", "path", "peer", "query", "trusted", "websocket")
 
     def __init__(
         self,
@@ -49,6 +49,7 @@ class Request:
         id: str = "",  # noqa: A002
         peer: str = "",
         trusted: bool = False,
+        websocket: bool = False,
     ) -> None:
         self.method = method
         self.path = path
@@ -58,6 +59,7 @@ class Request:
         self.id = id
         self.peer = peer
         self.trusted = trusted
+        self.websocket = websocket
 
 
 class RequestTarget(Generic[Query]):

@@ -24,7 +24,7 @@ METHOD_VERBS: dict[str, tuple[str, Verb]] = {
 }
 """HTTP method → the verb a resource defines, and the permission it takes."""
 VERBS = (*dict.fromkeys(verb for verb, _ in METHOD_VERBS.values()), "connect")
-"""All that a resource may define; `connect` is a GET whose `Accept` prefers an event stream."""
+"""All that a resource may define; `connect` is a GET that prefers an event stream, or upgrades."""
 
 PERMISSIONS: frozenset[Verb] = frozenset(permission for _, permission in METHOD_VERBS.values())
 """All permissions that a verb may take."""
@@ -42,8 +42,9 @@ class Resource:
 
     - `get(target, context)`, `delete(target, context)`
     - `post(target, data, context)`, `put`, `patch`, `query` likewise
-    - `connect(target, incoming, context)`, in place of `get` for who prefers an event stream: gives
-      the messages one by one; `incoming` is None, as nothing comes in that way
+    - `connect(target, incoming, context)`, in place of `get` for who prefers an event stream or
+      opens a WebSocket: gives the messages one by one; `incoming` gives those of a WebSocket's
+      client, and is None for a stream, as nothing comes in that way
 
     They may be sync or async, return a value or be generators, and take fewer parameters. A verb
     that is not defined is answered 405. Each is called only for those whom `allow_read`,
@@ -67,7 +68,8 @@ class Resource:
     """Seconds a verb may take before it returns, 0 for no limit; None for `http.timeout`. A stream
     that it has returned goes on for as long as it likes."""
     keepalive: ClassVar[float] = 15.0
-    """Seconds of silence after which an event stream sends a comment."""
+    """Seconds of silence after which an event stream sends a comment; how often a WebSocket's
+    client is asked whether it is there, and whether its user may go on."""
     settles_credentials: ClassVar[bool] = False
     """Whether a refused credential reaches the verb, as `context.rejection`."""
     schemas: ClassVar[Mapping[str, Contract]] = {}

@@ -12,6 +12,7 @@ from .errors import Aborted
 
 DISCONNECTED = "client_disconnected"
 SHUTDOWN = "server_shutdown"
+REVOKED = "access_revoked"
 
 
 class AbortSignal:

@@ -20,6 +20,7 @@ from .sse import SSE
 _BODY = re.compile(r"([\w.]+\.)?Body( \| None)?")
 _UNSAID = (inspect.Parameter.empty, Any, object)
 _UNTYPED = (*_UNSAID, UNSET, Blob, Response, typing.NoReturn, typing.Never)
+_MESSAGES = (abc.AsyncIterator, abc.AsyncIterable, abc.AsyncGenerator)
 _STREAMS = (
     abc.AsyncIterator,
     abc.AsyncGenerator,
@@ -72,6 +73,16 @@ class Signature:
             return UNSET
         (kind,) = typing.get_args(hint)
         return UNSET if kind in _UNSAID or isinstance(kind, typing.TypeVar) else kind
+
+    def incoming(self) -> Any:
+        """The type of the messages of `incoming: AsyncIterator[Note]`; UNSET if nothing is said."""
+        raw = self._parameters[1] if len(self._parameters) > 1 else inspect.Parameter.empty
+        hint = self._found(raw)
+        for one in (hint, *typing.get_args(hint)):
+            if typing.get_origin(one) in _MESSAGES:
+                kind = typing.get_args(one)[0]
+                return UNSET if kind in _UNSAID or isinstance(kind, typing.TypeVar) else kind
+        return UNSET
 
     def response(self) -> Any:
         """The type of what is sent; UNSET if nothing is said, or what cannot be found here."""

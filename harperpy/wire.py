@@ -20,6 +20,7 @@ from .errors import BodyTimeout, ClientError
 from .rendering import Reply
 from .request import Request
 from .signal import DISCONNECTED
+from .websocket import converse
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _CLOSE_SECONDS = 5.0
@@ -57,6 +58,8 @@ class Wire:
         outgoing = _Outgoing(raw)
         try:
             reply = await self._dispatch.answer(context, outgoing.begin)
+            if reply.socket is not None:
+                return await converse(raw, reply, reply.socket, context, self._max_body)
             if isinstance(reply.body, bytes) and not reply.committed:
                 return self._whole(reply, raw)
             return await outgoing.send(reply)
@@ -89,6 +92,7 @@ class Wire:
             id=client_id if _CLIENT_ID.fullmatch(client_id) else self._next_id(),
             peer=raw.remote or "",
             trusted=self._trusted,
+            websocket=isinstance(raw, ConnectedRequest) and raw.websocket,
         )
 
     def _body(self, raw: web.BaseRequest) -> Body | None:

@@ -160,7 +160,7 @@ async def test_allow_read_decides_and_comes_first() -> None:
 
 @pytest.mark.parametrize(
     ("protocols", "plain", "streamed"),
-    [({"rest"}, 200, 404), ({"sse"}, 404, 200), ({"ws", "mcp"}, 404, 404)],
+    [({"rest"}, 200, 404), ({"sse"}, 404, 200), ({"mcp"}, 404, 404), ({"ws", "mcp"}, 426, 426)],
 )
 async def test_it_is_visible_as_sse(protocols: Any, plain: int, streamed: int) -> None:
     """What is hidden for `sse` has no stream, and what is hidden for `rest` nothing else."""

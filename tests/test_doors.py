@@ -142,6 +142,7 @@ MOUNTS: dict[str, type[Resource]] = {
     "user/:id/keys": room("user/:id/keys", sub_paths=True),
     "files/*rest": room("files/*rest"),
     "feed": room("feed", protocols={"sse"}),
+    "line": hall("line", protocols={"ws"}, sub_paths=True),
     "hall": hall("hall", sub_paths=True),
     "tool": room("tool", protocols={"mcp"}),
     "typed": Typed,
@@ -247,8 +248,8 @@ ODD_METHODS = ["get", "Get", "TRACE", "CONNECT", "PROPFIND", "X-Y", "QUERY", "GE
 PLACES = [
     "/closed", "/Deep/closed", "/Deep/closed/1", "/lent", "/lent/1", "/lent/inner", "/board",
     "/board/1", "/board/inner", "/user/7", "/user/7/keys", "/user/7/keys/1", "/files/a/b", "/feed",
-    "/hall", "/tool", "/typed", "/stream", "/stream/1", "/denied", "/broken", "/sloppy", "/",
-    "/openapi", "/health", "/v1/chat/completions", "/v1/models", "/nowhere",
+    "/line", "/hall", "/tool", "/typed", "/stream", "/stream/1", "/denied", "/broken", "/sloppy",
+    "/", "/openapi", "/health", "/v1/chat/completions", "/v1/models", "/nowhere",
 ]  # fmt: skip
 SUFFIXES = [
     "/", "//", "/.", "/..", "/../closed", "/%2e%2e/closed", "/..%2fclosed", "/%2E", "%2f", "%00",
@@ -320,6 +321,20 @@ class Asked(NamedTuple):
             lines += [f"Content-Length: {len(self.body)}", "Content-Type: application/json"]
         return "\r\n".join([*lines, "", self.body]).encode("latin-1")
 
+    def without_body(self) -> "Asked":
+        """The same; what has a body cannot become anything else."""
+        return self._replace(body="")
+
+    def opening(self, credential: str) -> bytes:
+        """The same, asking to become a WebSocket; a key of a page's goes as a subprotocol."""
+        headers = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
+        headers.append("Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==")
+        scheme, _, key = credential.partition(" ")
+        if scheme == "Bearer" and key and not set(key) & set(" ,"):
+            headers.append(f"Sec-WebSocket-Protocol: harperpy, bearer.{key}")
+            credential = ""
+        return self._replace(headers=[*headers, *self.headers]).written(credential)
+
 
 def requests(methods: list[str], places: list[str]) -> st.SearchStrategy[Asked]:
     """Requests that are right but for a few odd parts."""
@@ -333,6 +348,10 @@ def requests(methods: list[str], places: list[str]) -> st.SearchStrategy[Asked]:
     )
 
 
+CLOSE = b"\x88\x80\0\0\0\0"
+"""The frame that ends a WebSocket."""
+
+
 def answer(port: int, request: bytes) -> tuple[int, str]:
     """The status, and all of the answer."""
     received: list[bytes] = []
@@ -340,12 +359,26 @@ def answer(port: int, request: bytes) -> tuple[int, str]:
         connection.sendall(request)
         while data := connection.recv(65536):
             received.append(data)
+            if len(received) == 1 and data.startswith(b"HTTP/1.1 101 "):
+                connection.sendall(CLOSE)
     text = b"".join(received).decode("latin-1")
     return int(text.split(" ", 2)[1]), text
 
 
-REFUSED = {400, 401, 403, 404, 405, 406, 501}
-SHUT = {"closed", "Deep", "user", "files", "feed", "hall", "tool", "typed", "stream", *LOCKED}
+REFUSED = {400, 401, 403, 404, 405, 406, 426, 501}
+SHUT = {
+    "closed",
+    "Deep",
+    "user",
+    "files",
+    "feed",
+    "line",
+    "hall",
+    "tool",
+    "typed",
+    "stream",
+    *LOCKED,
+}
 
 
 def check(asked: Asked, status: int, text: str, may: set[tuple[str, str]]) -> None:
@@ -441,11 +474,58 @@ def test_every_method_of_every_mount_is_shut(house: House, accept: str) -> None:
     reads = {mount for mount, verb in opened if verb == ("get" if accept == "*/*" else "connect")}
     only_gets = {"typed", "stream"} if accept != "*/*" else set()
     shut = {"tool", *LOCKED, *only_gets} | ({"feed", "hall"} if accept == "*/*" else set())
-    assert set(MOUNTS) - shut == reads - {""}
+    assert set(MOUNTS) - shut - {"line"} == reads - {""}
     assert only_gets <= {mount for mount, verb in opened if verb == "get"}
     assert {"post", "put", "patch", "delete", "query"} <= {
         verb for mount, verb in opened if mount == "closed"
     }
+
+
+def test_no_spelling_opens_a_websocket(house: House) -> None:
+    """Of the same requests many open one for a super user, and none for anybody else."""
+    statuses: Counter[int] = Counter()
+    opened: Counter[str] = Counter()
+
+    @settings(MANY, max_examples=500)
+    @given(
+        asked=requests(["GET"] * 8, PLACES).map(Asked.without_body),
+        who=st.sampled_from([*house.keys]),
+    )
+    def tried(asked: Asked, who: str) -> None:
+        ran.clear()
+        status, text = answer(house.ports[0], asked.opening(house.keys[who]))
+        statuses[status] += 1
+        if status == 101:
+            assert ran
+        check(asked, status, text, READER if who == "reader" else ANYONE)
+        ran.clear()
+        status, text = answer(house.ports[0], asked.opening(f"Bearer {house.api_key}"))
+        assert status < 500 or status == 501, text
+        opened.update(mount for mount, verb in ran if verb == "connect")
+
+    tried()
+    assert {101, 400, 401, 403} <= set(statuses)
+    assert opened.total() > 50
+    assert {"closed", "lent", "line", "hall", "user/:id/keys", "files/*rest"} <= set(opened)
+    assert not {"tool", "feed", *LOCKED} & set(opened)
+
+
+def test_every_mount_is_shut_to_websockets(house: House) -> None:
+    """Each mount by its plain path: it opens for super users, and for no stranger."""
+    opened: set[str] = set()
+    for place in PLACES:
+        asked = Asked("GET", place, "HTTP/1.1", [], "")
+        ran.clear()
+        _, text = answer(house.ports[0], asked.opening(f"Bearer {house.api_key}"))
+        assert not ran or text.startswith("HTTP/1.1 101 ")
+        assert not ran or SECRET in text
+        opened |= {mount for mount, _ in ran}
+        for who in STRANGERS:
+            ran.clear()
+            status, text = answer(house.ports[0], asked.opening(house.keys[who]))
+            check(asked, status, text, READER if who == "reader" else ANYONE)
+
+    assert set(MOUNTS) - {"tool", "feed", "typed", "stream", *LOCKED} == opened - {""}
 
 
 RAW = {

@@ -1,0 +1,95 @@
+"""What a request reaches: by which protocol, at which mount, which verb of it."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from .auth import Verb
+from .context import Context
+from .errors import AccessViolation, ClientError, MethodNotAllowed, NotImplementedYet
+from .negotiation import EVENTS, ContentTypes
+from .registry import Entry, Resources
+from .request import RequestTarget
+from .resource import METHOD_VERBS, ProtocolName
+
+Found: TypeAlias = tuple[Entry, RequestTarget]
+
+_READS = ("GET", "HEAD")
+
+
+def find(resources: Resources, types: ContentTypes, context: Context) -> Found | None:
+    """The resource that answers, and the type that an extension of the path asks for."""
+    path, search = context.path, context.request.query
+    protocol = _protocol(context) if resources.selective else "rest"
+    found = resources.match(path, search, protocol)
+    if found is None and resources.selective and context.method in _READS:
+        found = _socket_at(resources, path, search)
+    if "." not in path or (asked := types.of_extension(path)) is None:
+        return found
+    stem, media = asked
+    without = resources.match(stem, search, protocol)
+    if without is None or not _means_extension(without, found):
+        return found
+    context.accept = media
+    return without
+
+
+def verb_of(entry: Entry, context: Context) -> tuple[str, Verb]:
+    """The verb and the permission for a request; who is not logged in learns no more than that."""
+    method, protocol = context.method, _protocol(context)
+    verb, permission = METHOD_VERBS.get(method, ("", "read"))
+    connects = verb == "get" and "connect" in entry.handlers
+    reached = protocol in entry.protocols
+    if reached and connects and protocol != "rest":
+        return "connect", permission
+    if reached and verb in entry.handlers and protocol != "ws":
+        return verb, permission
+    if context.user is None and not entry.public:
+        raise AccessViolation(None)
+    if connects:
+        raise _only_connects(entry, context)
+    if protocol == "ws" and verb in entry.handlers:
+        message = f"Upgrade: {entry.resource.__name__} speaks no WebSocket; send none"
+        raise ClientError(message, code="no_websocket")
+    if not verb:
+        message = f"Method {method} is not recognised."
+        raise NotImplementedYet(message)
+    raise MethodNotAllowed(method, entry.allow)
+
+
+def _protocol(context: Context) -> ProtocolName:
+    """By what a resource is reached: a get that agrees on an event stream is of a kind."""
+    if context.request.websocket:
+        return "ws"
+    if context.method not in _READS or EVENTS not in (context.accept or "").lower():
+        return "rest"
+    try:
+        return "sse" if context.types.negotiate(context.accept) == EVENTS else "rest"
+    except ClientError:
+        return "rest"
+
+
+def _socket_at(resources: Resources, path: str, search: str) -> Found | None:
+    """A WebSocket and nothing else, which can still say that it is one."""
+    found = resources.match(path, search, "ws")
+    return found if found and "connect" in found[0].handlers else None
+
+
+def _means_extension(without: Found, found: Found | None) -> bool:
+    """Whether the end of a path is an extension, rather than of the name of what is found."""
+    if found is not None and not found[1].pathname:
+        return False
+    if found is None or found[0] is not without[0]:
+        return not without[1].pathname
+    return without[0].resource.extensions
+
+
+def _only_connects(entry: Entry, context: Context) -> ClientError:
+    """The refusal of a plain request for what is a stream, or a WebSocket, and nothing else."""
+    if "ws" in entry.protocols and "sse" not in entry.protocols:
+        message = "this is a WebSocket; expected Upgrade: websocket"
+        headers = {"Upgrade": "websocket"}
+        return ClientError(message, status=426, code="upgrade_required", headers=headers)
+    told = context.accept or ""
+    message = f"Accept: this is a stream of events; expected {EVENTS}, got {told!r}"
+    return ClientError(message, status=406, code="not_acceptable")
