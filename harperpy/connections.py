@@ -95,7 +95,7 @@ class Connections(web.Server):
 def _asks_for_websocket(request: ConnectedRequest) -> bool:
     """Whether what it wants to become is a WebSocket; nothing else is, and nothing with a body."""
     named = request.headers.get("upgrade", "").lower() == "websocket"
-    sound = request.version >= HttpVersion11 and not request.body_exists
+    sound = request.version == HttpVersion11 and not request.body_exists
     return request.method == "GET" and named and sound
 
 

@@ -461,6 +461,7 @@ async def test_a_refusal_is_a_plain_answer(path: str, key: Any, changes: Any, st
         (written(Upgrade="h2c"), "HTTP/1.1 406 "),
         (written(Connection="keep-alive"), "HTTP/1.1 406 "),
         (written(start="GET {} HTTP/1.0"), "HTTP/1.0 406 "),
+        (written(start="GET {} HTTP/2.0"), "HTTP/2.0 406 "),
         (written(start="HEAD {} HTTP/1.1"), "HTTP/1.1 406 "),
         (written(start="POST {} HTTP/1.1", Content_Length="0"), "HTTP/1.1 405 "),
         (written(Content_Length="2") + b"{}", "HTTP/1.1 406 "),
