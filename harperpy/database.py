@@ -173,7 +173,10 @@ class Database:
     ) -> sa.Engine:
         # Nothing cached, where a gate stands: SQLite asks it when a statement is prepared.
         settings = {"timeout": self.busy_seconds, "check_same_thread": False, **options}
-        engine = sa.create_engine(f"sqlite:///{self.path}", connect_args=settings)
+        # An error goes to the log, and what was written may be what someone asked a model.
+        engine = sa.create_engine(
+            f"sqlite:///{self.path}", connect_args=settings, hide_parameters=True
+        )
         for listener in (_prepare, *prepare, *([_sync_each_commit] if fsync else [])):
             event.listen(engine, "connect", listener)
         return engine

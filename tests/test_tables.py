@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import pytest
+import sqlalchemy as sa
 
 from harperpy import (
     ClientError,
@@ -478,3 +479,26 @@ async def test_the_blocks_of_the_page_run(tmp_path: Path) -> None:
         winners = await ask(server, "GET", "/winners")
     assert (0, printed) == (shell.returncode, f"{told.decode()}\n")
     assert [{"player": "ada", "points": 12}] == winners.json
+
+
+async def test_a_statement_that_fails_is_logged_without_its_values(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What SQLite refuses is a 500, and neither the answer nor the log has what was written."""
+
+    class Refused(Resource):
+        @staticmethod
+        async def post(target: RequestTarget, data: Any, context: Context) -> None:
+            await context.transaction().execute(
+                sa.text("INSERT INTO notes VALUES (:a)"), await data
+            )
+
+    async def apply(scope: Scope) -> None:
+        await mount(scope)
+        scope.resources.set("refused", Refused)
+
+    async with running(handle_application=apply) as server:
+        answer = await ask(server, "POST", "/refused", json={"a": "a prompt"})
+        assert 500 == answer.status
+        assert "OperationalError" in caplog.text
+        assert "a prompt" not in answer.text + caplog.text
