@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from .errors import ClientError
 from .spelling import nearest
-from .tables import Table
+from .tables import Exact, Table
 
 _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "=": operator.eq,
@@ -31,6 +31,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
 _CONDITION = re.compile(r"([^=!]+)(!=|==|=[a-z]{2}=|=)(.*)", re.DOTALL)
 _CALL = re.compile(r"(select|sort|limit)(?:\((.*)\)|=(.*))", re.DOTALL)
 _OFFSET = "offset="
+_MOST_CONDITIONS = 100
 
 
 class Query(msgspec.Struct):
@@ -53,6 +54,9 @@ def read_query(table: Table[Any], search: str) -> Query:
             query.bare |= call[1] == "select" and call[3] is None and len(query.select) == 1
         elif part.startswith(_OFFSET):
             query.offset = _count("offset", part.removeprefix(_OFFSET))
+        elif len(query.where) == _MOST_CONDITIONS:
+            message = f"query: expected at most {_MOST_CONDITIONS} conditions"
+            raise ClientError(message)
         else:
             query.where.append(_condition(table, part))
     return query
@@ -69,7 +73,14 @@ def _condition(table: Table[Any], part: str) -> sa.ColumnElement[bool]:
     if isinstance(column.type, sa.JSON):
         _refuse(name, "lists and maps cannot be compared")
     value = None if text == "null" and column.nullable else _value(table, name, text)
+    if isinstance(column.type, Exact) and value is not None:
+        return _COMPARISONS[sign](_ordered(column), sa.cast(value, sa.Float))
     return _COMPARISONS[sign](column, value)
+
+
+def _ordered(column: sa.Column[Any]) -> sa.ColumnElement[Any]:
+    """The column as what numbers are compared by, where it is text that stands for one."""
+    return sa.cast(column, sa.Float) if isinstance(column.type, Exact) else column
 
 
 def _value(table: Table[Any], name: str, text: str) -> Any:
@@ -81,7 +92,9 @@ def _value(table: Table[Any], name: str, text: str) -> Any:
 
 def _sort(query: Query, table: Table[Any], text: str) -> None:
     for name in _names(text):
-        column = _column(table, name.lstrip("+- "))
+        column = _ordered(_column(table, name.lstrip("+- ")))
+        if len(query.order) == len(table.fields):
+            _refuse("sort", "expected each field once")
         query.order.append(column.desc() if name.startswith("-") else column.asc())
 
 

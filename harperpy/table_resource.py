@@ -112,7 +112,9 @@ class TableResource(Resource):
         """A new record."""
         if target.id is not None:
             raise MethodNotAllowed(context.method, _OF_ONE)
-        kept = await cls.table.insert(context.transaction(), cls._record(await _fields(data)))
+        fields = await _fields(data)
+        cls._check_key(fields.get(cls.table.key), context)
+        kept = await cls.table.insert(context.transaction(), cls._record(fields))
         context.created(cls.table.row(kept)[cls.table.key])
         return kept
 
@@ -188,6 +190,16 @@ class TableResource(Resource):
             raise NotFound from error
 
     @classmethod
+    def _check_key(cls, key: object, context: Context) -> None:
+        """Raises `InvalidBody` for a text that would be another record's at the end of a path."""
+        if not isinstance(key, str):
+            return
+        stands = all(part not in ("", ".", "..") for part in key.split("/"))
+        if not stands or (cls.extensions and context.types.of_extension(key)):
+            message = f"{cls.table.key}: {key!r} cannot be at the end of a path"
+            raise InvalidBody(message, param=cls.table.key)
+
+    @classmethod
     def _with_key(cls, fields: Fields, key: Any) -> Fields:
         name = cls.table.key
         if fields.get(name, key) != key:
@@ -199,13 +211,13 @@ class TableResource(Resource):
     def _record(cls, fields: Fields) -> Any:
         """The record that these fields make. Raises `InvalidBody`."""
         known = cls.table.fields
-        for name in fields.keys() - known.keys():
+        for name in fields.keys() - known.keys() - {cls.table.record.__struct_config__.tag_field}:
             why = f"unknown field; {nearest(name, known, 'fields')}"
             errors = [{"path": pointer(name), "message": why}]
             message = f"{name}: {why}"
             raise InvalidBody(message, param=name, errors=errors)
         try:
-            return msgspec.convert(fields, cls.table.record)
+            return msgspec.convert(fields, cls.table.record, str_keys=True)
         except msgspec.ValidationError as error:
             raise refused(error) from error
 
@@ -216,7 +228,7 @@ def _version(record: msgspec.Struct) -> str:
 
 async def _fields(data: Body) -> Fields:
     fields = await data
-    if not isinstance(fields, dict):
-        message = "expected a JSON object of fields"
-        raise InvalidBody(message)
-    return cast("Fields", fields)
+    if isinstance(fields, dict) and all(isinstance(name, str) for name in cast("Any", fields)):
+        return cast("Fields", fields)
+    message = "expected a JSON object of fields"
+    raise InvalidBody(message)

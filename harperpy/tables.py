@@ -5,6 +5,9 @@ from __future__ import annotations
 import datetime as dt
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from decimal import Decimal
+from math import isfinite
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import msgspec
@@ -23,6 +26,7 @@ _TOO_LARGE = 1 << 63
 _OURS = ("hdb_", "sqlite_")
 _AS_THEY_ARE = (bytes, dt.datetime)
 _INTEGER = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+_JSON = sa.JSON(none_as_null=True)
 
 
 class _Moment(sa.TypeDecorator[dt.datetime]):
@@ -43,6 +47,10 @@ class _Moment(sa.TypeDecorator[dt.datetime]):
         return None if value is None else dt.datetime.fromisoformat(value)
 
 
+class Exact(sa.String):
+    """A Decimal as text, which keeps each of its digits."""
+
+
 _COLUMN_TYPES: tuple[tuple[type[inspect.Type], sa.types.TypeEngine[Any]], ...] = (
     (inspect.BoolType, sa.Boolean()),
     (inspect.IntType, _INTEGER),
@@ -53,7 +61,7 @@ _COLUMN_TYPES: tuple[tuple[type[inspect.Type], sa.types.TypeEngine[Any]], ...] =
     (inspect.UUIDType, sa.String()),
     (inspect.DateType, sa.String()),
     (inspect.TimeType, sa.String()),
-    (inspect.DecimalType, sa.String()),
+    (inspect.DecimalType, Exact()),
 )
 _KEY_TYPES = (inspect.StrType, inspect.IntType, inspect.UUIDType)
 
@@ -93,12 +101,12 @@ class Table(Generic[T]):
         """A row as a record."""
         given = {column: row[column] for column in self.fields if row[column] is not None}
         missing = self.fields.keys() - given.keys() - self._needed
-        return msgspec.convert({**given, **dict.fromkeys(missing)}, self.record)
+        return msgspec.convert({**given, **dict.fromkeys(missing)}, self.record, str_keys=True)
 
     def row(self, record: T) -> dict[str, Any]:
-        """A record as a row. Raises `InvalidBody` for an integer of more than 64 bits."""
+        """A record as a row. Raises `InvalidBody` for what no column can hold."""
         return {
-            column: self._kept(column, getattr(record, field.name))
+            column: self.kept(column, getattr(record, field.name))
             for column, field in self.fields.items()
         }
 
@@ -151,17 +159,24 @@ class Table(Generic[T]):
     def value(self, column: str, text: str) -> Any:
         """A column's value, read from text. Raises `msgspec.ValidationError`."""
         kind = self.fields[column].type
-        return self._kept(column, msgspec.convert(text, kind, strict=False))
+        return self.kept(column, msgspec.convert(text, kind, strict=False))
 
     def _at(self, key: Any) -> sa.ColumnElement[bool]:
         return self.sql.c[self.key] == _plain(key)
 
-    def _kept(self, column: str, value: Any) -> Any:
-        plain = _plain(value)
-        if isinstance(plain, int) and not -_TOO_LARGE <= plain < _TOO_LARGE:
-            message = f"{column}: expected an integer of 64 bits"
+    def kept(self, column: str, value: Any) -> Any:
+        """What a column holds of a value. Raises `InvalidBody` for what it cannot hold."""
+        expected, plain = "what JSON can hold", None
+        with suppress(TypeError):
+            plain = _as_json(value) if self._is_json(column) else _plain(value)
+            expected = _expected(value if isinstance(value, Decimal) else plain)
+        if expected is not None:
+            message = f"{column}: expected {expected}"
             raise InvalidBody(message, param=column)
         return plain
+
+    def _is_json(self, column: str) -> bool:
+        return isinstance(self.sql.c[column].type, sa.JSON)
 
     def _column(self, name: str) -> sa.Column[Any]:
         kind, optional = _bare(self._kinds[name])
@@ -177,6 +192,8 @@ class Table(Generic[T]):
             if column not in self.fields:
                 help_ = nearest(column, self.fields, "fields")
                 _refuse(f"{where}: {self.record.__name__} has no field {column!r}; {help_}")
+        if len({column.lower() for column in self.fields}) < len(self.fields):
+            _refuse(f"{where}: fields of {self.record.__name__} differ in nothing but their case")
         if not isinstance(_bare(self._kinds[self.key])[0], _KEY_TYPES):
             _refuse(f"{where}: {self.key!r} cannot be its key; expected a str, an int or a UUID")
 
@@ -198,7 +215,8 @@ class Tables:
         Raises `RegistrationError` for what cannot be a table, or is not the table that is there.
         """
         table = Table(name, record, key, index)
-        known = self._known.setdefault(name, table)
+        # To SQLite, names that differ in case are one.
+        known = self._known.setdefault(name.lower(), table)
         if known.record is not record:
             _refuse(f"table {name!r} is made of {known.record.__name__}, not {record.__name__}")
         await self._run(lambda connection: _bring_about(connection, table))
@@ -234,7 +252,8 @@ def _add(connection: sa.Connection, table: Table[Any], column: sa.Column[Any]) -
     new = sa.Table(table.name, sa.MetaData(), sa.Column(column.name, column.type))
     connection.execute(_AddColumn(new.c[column.name]))
     if not field.required:
-        connection.execute(sa.update(table.sql).values({column.name: _plain(_default(field))}))
+        made = table.kept(column.name, _default(field))
+        connection.execute(sa.update(table.sql).values({column.name: made}))
 
 
 class _AddColumn(sa.schema.ExecutableDDLElement):
@@ -283,13 +302,34 @@ def _column_type(kind: inspect.Type) -> sa.types.TypeEngine[Any]:
         else ()
     )
     if values:
-        return _INTEGER if all(isinstance(value, int) for value in values) else sa.String()
+        if all(isinstance(value, int) for value in values):
+            return _INTEGER
+        return sa.String() if all(isinstance(value, str) for value in values) else _JSON
     found = (sort for known, sort in _COLUMN_TYPES if isinstance(kind, known))
-    return next(found, sa.JSON(none_as_null=True))
+    return next(found, _JSON)
+
+
+def _expected(value: Any) -> str | None:
+    """What a column takes in place of a value that it cannot hold."""
+    if isinstance(value, int) and not -_TOO_LARGE <= value < _TOO_LARGE:
+        return "an integer of 64 bits"
+    if isinstance(value, Decimal | float):
+        finite = value.is_finite() if isinstance(value, Decimal) else isfinite(value)
+        return None if finite else "a finite number"
+    if isinstance(value, dt.datetime):
+        try:
+            value.astimezone(dt.UTC)
+        except OverflowError:
+            return "a moment of the years 1 to 9999 in UTC"
+    return None
 
 
 def _plain(value: Any) -> Any:
     return msgspec.to_builtins(value, builtin_types=_AS_THEY_ARE)
+
+
+def _as_json(value: Any) -> Any:
+    return msgspec.to_builtins(value, str_keys=True)
 
 
 def _refuse(message: str) -> None:

@@ -51,8 +51,10 @@ class Notes(TableResource):
 
 
 async def mount(scope: Scope) -> None:
-    """A plugin that serves notes."""
+    """A plugin that serves notes, and records with a field of each kind."""
     scope.resources.set("notes", await Notes.of(scope.database.tables))
+    everything = await scope.database.tables.ensure("everything", Everything)
+    scope.resources.set("all", TableResource.over(everything))
 
 
 async def fill(server: RunningServer, count: int) -> None:
@@ -157,6 +159,8 @@ async def test_a_link_leads_through_all_pages() -> None:
         ("limit=x", "query: limit: expected an integer of 0 or more, got 'x'"),
         ("offset=-1", "query: offset: expected an integer of 0 or more, got '-1'"),
         ("limit=6", "query: limit: expected at most 5, got 6"),
+        ("&".join(["topic=a"] * 101), "query: expected at most 100 conditions"),
+        (f"sort={'id,' * 3000}", "query: sort: expected each field once"),
     ],
 )
 async def test_a_query_that_cannot_be_is_400(query: str, said: str) -> None:
@@ -190,6 +194,13 @@ async def test_a_query_that_cannot_be_is_400(query: str, said: str) -> None:
         ("PATCH", "/notes/1", {"numStars": "a"}, 400, "numStars: Expected `int`, got `str`"),
         ("PATCH", "/notes/1", {"text": None}, 400, "text: Expected `str`, got `null`"),
         ("PATCH", "/notes/7", {"text": "a"}, 404, "Not found"),
+        ("POST", "/all", {"moment": "0001-01-01T00:00:00+01:00"}, 400, "moment: expected a moment"),
+        ("POST", "/all", {"price": "NaN"}, 400, "price: expected a finite number"),
+        ("POST", "/all", {"any": 1 << 64}, 400, "any: expected an integer of 64 bits"),
+        ("POST", "/all", {"id": "x.csv"}, 400, "'x.csv' cannot be at the end of a path"),
+        ("POST", "/all", {"id": "a/../x"}, 400, "'a/../x' cannot be at the end of a path"),
+        ("POST", "/all", {"id": "/x"}, 400, "'/x' cannot be at the end of a path"),
+        ("POST", "/all", {"id": ""}, 400, "'' cannot be at the end of a path"),
         ("DELETE", "/notes", None, 405, "Method DELETE is not allowed here"),
     ],
 )
@@ -252,6 +263,7 @@ class Inner(msgspec.Struct):
     """A Struct in a field."""
 
     a: int
+    at: dt.datetime | None = None
 
 
 class Everything(msgspec.Struct):
@@ -267,8 +279,12 @@ class Everything(msgspec.Struct):
     price: Decimal | None = None
     hue: Hue = Hue.RED
     word: Literal["a", "b"] = "a"
+    mixed: Literal["a", 1] = "a"
     inner: Inner | None = None
     many: dict[str, list[int]] = {}
+    numbered: dict[int, str] = {}
+    blobs: list[bytes] = []
+    moments: list[dt.datetime] = []
     any: Any = None
 
 
@@ -285,8 +301,12 @@ async def test_every_kind_of_field_comes_back_as_it_was() -> None:
         "price": "1.10",
         "hue": "blue",
         "word": "b",
-        "inner": {"a": 1},
+        "mixed": 1,
+        "inner": {"a": 1, "at": "2026-01-02T03:04:05Z"},
         "many": {"x": [1, 2]},
+        "numbered": {"1": "one"},
+        "blobs": ["/wA="],
+        "moments": ["2026-01-02T03:04:05Z"],
         "any": {"y": None},
     }
 
@@ -367,6 +387,7 @@ async def test_a_new_field_becomes_a_column_with_its_default(tmp_path: Path) -> 
         (struct(), {"key": "ids"}, "table 't': T has no field 'ids'; did you mean 'id'?"),
         (struct(), {"index": ["txt"]}, "T has no field 'txt'; did you mean 'text'?"),
         (struct(("f", float, 0.0)), {"key": "f"}, "'f' cannot be its key; expected a str, an int"),
+        (struct(("Text", str, "")), {}, "table 't': fields of T differ in nothing but their case"),
         (struct(), {"name": "hdb_mine"}, "expected a name of letters, digits and _, not beginning"),
         (struct(), {"name": "a b"}, "table 'a b': expected a name of letters, digits and _"),
     ],
@@ -380,16 +401,17 @@ async def test_what_cannot_be_the_table_is_refused_at_the_start(
         await ensured(record, tmp_path, **more)
 
 
-async def test_two_structs_cannot_be_one_table() -> None:
-    """A name that is taken by another Struct is refused."""
+@pytest.mark.parametrize("name", ["t", "T"])
+async def test_two_structs_cannot_be_one_table(name: str) -> None:
+    """A name that is taken by another Struct is refused; in a database, case makes no other."""
 
     async def apply(scope: Scope) -> None:
         await scope.database.tables.ensure("t", struct(name="One"))
-        await scope.database.tables.ensure("t", struct(name="Two"))
+        await scope.database.tables.ensure(name, struct(name="Two"))
 
     async with running(handle_application=apply) as server:
         failed = server.server.health.whole()["plugins"]["test"]
-    assert "table 't' is made of One, not Two" == failed["error"]
+    assert f"table {name!r} is made of One, not Two" == failed["error"]
 
 
 @pytest.mark.parametrize(
@@ -479,6 +501,62 @@ async def test_the_blocks_of_the_page_run(tmp_path: Path) -> None:
         winners = await ask(server, "GET", "/winners")
     assert (0, printed) == (shell.returncode, f"{told.decode()}\n")
     assert [{"player": "ada", "points": 12}] == winners.json
+
+
+async def test_decimals_are_compared_as_numbers() -> None:
+    """A price of 10 is above one of 9, and 9 is 9.0; each keeps the digits that it came with."""
+    async with running(handle_application=mount) as server:
+        for price in ("100", "9", "10.00", None):
+            assert 201 == (await ask(server, "POST", "/all", json={"price": price})).status
+        for query, prices in (
+            ("price=gt=9.5&sort(price)", "[10.00,100]"),
+            ("sort=-price", "[100,10.00,9,null]"),
+            ("price=9.0", "[9]"),
+            ("price=null", "[null]"),
+        ):
+            found = await ask(server, "GET", f"/all?{query}&select(price)")
+            assert prices == found.text
+
+
+class Tagged(msgspec.Struct, tag="note", tag_field="type"):
+    """A record that says in JSON what it is."""
+
+    text: str
+    id: int | None = None
+
+
+async def test_a_tagged_record_is_written_as_it_is_read() -> None:
+    """Its tag comes with each answer and may come with each write; another one is 400."""
+
+    async def apply(scope: Scope) -> None:
+        table = await scope.database.tables.ensure("tagged", Tagged)
+        scope.resources.set("tagged", TableResource.over(table))
+
+    async with running(handle_application=apply) as server:
+        made = await ask(server, "POST", "/tagged", json={"type": "note", "text": "a"})
+        assert {"type": "note", "text": "a", "id": 1} == made.json
+        assert 204 == (await ask(server, "PUT", "/tagged/1", json=made.json)).status
+        assert 204 == (await ask(server, "PATCH", "/tagged/1", json={"text": "b"})).status
+        assert made.json | {"text": "b"} == (await ask(server, "GET", "/tagged/1")).json
+        assert 400 == (await ask(server, "PATCH", "/tagged/1", json={"type": "other"})).status
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"ratio": float("nan")}, "ratio: expected a finite number"),
+        ({"any": msgspec.msgpack.Ext(5, b"a")}, "any: expected what JSON can hold"),
+        ({1: 2}, "expected a JSON object of fields"),
+    ],
+)
+async def test_what_only_msgpack_can_say_is_400(body: Any, said: str) -> None:
+    """A value that no column can hold is refused as one in JSON is."""
+    headers = {"Content-Type": "application/x-msgpack"}
+    async with running(handle_application=mount) as server:
+        data = msgspec.msgpack.encode(body)
+        refused = await ask(server, "POST", "/all", data=data, headers=headers)
+    assert 400 == refused.status
+    assert said in refused.json["detail"]
 
 
 async def test_a_statement_that_fails_is_logged_without_its_values(
