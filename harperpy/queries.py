@@ -18,7 +18,7 @@ from .errors import ClientError
 from .spelling import nearest
 from .tables import Exact, Table
 
-_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+_COMPARISONS: dict[str, Callable[[Any, Any], sa.ColumnElement[bool]]] = {
     "=": operator.eq,
     "==": operator.eq,
     "!=": operator.ne,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from hashlib import blake2b
 from inspect import getattr_static
+from types import GenericAlias
 from typing import Any, ClassVar, Self, TypeAlias, cast
 
 import msgspec
@@ -80,9 +81,9 @@ class TableResource(Resource):
     @classmethod
     def over(cls, table: Table[Any]) -> type[Self]:
         """The class on a table that is there."""
-        record = table.record
+        record: Any = table.record
         documented = {
-            "get": Contract(response=record | list[record]),
+            "get": Contract(response=record | GenericAlias(list, (record,))),
             "post": Contract(body=record, response=record),
             "put": Contract(body=record, response=None),
             "patch": Contract(body=dict[str, Any], response=None),
@@ -167,7 +168,8 @@ class TableResource(Resource):
 
     @classmethod
     async def _found(cls, key: Any, context: Context, *, locked: bool = False) -> msgspec.Struct:
-        record = await cls.table.get(context.transaction(), key, locked=locked)
+        found = await cls.table.get(context.transaction(), key, locked=locked)
+        record: msgspec.Struct | None = found
         if record is None:
             raise NotFound
         return record

@@ -162,11 +162,13 @@ class Table(Generic[T]):
         return self.kept(column, msgspec.convert(text, kind, strict=False))
 
     def _at(self, key: Any) -> sa.ColumnElement[bool]:
-        return self.sql.c[self.key] == _plain(key)
+        same: sa.ColumnElement[bool] = self.sql.c[self.key] == _plain(key)
+        return same
 
     def kept(self, column: str, value: Any) -> Any:
         """What a column holds of a value. Raises `InvalidBody` for what it cannot hold."""
-        expected, plain = "what JSON can hold", None
+        expected: str | None = "what JSON can hold"
+        plain: Any = None
         with suppress(TypeError):
             plain = _as_json(value) if self._is_json(column) else _plain(value)
             expected = _expected(value if isinstance(value, Decimal) else plain)

@@ -14,8 +14,9 @@ import msgspec
 
 from .config import Config, load_config
 from .errors import ClientError, ConfigError, HarperError, SetupError
+from .held import SOCKET_NAME
 from .remote import Remote
-from .server import SOCKET_NAME, Server
+from .server import Server
 
 T = TypeVar("T")
 
