@@ -23,7 +23,7 @@ def vary(headers: CIMultiDict[str], on: str) -> None:
 
 def stamp(headers: CIMultiDict[str], context: Context, status: int) -> bool:
     """Say which version it is. Whether the client has it already, so that 304 is the answer."""
-    if not 200 <= status < 300:
+    if (context.etag is None and context.last_modified is None) or not 200 <= status < 300:
         return False
     if context.last_modified is not None:
         headers.setdefault("Last-Modified", formatdate(context.last_modified, usegmt=True))
@@ -37,6 +37,9 @@ def keep_private(headers: CIMultiDict[str], context: Context, status: int) -> No
     """No cache gives one caller's answer to another, unless the handler says that it may."""
     if context.user is None and status != 401 and "authorization" not in context.headers:
         return
-    told = headers.setdefault("Cache-Control", "private, no-cache").lower()
-    if not any(word in told for word in _SHARED):
-        vary(headers, "Authorization")
+    told = headers.get("Cache-Control")
+    if told is None:
+        headers["Cache-Control"] = "private, no-cache"
+    elif any(word in told.lower() for word in _SHARED):
+        return
+    vary(headers, "Authorization")
