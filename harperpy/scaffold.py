@@ -20,12 +20,16 @@ TEMPLATES = {
 
 
 def write_project(folder: Path, template: str) -> None:
-    """Copy a template. Raises `ConfigError` if the folder holds anything already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        message = f"{folder} exists and is not empty"
-        raise ConfigError(message)
-    # By its name, for its folder stands elsewhere in an editable installation.
-    _copy(resources.files(f"{__package__}.templates") / template, folder)
+    """Copy a template. Raises `ConfigError` if the folder holds anything already, or cannot."""
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            message = f"{folder} exists and is not empty"
+            raise ConfigError(message)
+        # By its name, for its folder stands elsewhere in an editable installation.
+        _copy(resources.files(f"{__package__}.templates") / template, folder)
+    except OSError as error:
+        message = f"cannot write into {folder}: {error.strerror}"
+        raise ConfigError(message) from error
 
 
 def _copy(source: Traversable, folder: Path) -> None:

@@ -150,6 +150,8 @@ async def test_init_overwrites_nothing(tmp_path: Path) -> None:
 
     assert "full exists and is not empty" == await refusal(tmp_path, "init", "full")
     assert "file exists and is not empty" == await refusal(tmp_path, "init", "file")
+    below = await refusal(tmp_path, "init", "file/demo")
+    assert "cannot write into file/demo: Not a directory" == below
     assert ["notes.txt"] == names(tmp_path / "full")
     assert "Wrote empty. Next: harperpy dev empty" == await said(tmp_path, "init", "empty")
 
