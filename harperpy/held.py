@@ -121,6 +121,16 @@ class Held:
         self.close_sockets()
         self.lock.close()
 
+    def leave_queues(self) -> None:
+        """Nobody waits any more for a worker that cannot start, until it listens by itself."""
+        if sys.platform != "linux":
+            # The queue is everybody's.
+            return
+        for many in (many for name, many in self.sockets.items() if name != LOCAL):
+            for at, one in enumerate(many):
+                many[at] = _bound(one.family, one.getsockname(), socket.SO_REUSEPORT)
+                one.close()
+
     def close_sockets(self) -> None:
         """From now on a new connection is refused."""
         for one in (one for many in self.sockets.values() for one in many):
@@ -243,6 +253,16 @@ def local_socket(root: Path) -> socket.socket:
 
 
 def _listening(family: int, address: Any, *options: int) -> socket.socket:
+    one = _bound(family, address, *options)
+    try:
+        one.listen(BACKLOG)
+    except OSError:
+        one.close()
+        raise
+    return one
+
+
+def _bound(family: int, address: Any, *options: int) -> socket.socket:
     one = socket.socket(family, socket.SOCK_STREAM)
     try:
         for option in (socket.SO_REUSEADDR, *options):
@@ -250,7 +270,6 @@ def _listening(family: int, address: Any, *options: int) -> socket.socket:
         if family == socket.AF_INET6:
             one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         one.bind(address)
-        one.listen(BACKLOG)
         one.settimeout(0)
     except OSError:
         one.close()

@@ -102,6 +102,8 @@ class Workers:
         while True:
             child = self._children[index]
             code = await asyncio.shield(child.ended)
+            if not await asyncio.shield(child.ready):
+                self._held[index].leave_queues()
             # It may have changed who may do what, and not have come to say so.
             self._epoch.move()
             how = f"ended with exit code {code}" if code >= 0 else _killed(-code)

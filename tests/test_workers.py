@@ -99,6 +99,15 @@ async def pinned(server: Serving, count: int = 2) -> AsyncIterator[dict[int, Any
         yield found
 
 
+async def answering(server: Serving) -> set[int]:
+    """Two workers, once both answer on connections of their own."""
+    found = set[int]()
+    async with asyncio.timeout(SECONDS):
+        while len(found) < 2:
+            found.add((await get(f"{server.url}/Pid"))[1])
+    return found
+
+
 async def operate(server: Serving, operation: str, **parameters: Any) -> Any:
     """The result of an operation that a super user asks of one of the workers."""
     body = {"operation": operation, **parameters}
@@ -286,9 +295,25 @@ async def test_a_worker_that_always_dies_does_not_take_the_others_along(project:
         log = await logged(project, "ended with exit code 3 and is started again", 3)
         assert first in children(server.process.pid)
         (project / "die").unlink()
-        async with pinned(server) as clients:
-            assert {int(first)} < {*clients}
+        assert {int(first)} < await answering(server)
     assert "worker 0" not in log
+
+
+@pytest.mark.parametrize("place", [0, 1])
+async def test_nobody_waits_for_a_worker_that_cannot_start(place: int, project: Path) -> None:
+    """A config.yaml that is broken by now costs a worker its queue; mended, it has a new one."""
+    async with running(project) as server:
+        victim = children(server.process.pid)[place]
+        (project / "config.yaml").write_text("nonsense: 1")
+        os.kill(int(victim), signal.SIGKILL)
+        log = await logged(project, "and is started again", 3)
+        for _ in range(MANY // 8):
+            assert 200 == (await get(f"{server.url}/Pid"))[0]
+        assert ["root"] == [user["username"] for user in await said(project, "user", "list")]
+        (project / "config.yaml").write_text(config())
+        found = await answering(server)
+    assert int(victim) not in found
+    assert f"worker {place} (process {victim})" in log
 
 
 async def test_workers_end_with_their_parent(project: Path) -> None:
