@@ -13,6 +13,7 @@ from .auth import User
 from .background import Background
 from .errors import HarperError
 from .negotiation import ContentTypes
+from .patterns import has_parameters
 from .preconditions import check_version
 from .request import Request
 from .signal import AbortController, AbortSignal
@@ -153,9 +154,19 @@ class Context(Caller):
         """Answer 201 with a `Location`: a path or URL, or the new thing's id below this mount."""
         text = str(location)
         if not text.startswith("/") and "://" not in text:
-            text = "/".join(("", *filter(None, [self.handler_path]), quote(text)))
+            text = "/".join(("", *filter(None, [self._mount]), quote(text)))
         self.status = 201
         self.response_headers["Location"] = quote(text, safe=_URL)
+
+    @property
+    def _mount(self) -> str:
+        """The mount's path, with what the request has in the place of its parameters."""
+        path = self.handler_path
+        if not has_parameters(path):
+            return path
+        asked = self.path.strip("/").split("/")
+        wild = path.rpartition("/")[2].startswith("*")
+        return "/".join(asked if wild else asked[: path.count("/") + 1])
 
     def check_accept(self) -> None:
         """Raise the 406 now that a plain value would meet after all the work for it was done.

@@ -504,6 +504,26 @@ async def test_a_location_is_a_url_or_an_id_below_the_mount(place: Any, location
     assert "X-Smuggled" not in answer.headers
 
 
+@pytest.mark.parametrize(
+    ("mount", "path", "location"),
+    [
+        ("of/:tenant/notes", "/of/a%20b/notes", "/of/a%20b/notes/7"),
+        ("of/:tenant/notes", "/of/a/notes/", "/of/a/notes/7"),
+        ("files/*path", "/files/a/b", "/files/a/b/7"),
+    ],
+)
+async def test_an_id_is_below_the_mount_that_was_asked(
+    mount: str, path: str, location: str
+) -> None:
+    """Where a mount has parameters, the place has what the request had for them."""
+
+    def verb() -> None:
+        get_context().created(7)
+
+    async with running(resources={mount: answering(verb)}) as server:
+        assert location == (await fetch(server, "POST", path)).headers["Location"]
+
+
 async def test_an_id_below_the_root_has_one_slash() -> None:
     """The root mount has no name to put before it."""
 
