@@ -17,6 +17,7 @@ from .connections import SERVER, ConnectedRequest, Connections, new_id
 from .content import Body
 from .dispatch import Dispatch
 from .errors import BodyTimeout, ClientError
+from .negotiation import EVENTS
 from .rendering import Reply
 from .request import Request
 from .signal import DISCONNECTED
@@ -73,7 +74,8 @@ class Wire:
         body = reply.body if isinstance(reply.body, bytes) else b""
         response = web.Response(status=reply.status, headers=headers, body=body or None)
         threshold = self._http.compression_threshold
-        if threshold and len(body) > threshold and "Content-Encoding" not in headers:
+        packs = "Content-Encoding" not in headers and headers.get("Content-Type") != EVENTS
+        if threshold and len(body) > threshold and packs:
             vary(response.headers, "Accept-Encoding")
             if _takes_gzip(raw.headers.get("accept-encoding", "")):
                 response.enable_compression(web.ContentCoding.gzip)

@@ -537,6 +537,18 @@ async def test_large_answers_are_compressed_where_that_is_on(
     assert large == ("Accept-Encoding" in told["Vary"].split(", "))
 
 
+async def test_events_are_never_compressed() -> None:
+    """Not even one that is a whole answer."""
+    headers = {"Accept": "text/event-stream", "Accept-Encoding": "gzip"}
+    async with (
+        running(ZIPPED, resources=RESOURCES) as server,
+        aiohttp.ClientSession(server.url, headers=headers) as client,
+        client.get(f"/raw?text={LONG}") as answer,
+    ):
+        assert "Content-Encoding" not in answer.headers
+        assert "text/event-stream" == answer.headers["Content-Type"]
+
+
 async def test_the_blocks_of_the_page_run(tmp_path: Path) -> None:
     """The page's resource and plugin start, and its commands print what it says."""
     (_, resources), (_, commands), (_, printed), (_, plugin), *more = BLOCK.findall(
