@@ -10,6 +10,7 @@ import aiohttp
 import msgspec
 
 from .errors import ClientError
+from .secret import mask
 
 _SECONDS = 10.0
 
@@ -48,7 +49,7 @@ class Remote:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             where = self._socket or self._url
             message = f"no harperpy answers at {where}: {error or type(error).__name__}"
-            raise ClientError(message) from error
+            raise ClientError(mask(message)) from error
 
 
 def _result(status: int, body: bytes) -> Any:

@@ -431,6 +431,9 @@ async def test_operations_reach_another_machine_by_url(project: Path, tmp_path: 
         assert told
     told = await refusal(tmp_path, "user", "list", *where)
     assert told.startswith(f"no harperpy answers at {server.operations_url}: ")
+    told = await refusal(tmp_path, "user", "list", "--url", "http://root:hunter2@127.0.0.1:1")
+    assert told.startswith("no harperpy answers at http://")
+    assert "hunter2" not in told
     assert ["project"] == names(tmp_path)
 
 
