@@ -122,7 +122,8 @@ class Wire:
                 raise BodyTimeout(limit) from error
             except web.RequestPayloadError as error:
                 message = "the request body is not what its headers say"
-                raise ClientError(message) from error
+                # What else comes on this connection cannot be told apart from it.
+                raise ClientError(message, headers={"Connection": "close"}) from error
             if not chunk:
                 return
             yield chunk

@@ -537,6 +537,18 @@ async def test_large_answers_are_compressed_where_that_is_on(
     assert large == ("Accept-Encoding" in told["Vary"].split(", "))
 
 
+async def test_a_body_that_is_not_what_its_headers_say_ends_its_connection() -> None:
+    """The client is told so, and does not send its next request into a closed one."""
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    async with (
+        running(resources=RESOURCES) as server,
+        aiohttp.ClientSession(server.url, headers=headers) as client,
+    ):
+        for _ in range(3):
+            async with client.post("/raw", data=b"no gzip") as answer:
+                assert (400, "close") == (answer.status, answer.headers.get("Connection"))
+
+
 async def test_events_are_never_compressed() -> None:
     """Not even one that is a whole answer."""
     headers = {"Accept": "text/event-stream", "Accept-Encoding": "gzip"}
