@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Any, Literal, TypeAlias, cast
 
 import msgspec
@@ -54,11 +55,15 @@ class Wanted(msgspec.Struct, frozen=True):
     def scan(self, directory: Path, data: Path) -> dict[Path, FileEntry]:
         """What there is, folders before what they hold; the data folder is left out. Blocks."""
         found: dict[Path, FileEntry] = {}
+        directory = directory.resolve()
         for pattern in self.source:
-            for path in _walk(directory.resolve(), pattern, data.resolve()):
-                parts = path.relative_to(directory.resolve()).parts
+            for path in _walk(directory, pattern, data.resolve()):
+                parts = path.relative_to(directory).parts
                 ignored = any(matches(one, parts) for one in self.ignore)
-                if path not in found and not ignored and matches(pattern, parts):
+                if path in found or ignored or not matches(pattern, parts):
+                    continue
+                # A link may lead out of the project, and so to what it keeps from others.
+                if path.resolve().is_relative_to(directory):
                     inside = "/".join(parts[len(_prefix(pattern)) :])
                     _note(path, self.base + inside, found)
         return dict(sorted(found.items()))
@@ -199,9 +204,9 @@ def _note(path: Path, url_path: str, found: dict[Path, FileEntry]) -> None:
     except OSError:
         # It has just gone, or it points nowhere.
         return
-    if path.is_dir():
+    if S_ISDIR(stat.st_mode):
         found[path] = FileEntry("add_dir", "directory", path, url_path, stat)
-    else:
+    elif S_ISREG(stat.st_mode):
         found[path] = FileEntry("add", "file", path, url_path, stat)
 
 
