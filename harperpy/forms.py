@@ -83,6 +83,7 @@ class Parts:
         self._reader = _Reader(self, self._events)
         self._parser = self._reader.parser(options.get(b"boundary", b""))
         self._part: Part | None = None
+        self._count = 0
 
     def __aiter__(self) -> Self:
         return self
@@ -91,6 +92,10 @@ class Parts:
         while not self._reader.ended or self._events:
             if isinstance(event := await self._event(), Part):
                 self._part = event
+                self._count += 1
+                if self._count > _MOST_FIELDS:
+                    message = f"expected at most {_MOST_FIELDS} parts"
+                    raise InvalidBody(message)
                 return event
         # What comes after the last part is read, so that the connection can be used again.
         async for _ in self._chunks:

@@ -29,7 +29,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], sa.ColumnElement[bool]]] = {
     "=ge=": operator.ge,
 }
 _CONDITION = re.compile(r"([^=!]+)(!=|==|=[a-z]{2}=|=)(.*)", re.DOTALL)
-_CALL = re.compile(r"(select|sort|limit)(?:\((.*)\)|=(.*))", re.DOTALL)
+_CALL = re.compile(r"(select|sort|limit)(?:\((.*)\)|=(?!=)(.*))", re.DOTALL)
 _OFFSET = "offset="
 _MOST_CONDITIONS = 100
 
@@ -52,7 +52,7 @@ def read_query(table: Table[Any], search: str) -> Query:
         if call := _CALL.fullmatch(part):
             _CALLS[call[1]](query, table, call[2] if call[3] is None else call[3])
             query.bare |= call[1] == "select" and call[3] is None and len(query.select) == 1
-        elif part.startswith(_OFFSET):
+        elif part.startswith(_OFFSET) and not part.startswith(f"{_OFFSET}="):
             query.offset = _count("offset", part.removeprefix(_OFFSET))
         elif len(query.where) == _MOST_CONDITIONS:
             message = f"query: expected at most {_MOST_CONDITIONS} conditions"

@@ -14,16 +14,16 @@ _NAMES_THE_SECRET = re.compile(
     r"(?:key|token|secrets?|passw(?:or)?ds?|passphrase|pwd|credentials?)$", re.IGNORECASE
 )
 _NAMES_A_TIME = re.compile(r"(?:timeout|ttl|seconds|lifetime|expiry)$", re.IGNORECASE)
-_MASKS = (
+_BARE = (
     # The user:password or token of a URL, up to the last @; a port and a path with an @ are none.
     (r"(://)(?:([^\s/?#:@]*:)(?!\d+(?:[/?#]|$))\S*|[^\s/?#:@]+)@", rf"\1\2{REDACTED}@"),
     (r"(?i)\b(bearer|basic)\s+[\w.~+/=-]+", rf"\1 {REDACTED}"),
-    # `api_key=…` anywhere, `X-Api-Key: …` outside a path: the host `keycloak:8080` is no header.
-    (
-        rf"(?i)((?:(?<![/\w.@-])[\w.-]{{0,40}}{_NAME}:|{_NAME}=)\s*[\"']?)[^\s&#;,\"']+",
-        rf"\1{REDACTED}",
-    ),
     (r"\b(?:sk|hk|pk)[-_][\w-]{8,}", REDACTED),
+)
+# `api_key=…` anywhere, `X-Api-Key: …` outside a path: the host `keycloak:8080` is no header.
+_NAMED = (
+    rf"(?i)((?:(?<![/\w.@-])[\w.-]{{0,40}}{_NAME}:|{_NAME}=)\s*[\"']?)[^\s&#;,\"']+",
+    rf"\1{REDACTED}",
 )
 
 
@@ -73,7 +73,15 @@ def names_secret(key: str) -> bool:
 
 def mask(text: str) -> str:
     """The text with URL passwords, bearer tokens and `key=value` secrets in it hidden."""
-    for pattern, shown in _MASKS:
+    return re.sub(*_NAMED, mask_bare(text))
+
+
+def mask_bare(text: str) -> str:
+    """The text without URL passwords, bearer tokens and keys of a known form: `sk-…`, `hk_…`.
+
+    For a log, which a `KeyError: 'name'` may stand in.
+    """
+    for pattern, shown in _BARE:
         text = re.sub(pattern, shown, text)
     return text
 

@@ -20,6 +20,7 @@ from .banner import banner, http_url, ready
 from .config import Config, load_config
 from .errors import ConfigError
 from .held import Worker, inherit
+from .secret import mask_bare
 from .server import Server
 
 # A child's words, then its parent's.
@@ -157,10 +158,17 @@ class _WithRequestId(logging.Filter):
         return True
 
 
+class _Masked(logging.Formatter):
+    """Keeps keys out of the log, whoever's exception they stand in."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return mask_bare(super().format(record))
+
+
 def _log(config: Config, *, dev: bool) -> None:
     level = (config.logging.level or ("info" if dev else "warn")).upper()
     handler = logging.StreamHandler() if config.logging.std_streams else logging.NullHandler()
     handler.addFilter(_WithRequestId())
     line = "%(asctime)s %(levelname)s %(request_id)s %(name)s: %(message)s"
-    handler.setFormatter(logging.Formatter(line))
+    handler.setFormatter(_Masked(line))
     logging.basicConfig(level={"WARN": "WARNING"}.get(level, level), handlers=[handler])

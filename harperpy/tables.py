@@ -93,7 +93,7 @@ class Table(Generic[T]):
         self._kinds = {one.encode_name: one.type for one in _field_types(record)}
         self._check(indexed)
         columns = [self._column(column) for column in self.fields]
-        marks = [sa.Index(f"{name}_{column}", column) for column in indexed]
+        marks = [sa.Index(f"{name}.{column}", column) for column in indexed]
         self.sql = sa.Table(name, sa.MetaData(), *columns, *marks)
         self._needed = {column.name for column in columns if not column.nullable}
 
@@ -188,6 +188,8 @@ class Table(Generic[T]):
 
     def _check(self, indexed: Collection[str]) -> None:
         where = f"table {self.name!r}"
+        if self.record.__struct_config__.array_like:
+            _refuse(f"{where}: {self.record.__name__} cannot be array_like: records have names")
         if not self.name.isidentifier() or self.name.lower().startswith(_OURS):
             _refuse(f"{where}: expected a name of letters, digits and _, not beginning with hdb_")
         for column in (self.key, *indexed):

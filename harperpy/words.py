@@ -19,9 +19,9 @@ def parameters(words: Sequence[str]) -> dict[str, Any]:
     while waiting:
         word = waiting.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
-        if not equals and word.startswith("--"):
+        if key and not equals and word.startswith("--"):
             value = "true" if not waiting or waiting[0].startswith("--") else waiting.pop(0)
-        elif not equals:
+        elif not (key and equals):
             message = f"expected key=value or --key value, got {word!r}"
             raise ValueError(message)
         key = key.replace("-", "_")

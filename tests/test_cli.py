@@ -474,6 +474,21 @@ async def test_the_log_is_on_stderr_unless_that_is_off(tmp_path: Path, streams: 
     assert ("404 NotFound" in (folder / "log").read_text()) == (streams == "true")
 
 
+async def test_no_key_is_logged_whoevers_error_it_stands_in(project: Path) -> None:
+    """The trace of an unforeseen error is whole but for what a provider's key looks like."""
+    (project / "resources.py").write_text(
+        "from harperpy import Resource\n\n\nclass Broken(Resource):\n    public = True\n\n"
+        "    @staticmethod\n    def get():\n"
+        '        raise KeyError("sk-made-up-for-this-test", "Bearer made-up-too", "plain")\n'
+    )
+    async with serving(project) as server:
+        status, told = await get(f"{server.url}/Broken")
+    log = (project / "log").read_text()
+    assert 500 == status
+    assert "made-up" not in f"{log}{told}"
+    assert "KeyError: ('[redacted]', 'Bearer [redacted]', 'plain')" in log
+
+
 async def test_sigterm_lets_a_stream_end(slow: Path) -> None:
     """It takes no more requests, finishes the one that runs, writes its row, and exits 0."""
     async with serving(slow) as server, streaming(server) as response:

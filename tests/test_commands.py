@@ -124,6 +124,7 @@ async def test_what_fails_tells_nothing_of_its_inside(project: Path) -> None:
 
 USAGE: dict[str, str] = {
     "reindex ten": "expected key=value or --key value, got 'ten'",
+    "reindex =1": "expected key=value or --key value, got '=1'",
     "reindex batch=1 batch=2": "batch is given twice",
 }
 

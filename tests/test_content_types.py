@@ -309,6 +309,7 @@ async def test_what_of_a_part_is_not_read_is_passed_over() -> None:
     ("content_type", "body", "said"),
     [
         (EDGE, upload(('name="a"', b"1"), end=b""), "ends before its last boundary"),
+        (EDGE, upload(*((f'name="{at}"', b"") for at in range(1001))), "at most 1000 parts"),
         (EDGE, b"no boundary", "the multipart body cannot be read"),
         (EDGE, b"--edge\r\nA" + b"a" * 5000, "the multipart body cannot be read"),
         ("multipart/form-data", b"", "Content-Type: expected multipart/form-data with a boundary"),

@@ -252,6 +252,26 @@ async def test_the_document_says_what_a_table_takes() -> None:
     assert "#/components/schemas/Note" == posted["$ref"]
 
 
+async def test_a_field_may_have_a_word_of_the_query_as_its_name() -> None:
+    """`==` compares the field, `=` is the word."""
+
+    class Odd(msgspec.Struct):
+        id: int | None = None
+        limit: int = 0
+        offset: int = 0
+        sort: str = ""
+
+    async def apply(scope: Scope) -> None:
+        table = await scope.database.tables.ensure("odd", Odd, index=["limit"])
+        scope.resources.set("odd", TableResource.over(table))
+
+    async with running(handle_application=apply) as server:
+        for odd in ({"limit": 1, "offset": 1, "sort": "a"}, {"limit": 2, "offset": 2, "sort": "b"}):
+            await ask(server, "POST", "/odd", json=odd)
+        for query in ("limit==2", "offset==2", "sort==b", "limit==2&limit=5"):
+            assert [2] == [odd["id"] for odd in (await ask(server, "GET", f"/odd?{query}")).json]
+
+
 class Hue(enum.Enum):
     """One of two."""
 
@@ -383,6 +403,11 @@ async def test_a_new_field_becomes_a_column_with_its_default(tmp_path: Path) -> 
             msgspec.defstruct("T", [("id", int), ("text", int)]),
             {},
             "table 't': 'text' is kept as VARCHAR, it cannot be INTEGER",
+        ),
+        (
+            msgspec.defstruct("T", [("id", int)], array_like=True),
+            {},
+            "table 't': T cannot be array_like: records have names",
         ),
         (struct(), {"key": "ids"}, "table 't': T has no field 'ids'; did you mean 'id'?"),
         (struct(), {"index": ["txt"]}, "T has no field 'txt'; did you mean 'text'?"),
