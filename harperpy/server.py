@@ -369,4 +369,4 @@ async def _hurry(server: web.Server) -> None:
 def _origins(section: Any, *, dev: bool) -> tuple[str, ...]:
     """The origins a port allows: its list where `cors` is on, any in dev unless it is off."""
     enabled = dev if section.cors is None else section.cors
-    return tuple(section.cors_access_list or ("*",)) if enabled else ()
+    return tuple(section.cors_access_list) if enabled else ()

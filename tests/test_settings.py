@@ -113,9 +113,9 @@ async def test_both_ports_say_that_they_start_until_all_plugins_have(tmp_path: P
 # Pages of other origins
 
 
-@pytest.mark.parametrize("listed", ["", f"corsAccessList: ['{PAGE}']"])
+@pytest.mark.parametrize("listed", ["", "corsAccessList: []", f"corsAccessList: ['{PAGE}']"])
 async def test_only_pages_that_are_listed_may_call(listed: str) -> None:
-    """A list that is not there is any page; on both ports."""
+    """A list that is not there is any page, an empty one none; on both ports."""
     section = f"cors: true, {listed}"
     config = f"{ECHO}\nhttp: {{{section}}}\noperationsApi: {{network: {{{section}}}}}"
     async with running(config) as server:
