@@ -76,6 +76,9 @@ class OpenAI(ModelBackend):
         if at_openai and config.api_key is None:
             message = f"{entry.where}.apiKey: expected a key for {_OPENAI_HOST}"
             raise ConfigError(message)
+        if config.api_key and "@" in urlsplit(base).netloc:
+            message = f"{entry.where}.baseUrl: expected no user and password beside an apiKey"
+            raise ConfigError(message)
         if at_openai:
             self.features = _AT_OPENAI
         self._limit_name = "max_completion_tokens" if at_openai else "max_tokens"

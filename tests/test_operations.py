@@ -492,7 +492,8 @@ async def test_the_configuration_is_shown_without_its_secrets() -> None:
     config = """
 models:
   generative:
-    default: {backend: openai, model: m, apiKey: "${PROVIDER}", baseUrl: "http://u:hunter2@x/v1"}
+    default: {backend: openai, model: m, apiKey: "${PROVIDER}"}
+    proxied: {backend: openai, model: m, baseUrl: "http://u:hunter2@x/v1"}
 plugins:
   echo: {password: hunter2, nested: {api_key: hunter2}, shown: this}
 """

@@ -225,6 +225,18 @@ async def test_a_provider_may_take_a_user_and_password_of_its_url(
     assert [basic("ada", "pw")] == [one.headers["Authorization"] for one in upstream.requests]
 
 
+async def test_a_provider_takes_no_two_credentials(tmp_path: Path) -> None:
+    """One header cannot say both: the start is refused, and neither is shown."""
+    config = provider("http://ada:hunter2@127.0.0.1:1/v1", "apiKey: hunter2")
+    (tmp_path / "config.yaml").write_text(config)
+
+    told = await refusal(tmp_path, "check")
+
+    expected = "models.generative.default.baseUrl: expected no user and password beside an apiKey"
+    assert told.endswith(expected)
+    assert "hunter2" not in told
+
+
 # What is logged
 
 LOUD = """
