@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+from .config import Config
 from .registry import Entry
 from .resource import PERMISSIONS
 from .routing import ModelInfo
@@ -13,7 +14,7 @@ _GAP = "  "
 
 
 def banner(server: Server, version: str) -> str:
-    """Version, URLs, resources, models, plugins that failed, and a first start's credentials."""
+    """Version, URLs, resources, models, what failed or is open, a first start's credentials."""
     core = server.core
     network = server.config.operations_api.network
     lines = [
@@ -37,10 +38,23 @@ def banner(server: Server, version: str) -> str:
     ]
     if failed:
         lines += ["", "Plugins that did not start", *failed]
+    if opened := list(_warnings(server.config)):
+        lines += ["", "Warnings", *opened]
     lines += _demo(core.models.list())
     if server.first_start is not None:
         lines += ["", *_first_start(server)]
     return "\n".join(lines)
+
+
+def _warnings(config: Config) -> Iterator[str]:
+    """What config.yaml opens to more than who has a credential, or a page of its own."""
+    if config.authentication.authorize_local:
+        yield "  authentication.authorizeLocal: who calls from this machine needs no credential"
+    ports = {"http": config.http, "operationsApi.network": config.operations_api.network}
+    for name, port in ports.items():
+        if port.cors and "*" in port.cors_access_list:
+            any_page = "pages of any origin may call; name those that may in corsAccessList"
+            yield f"  {name}.cors: {any_page}"
 
 
 def _demo(models: Iterable[ModelInfo]) -> list[str]:
