@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -24,7 +25,6 @@ class Child:
     """One server process, and the line to it."""
 
     def __init__(self, process: asyncio.subprocess.Process, line: socket.socket) -> None:
-        self._process = process
         self.pid = process.pid
         self._line = line
         self.ended = asyncio.ensure_future(process.wait())
@@ -58,15 +58,18 @@ class Child:
 
     async def stop(self) -> int:
         """Have it end as by the signal; its exit code."""
-        if not self.ended.done():
-            with contextlib.suppress(ProcessLookupError):
-                self._process.terminate()
+        self._send(signal.SIGTERM)
         return await self._gone()
 
     def kill(self) -> None:
         """Have it end now."""
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
+        # Not by the process object: before Python 3.13 it may take the exit code away from asyncio.
         if not self.ended.done():
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     async def _hear(self) -> None:
         try:
