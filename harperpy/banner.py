@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from .config import Config
+from .config import Config, HttpConfig, NetworkConfig
 from .registry import Entry
 from .resource import PERMISSIONS
 from .routing import ModelInfo
@@ -50,7 +50,10 @@ def _warnings(config: Config) -> Iterator[str]:
     """What config.yaml opens to more than who has a credential, or a page of its own."""
     if config.authentication.authorize_local:
         yield "  authentication.authorizeLocal: who calls from this machine needs no credential"
-    ports = {"http": config.http, "operationsApi.network": config.operations_api.network}
+    ports: dict[str, HttpConfig | NetworkConfig] = {
+        "http": config.http,
+        "operationsApi.network": config.operations_api.network,
+    }
     for name, port in ports.items():
         if port.cors and "*" in port.cors_access_list:
             any_page = "pages of any origin may call; name those that may in corsAccessList"
