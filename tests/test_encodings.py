@@ -21,6 +21,7 @@ VALUES: dict[str, Any] = {
     "bytes": b"raw",
     "map": {"a": 1},
     "text": "hello",
+    "long": "x" * 5000,
     "odd": {
         "moment": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
         "day": date(2026, 1, 2),
@@ -142,13 +143,17 @@ async def test_a_value_is_what_the_client_accepts_or_406(
     assert text == answer.text if status == 200 else text in answer.json["detail"]
 
 
-@pytest.mark.parametrize("accept", [EVENTS, "*/*"])
-async def test_events_are_never_compressed(zipping: RunningServer, accept: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "accept"),
+    [("/feed", EVENTS), ("/feed", "*/*"), ("/raw?value=long", EVENTS)],
+    ids=["asked for", "not asked for", "a value as an event"],
+)
+async def test_events_are_never_compressed(zipping: RunningServer, path: str, accept: str) -> None:
     """However large they are: they would wait in the compressor."""
     headers = {"Accept": accept, "Accept-Encoding": "gzip"}
     async with (
         aiohttp.ClientSession(zipping.url, auto_decompress=False) as client,
-        client.get("/feed", headers=headers) as answer,
+        client.get(path, headers=headers) as answer,
     ):
         assert EVENTS == answer.headers["Content-Type"]
         assert "Content-Encoding" not in answer.headers
