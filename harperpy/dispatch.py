@@ -186,7 +186,7 @@ class Dispatch:
         entry, target = found
         if request.method == "OPTIONS":
             return Reply(204, merged(context, {"Allow": ", ".join(entry.allow)}))
-        verb, permission = verb_of(entry, context)
+        verb, permission = verb_of(found, context)
         given = _given(verb, entry, context)
         try:
             work = self._invoke(entry, verb, permission, target, given, context)

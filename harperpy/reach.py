@@ -34,14 +34,17 @@ def find(resources: Resources, types: ContentTypes, context: Context) -> Found |
     return without
 
 
-def verb_of(entry: Entry, context: Context) -> tuple[str, Verb]:
+def verb_of(found: Found, context: Context) -> tuple[str, Verb]:
     """The verb and the permission for a request; who is not logged in learns no more than that."""
+    entry, target = found
     method, protocol = context.method, _protocol(context)
     verb, permission = METHOD_VERBS.get(method, ("", "read"))
     connects = verb == "get" and "connect" in entry.handlers
     reached = protocol in entry.protocols
     if reached and connects and protocol != "rest":
         return "connect", permission
+    if verb == "get" and "search" in entry.handlers and _is_search(entry, target):
+        verb = "search"
     if reached and verb in entry.handlers and protocol != "ws":
         return verb, permission
     if context.user is None and not entry.public:
@@ -67,6 +70,11 @@ def _protocol(context: Context) -> ProtocolName:
         return "sse" if context.types.negotiate(context.accept) == EVENTS else "rest"
     except ClientError:
         return "rest"
+
+
+def _is_search(entry: Entry, target: RequestTarget) -> bool:
+    """Whether a GET is for what a mount holds, rather than for the mount or one of its things."""
+    return target.is_collection or (target.id is None and "get" not in entry.handlers)
 
 
 def _socket_at(resources: Resources, path: str, search: str) -> Found | None:

@@ -41,6 +41,7 @@ W = TypeVar("W", bound=str)
 _RESERVED = frozenset({"health"})
 _TAKES = {
     "get": ("target", "context"),
+    "search": ("target", "context"),
     "delete": ("target", "context"),
     "connect": ("target", "incoming", "context"),
 }
@@ -101,7 +102,9 @@ class Entry:
         self.read: Read | None = None
         if "connect" in self.handlers:
             _finish_connect(self)
-        answers = {*self.handlers, *(["get"] if "connect" in self.handlers else ())}
+        answers = {*self.handlers}
+        if not answers.isdisjoint(("search", "connect")):
+            answers.add("get")
         answered = [method for method, (verb, _) in METHOD_VERBS.items() if verb in answers]
         self.allow = (*answered, "OPTIONS")
 
@@ -350,7 +353,7 @@ def _gives_plain(resource: type[Resource], verb: str) -> bool:
     except Exception:  # noqa: BLE001  # names that only a type checker knows
         return False
     kinds = set(get_args(told) if get_origin(told) in (Union, UnionType) else (told,))
-    if verb == "get":
+    if verb in ("get", "search"):
         kinds.discard(NoneType)
     return bool(kinds) and all(map(_is_plain, kinds))
 

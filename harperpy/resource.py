@@ -23,7 +23,7 @@ METHOD_VERBS: dict[str, tuple[str, Verb]] = {
     "QUERY": ("query", "read"),
 }
 """HTTP method → the verb a resource defines, and the permission it takes."""
-VERBS = (*dict.fromkeys(verb for verb, _ in METHOD_VERBS.values()), "connect")
+VERBS = (*dict.fromkeys(verb for verb, _ in METHOD_VERBS.values()), "search", "connect")
 """All that a resource may define; `connect` is a GET that prefers an event stream, or upgrades."""
 
 PERMISSIONS: frozenset[Verb] = frozenset(permission for _, permission in METHOD_VERBS.values())
@@ -34,7 +34,7 @@ ProtocolName: TypeAlias = Literal["rest", "sse", "ws", "mcp"]
 PROTOCOLS: frozenset[ProtocolName] = frozenset({"rest", "sse", "ws", "mcp"})
 
 _NO_HEADERS: Mapping[str, str] = {}
-WITHOUT_BODY = frozenset({"get", "delete", "connect"})
+WITHOUT_BODY = frozenset({"get", "search", "delete", "connect"})
 
 
 class Resource:
@@ -42,6 +42,7 @@ class Resource:
 
     - `get(target, context)`, `delete(target, context)`
     - `post(target, data, context)`, `put`, `patch`, `query` likewise
+    - `search(target, context)`, in place of `get` for a collection: `/notes/`, `/notes?topic=a`
     - `connect(target, incoming, context)`, in place of `get` for who prefers an event stream or
       opens a WebSocket: gives the messages one by one; `incoming` gives those of a WebSocket's
       client, and is None for a stream, as nothing comes in that way
@@ -81,7 +82,7 @@ class Resource:
 
     @staticmethod
     def allow_read(user: User | None, target: RequestTarget, context: Context) -> Any:
-        """Whether this user may get, head, query or connect; may be async."""
+        """Whether this user may get, head, search, query or connect; may be async."""
         return granted(user, context, "read")
 
     @staticmethod

@@ -98,10 +98,12 @@ class _Schemas:
 
 
 def verbs_of(entry: Entry, method: str) -> tuple[str, ...]:
-    """What answers a method: for GET it may be `connect`, alone or beside `get`."""
+    """What answers a method: for GET it may be `search`, and `connect` alone or beside it."""
     verb, _ = METHOD_VERBS[method]
+    if verb == "get" and verb not in entry.handlers and "search" in entry.handlers:
+        verb = "search"
     plain = (verb,) if verb in entry.handlers and "rest" in entry.protocols else ()
-    streams = verb == "get" and "connect" in entry.handlers and "sse" in entry.protocols
+    streams = verb in ("get", "search") and "connect" in entry.handlers and "sse" in entry.protocols
     return (*plain, "connect") if streams else plain
 
 
@@ -215,7 +217,7 @@ def _responses(
 ) -> dict[str, dict[str, Any]]:
     contract = _contract(entry, method)
     responses = _good(contract.response, method, schemas)
-    if verbs_of(entry, method) == ("get", "connect"):
+    if len(verbs_of(entry, method)) > 1:
         good = responses.setdefault("200", {"description": "Done."})
         good.setdefault("content", {})["text/event-stream"] = {}
     kind = _error_type(entry.resource)

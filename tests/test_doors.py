@@ -145,6 +145,7 @@ MOUNTS: dict[str, type[Resource]] = {
     "line": hall("line", protocols={"ws"}, sub_paths=True),
     "hall": hall("hall", sub_paths=True),
     "tool": room("tool", protocols={"mcp"}),
+    "shelf": room("shelf", sub_paths=True, search=staticmethod(lambda: tell("shelf", "search"))),
     "typed": Typed,
     "stream": Stream,
     **{name: room(name, sub_paths=True, **hook) for name, hook in LOCKED.items()},
@@ -463,7 +464,7 @@ STRANGERS = ["none", "wrong key", "expired token", "role without grants", "reade
 def test_every_method_of_every_mount_is_shut(house: House, accept: str) -> None:
     """Each mount by its plain path: for super users its verbs run, for strangers none."""
     opened: set[tuple[str, str]] = set()
-    for method, place in product(METHODS, PLACES):
+    for method, place in product(METHODS, [*PLACES, "/shelf", "/shelf/"]):
         body = '{"text": "a"}' if method not in ("GET", "HEAD") else ""
         asked = Asked(method, place, "HTTP/1.1", [f"Accept: {accept}"], body)
         opened |= opened_by(house, asked)
@@ -472,7 +473,8 @@ def test_every_method_of_every_mount_is_shut(house: House, accept: str) -> None:
             status, text = answer(house.ports[0], asked.written(house.keys[who]))
             check(asked, status, text, READER if who == "reader" else ANYONE)
 
-    reads = {mount for mount, verb in opened if verb == ("get" if accept == "*/*" else "connect")}
+    reading = ("get", "search") if accept == "*/*" else ("connect",)
+    reads = {mount for mount, verb in opened if verb in reading}
     only_gets = {"typed", "stream"} if accept != "*/*" else set()
     shut = {"tool", *LOCKED, *only_gets} | ({"feed", "hall"} if accept == "*/*" else set())
     assert set(MOUNTS) - shut - {"line"} == reads - {""}
@@ -514,7 +516,7 @@ def test_no_spelling_opens_a_websocket(house: House) -> None:
 def test_every_mount_is_shut_to_websockets(house: House) -> None:
     """Each mount by its plain path: it opens for super users, and for no stranger."""
     opened: set[str] = set()
-    for place in PLACES:
+    for place in (*PLACES, "/shelf"):
         asked = Asked("GET", place, "HTTP/1.1", [], "")
         ran.clear()
         _, text = answer(house.ports[0], asked.opening(f"Bearer {house.api_key}"))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from harperpy import RegistrationError, Resource, Resources
+from harperpy import RegistrationError, RequestTarget, Resource, Resources
 from harperpy.testing import running
 from helpers import ask
 
@@ -153,3 +153,56 @@ async def test_parameters_with_a_value_of_their_own_keep_it() -> None:
 
     async with running(resources={"it": all_verbs(get=staticmethod(get))}) as server:
         assert [4, 5] == (await ask(server, "GET", "/it")).json
+
+
+class Shelf(Resource):
+    """A mount that knows its things, and how to look for them."""
+
+    public = {"read"}  # noqa: RUF012
+    sub_paths = True
+
+    @staticmethod
+    def get(target: RequestTarget) -> dict[str, str | None]:
+        """One of them, or the shelf."""
+        return {"got": target.id}
+
+    @staticmethod
+    def search(target: RequestTarget) -> list[str]:
+        """Those that are looked for."""
+        return [target.search]
+
+
+class Search(Resource):
+    """A mount that can only be searched."""
+
+    @staticmethod
+    def search(target: RequestTarget) -> list[str]:
+        """What is looked for."""
+        return [target.search]
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/shelf", {"got": None}),
+        ("/shelf/7", {"got": "7"}),
+        ("/shelf/7?a=b", {"got": "7"}),
+        ("/shelf/", [""]),
+        ("/shelf?a=b", ["a=b"]),
+        ("/shelf/?a=b", ["a=b"]),
+        ("/shelf/7/", [""]),
+        ("/search", [""]),
+        ("/search?a=b", ["a=b"]),
+    ],
+)
+async def test_a_collection_is_searched_where_a_class_knows_how(path: str, told: Any) -> None:
+    """`search` answers a GET for a collection in place of `get`, with the permission to read."""
+    async with running(resources={"shelf": Shelf, "search": Search}) as server:
+        answer = await ask(server, "GET", path)
+        head = await ask(server, "HEAD", path)
+        stranger = await ask(server, "GET", path, key="")
+        allowed = (await ask(server, "OPTIONS", path)).headers["Allow"]
+    assert (200, told) == (answer.status, answer.json)
+    assert 200 == head.status
+    assert (200 if path.startswith("/shelf") else 401) == stranger.status
+    assert "GET, HEAD, OPTIONS" == allowed
