@@ -146,8 +146,13 @@ def _read(data: bytes, decoder: Callable[[bytes], Any], content_type: str) -> An
         raise InvalidBody(message) from error
 
 
-def decode_json(data: bytes, kind: type[T] | msgspec.json.Decoder[T]) -> T:
-    """JSON as `kind`. Raises `InvalidBody` with the path of what does not fit."""
+def decode_json(
+    data: bytes | str, kind: type[T] | msgspec.json.Decoder[T], *, what: str = "the body"
+) -> T:
+    """JSON as `kind`. Raises `InvalidBody` with the path of what does not fit.
+
+    `what` is what a refusal of no JSON at all calls it.
+    """
     try:
         if isinstance(kind, msgspec.json.Decoder):
             return kind.decode(data)
@@ -155,10 +160,10 @@ def decode_json(data: bytes, kind: type[T] | msgspec.json.Decoder[T]) -> T:
     except msgspec.ValidationError as error:
         raise refused(error) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        message = f"the body is not valid JSON: {error}"
+        message = f"{what} is not valid JSON: {error}"
         raise InvalidBody(message) from error
     except RecursionError as error:
-        message = "the body is nested too deeply"
+        message = f"{what} is nested too deeply"
         raise InvalidBody(message) from error
 
 

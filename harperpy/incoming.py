@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import msgspec
 from msgspec import UNSET
 
-from .content import refused
+from .content import decode_json
 from .errors import ClientError, HarperError, InvalidBody, RegistrationError
 
 Message: TypeAlias = str | bytes
@@ -112,7 +112,7 @@ def reader_of(kind: Any, where: str) -> Read | None:
         message = f"{where}: {kind} cannot be its messages: expected types that msgspec knows"
         raise RegistrationError(message) from error
     decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(kind)
-    return lambda message: _decoded(message, decoder)
+    return lambda message: decode_json(message, decoder, what="a message")
 
 
 def closing(error: HarperError) -> tuple[int, bytes]:
@@ -133,16 +133,3 @@ def _as_it_is(message: Message, kind: type[Message]) -> Message:
     told = "text" if kind is str else "bytes"
     refusal = f"a message is not what is read here: expected {told}"
     raise ClientError(refusal, status=415, code="unsupported_message")
-
-
-def _decoded(message: Message, decoder: msgspec.json.Decoder[Any]) -> Any:
-    try:
-        return decoder.decode(message)
-    except msgspec.ValidationError as error:
-        raise refused(error) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        refusal = f"a message is not valid JSON: {error}"
-        raise InvalidBody(refusal) from error
-    except RecursionError as error:
-        refusal = "a message is nested too deeply"
-        raise InvalidBody(refusal) from error

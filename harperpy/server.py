@@ -185,6 +185,7 @@ class Server:
             await self.local_user(),
             begin=begin,
             source="ops",
+            types=self.core.content_types,
             background=self._background,
         )
         before = current_caller.set(context)
