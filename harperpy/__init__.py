@@ -13,7 +13,7 @@ from .auth import (
     extract_tenant_id,
 )
 from .backend import ModelBackend, define_backend
-from .config import Config, ModelConfig, load_config, redacted
+from .config import load_config, redacted
 from .content import Blob, Body, EventStream, Response, ResponseError, decode_json, json_response
 from .context import Context, get_context
 from .contracts import Contract, FieldError, Problem
@@ -93,6 +93,7 @@ from .resource import METHOD_VERBS, Resource
 from .routing import ModelInfo
 from .scope import Scope
 from .secret import Secret, mask
+from .sections import Config, ModelConfig
 from .server import Server
 from .signal import AbortController, AbortSignal
 from .sse import SSE, SSEDecoder, encode_sse

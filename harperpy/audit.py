@@ -16,8 +16,8 @@ from sqlalchemy.sql.elements import BinaryExpression
 from sqlalchemy.sql.operators import eq, in_op
 
 from .accounting import Caller, current_caller
-from .database import hdb_audit, now_ms
 from .secret import REDACTED, mask, names_secret
+from .system import hdb_audit, now_ms
 
 _DATABASE = "data"
 _SYSTEM = "system"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from .config import Config, HttpConfig, NetworkConfig
 from .registry import Entry
 from .resource import PERMISSIONS
 from .routing import ModelInfo
+from .sections import Config, HttpConfig, NetworkConfig
 from .server import Server
 
 _GAP = "  "

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from .config import Config, DatabaseConfig
 from .health import Health
 from .reload import Parent
 from .scaffold import TEMPLATES, write_project
+from .sections import Config, DatabaseConfig
 from .server import Server
 from .serving import Inherited, Serving, serve
 from .spelling import nearest

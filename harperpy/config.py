@@ -9,220 +9,21 @@ from typing import Any, Union, get_args, get_origin
 from msgspec import (
     UNSET,
     Meta,
-    Struct,
     UnsetType,
     ValidationError,
     convert,
-    field,
     structs,
     to_builtins,
 )
 
 from .document import Document, KeyPath, Report, Tree
 from .errors import ConfigError
-from .leaves import (
-    ApiKey,
-    Count,
-    Durability,
-    Duration,
-    DurationOrOff,
-    Flag,
-    HashFunction,
-    HttpUrl,
-    Kind,
-    Level,
-    Patience,
-    PluginBlock,
-    Port,
-    Positive,
-    Size,
-    SizeOrOff,
-    SqliteUrl,
-    Text,
-    as_it_is,
-)
+from .leaves import as_it_is
 from .secret import Plain, decode_hook, encode_hook, mask, masked, names_secret
+from .sections import Config, ModelConfig, Section
 from .spelling import nearest
 
 _LONGEST_SHOWN = 60
-
-
-class _Section(Struct, frozen=True, rename="camel"):
-    """A block of config.yaml; its repr shows no secret, not even one in a plugin's options."""
-
-    def __rich_repr__(self) -> list[tuple[str, Any]]:
-        plain: dict[str, Plain] = to_builtins(self, enc_hook=encode_hook)
-        return [(key, masked(value, key)) for key, value in plain.items()]
-
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{key}={value!r}" for key, value in self.__rich_repr__())
-        return f"{type(self).__name__}({shown})"
-
-
-class HttpConfig(_Section, frozen=True, kw_only=True):
-    """The REST port; 0 takes a free one. Times in milliseconds.
-
-    By default `dev` serves this machine with `cors`, `run` all interfaces without. `timeout` is how
-    long a body may take to arrive, and a verb to return. Beyond `maxConcurrentRequests` (GET, HEAD,
-    OPTIONS and streams do not count) requests wait for `requestQueueLimit`, and are then 503; each
-    of the `workers` (processes) counts by itself. `maxHeaderSize` bounds each line of a head,
-    `headersTimeout` how long it takes. A whole answer of more than `compressionThreshold` bytes is
-    gzip to who takes it; 0 is never.
-    """
-
-    port: Port = 9926
-    host: Text | None = None
-    workers: Positive = 1
-    max_body_size: Size = 10_000_000
-    cors: Flag | None = None
-    cors_access_list: tuple[Text, ...] = ("*",)
-    timeout: DurationOrOff = 120_000
-    headers_timeout: DurationOrOff = 60_000
-    keep_alive_timeout: Duration = 30_000
-    max_header_size: Size = 16_384
-    max_concurrent_requests: Positive | None = None
-    request_queue_limit: Patience = 20_000
-    compression_threshold: SizeOrOff = 0
-
-    @property
-    def timeout_seconds(self) -> float:
-        """How long a body may take to arrive, and a verb to return, in seconds; 0 is no limit."""
-        return self.timeout / 1000
-
-    @property
-    def headers_timeout_seconds(self) -> float:
-        """How long a head may take from its first byte to its last, in seconds; 0 is no limit."""
-        return self.headers_timeout / 1000
-
-    @property
-    def keep_alive_timeout_seconds(self) -> float:
-        """How long a connection may be without a request, in seconds."""
-        return self.keep_alive_timeout / 1000
-
-
-class NetworkConfig(_Section, frozen=True, kw_only=True):
-    """The operations port, on loopback unless it says otherwise. `cors` of None: by mode."""
-
-    port: Port = 9925
-    host: Text = "localhost"
-    cors: Flag | None = None
-    cors_access_list: tuple[Text, ...] = ("*",)
-
-
-class OperationsApiConfig(_Section, frozen=True, kw_only=True):
-    """The port that takes operations on users, keys and rows; `cors` as for the REST port."""
-
-    network: NetworkConfig = NetworkConfig()
-
-
-class AuthenticationConfig(_Section, frozen=True, kw_only=True):
-    """Who is trusted, and for how long (in milliseconds).
-
-    `authorizeLocal` makes a super user of who calls from this machine without a credential;
-    `cacheTTL` is how long a verified one is remembered.
-    """
-
-    authorize_local: Flag = False
-    cache_ttl: DurationOrOff = field(default=30_000, name="cacheTTL")
-    operation_token_timeout: Duration = 86_400_000
-    refresh_token_timeout: Duration = 30 * 86_400_000
-    hash_function: HashFunction = "argon2id"
-
-    @property
-    def cache_seconds(self) -> float:
-        """How long a verified credential is remembered, in seconds; 0 is not at all."""
-        return self.cache_ttl / 1000
-
-    @property
-    def operation_token_seconds(self) -> float:
-        """How long an operation token lives, in seconds."""
-        return self.operation_token_timeout / 1000
-
-    @property
-    def refresh_token_seconds(self) -> float:
-        """How long a refresh token lives, in seconds."""
-        return self.refresh_token_timeout / 1000
-
-
-class LoggingConfig(_Section, frozen=True, kw_only=True):
-    """What is logged (by default `dev` from info on, `run` from warn), and which writes audited."""
-
-    level: Level | None = None
-    std_streams: Flag = True
-    audit_log: Flag = True
-    audit_retention: Duration = 3 * 86_400_000
-
-
-class AccountingConfig(_Section, frozen=True, kw_only=True):
-    """How safely model calls are written down (`fsync`: a power cut takes none), for how long."""
-
-    durability: Durability = "process"
-    retention: Duration = 90 * 86_400_000
-
-    @property
-    def retention_seconds(self) -> float:
-        """How long a row of the ledger is kept, in seconds."""
-        return self.retention / 1000
-
-
-class DatabaseConfig(_Section, frozen=True, kw_only=True):
-    """Where the `system` schema lives: by default `system.db` in the data folder.
-
-    `busyTimeout` is how long a transaction waits to write, `transactionTimeout` how long it may
-    keep others waiting once it has written (milliseconds).
-    """
-
-    url: SqliteUrl | None = None
-    busy_timeout: Duration = 5_000
-    transaction_timeout: Duration = 30_000
-
-
-class ModelConfig(_Section, frozen=True, kw_only=True):
-    """One logical model; KIND is `generative` or `embedding`, NAME what callers ask for.
-
-    `default` is for who names none, `gpt-*` for any name that begins so. `model` is the provider's
-    name for it (NAME if not given), `fallback` what to try after it. By default the `openai` one
-    has 10 s to connect, 60 s to begin a stream, 120 s of silence in it, 10 minutes, and 2 retries.
-    """
-
-    backend: Kind
-    model: Text | None = None
-    api_key: ApiKey | None = None
-    base_url: HttpUrl | None = None
-    organization: Text | None = None
-    fallback: tuple[Text, ...] = ()
-    request_timeout_ms: Positive | None = None
-    connect_timeout_ms: Positive | None = None
-    first_byte_timeout_ms: Positive | None = None
-    idle_timeout_ms: Positive | None = None
-    max_retries: Count | None = None
-    model_file: Text | None = None
-
-
-class ModelsConfig(_Section, frozen=True, kw_only=True):
-    """The logical models of each kind, by name, in the file's order."""
-
-    generative: Mapping[str, ModelConfig] = {}
-    embedding: Mapping[str, ModelConfig] = {}
-
-
-def _default_models() -> ModelsConfig:
-    both = {"default": ModelConfig(backend="local"), "echo": ModelConfig(backend="echo")}
-    return ModelsConfig(generative=both, embedding=both)
-
-
-class Config(_Section, frozen=True, kw_only=True):
-    """All of config.yaml; `plugins` maps name to true, false or options, in the file's order."""
-
-    root_path: Text | None = None
-    http: HttpConfig = HttpConfig()
-    operations_api: OperationsApiConfig = OperationsApiConfig()
-    authentication: AuthenticationConfig = AuthenticationConfig()
-    logging: LoggingConfig = LoggingConfig()
-    accounting: AccountingConfig = AccountingConfig()
-    database: DatabaseConfig = DatabaseConfig()
-    models: ModelsConfig = field(default_factory=_default_models)
-    plugins: Mapping[str, PluginBlock] = {}
 
 
 def load_config(path: Path, environ: Mapping[str, str]) -> Config:
@@ -279,7 +80,7 @@ class _Decoder:
         self._report = report
         self._variables = variables
 
-    def section(self, kind: type[_Section], raw: Tree, path: KeyPath) -> Any:
+    def section(self, kind: type[Section], raw: Tree, path: KeyPath) -> Any:
         """A struct of this kind; a key without a value (null) is as good as absent."""
         if not isinstance(raw, dict):
             return self._refuse("a map of keys", raw, path)
@@ -303,7 +104,7 @@ class _Decoder:
             return self._items(get_args(hint)[0], value, path)
         if value is UNSET:
             return UNSET
-        if isinstance(hint, type) and issubclass(hint, _Section):
+        if isinstance(hint, type) and issubclass(hint, Section):
             return self.section(hint, value, path)
         if get_origin(hint) is Mapping:
             return self._named(get_args(hint)[1], value, path)

@@ -12,10 +12,10 @@ from aiohttp import HttpVersion11, web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
-from .config import HttpConfig
 from .context import Context
 from .deadlines import Deadlines
 from .negotiation import JSON
+from .sections import HttpConfig
 from .signal import DISCONNECTED, SHUTDOWN
 from .sse import encode_json
 

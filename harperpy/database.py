@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,119 +20,12 @@ from sqlalchemy import event, exc
 from .accounting import current_caller
 from .errors import ConfigError, Conflict, ServiceUnavailable, TransactionError
 from .gate import Gate
+from .system import hdb_audit, hdb_model_calls, metadata, migrate
 from .tables import Tables
 
 T = TypeVar("T")
 
 _READERS = 4
-
-CREATED, UPDATED = "__createdtime__", "__updatedtime__"
-
-metadata = sa.MetaData()
-
-
-def _times() -> list[sa.Column[Any]]:
-    """When a row was made and last changed, in ms since 1970."""
-    return [sa.Column(CREATED, sa.Float), sa.Column(UPDATED, sa.Float)]
-
-
-hdb_role = sa.Table(
-    "hdb_role",
-    metadata,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("role", sa.String, nullable=False, unique=True),
-    sa.Column("permission", sa.JSON, nullable=False),
-    *_times(),
-)
-
-hdb_user = sa.Table(
-    "hdb_user",
-    metadata,
-    sa.Column("username", sa.String, primary_key=True),
-    sa.Column("password", sa.String, nullable=False),
-    sa.Column("role", sa.String, sa.ForeignKey("hdb_role.id"), nullable=False),
-    sa.Column("active", sa.Boolean, nullable=False, default=True),
-    sa.Column("tenant", sa.String, nullable=False, default="default"),
-    *_times(),
-)
-
-hdb_token = sa.Table(
-    "hdb_token",
-    metadata,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("user", sa.String, sa.ForeignKey("hdb_user.username"), nullable=False, index=True),
-    sa.Column("kind", sa.String, nullable=False),
-    sa.Column("name", sa.String),
-    sa.Column("prefix", sa.String),
-    sa.Column("hash", sa.String, nullable=False, unique=True),
-    sa.Column("expires", sa.Float),
-    sa.Column("last_used", sa.Float),
-    *_times(),
-)
-
-hdb_model_calls = sa.Table(
-    "hdb_model_calls",
-    metadata,
-    sa.Column("id", sa.BigInteger, primary_key=True),
-    sa.Column(CREATED, sa.Float, nullable=False),
-    sa.Column("tenant", sa.String),
-    sa.Column("user", sa.String),
-    sa.Column("app", sa.String),
-    sa.Column("request_id", sa.String),
-    sa.Column("model", sa.String),
-    sa.Column("backend", sa.String, nullable=False),
-    sa.Column("backend_name", sa.String),
-    sa.Column("provider_model", sa.String),
-    sa.Column("method", sa.String, nullable=False),
-    sa.Column("adapter", sa.String),
-    sa.Column("conversation_id", sa.String),
-    sa.Column("prompt_tokens", sa.Integer),
-    sa.Column("completion_tokens", sa.Integer),
-    sa.Column("embedding_tokens", sa.Integer),
-    sa.Column("cached_tokens", sa.Integer),
-    sa.Column("reasoning_tokens", sa.Integer),
-    sa.Column("usage_estimated", sa.Boolean, nullable=False),
-    sa.Column("gpu_ms", sa.Float),
-    sa.Column("latency_ms", sa.Float, nullable=False),
-    sa.Column("ttft_ms", sa.Float),
-    sa.Column("success", sa.Boolean, nullable=False),
-    sa.Column("error_code", sa.String),
-    sa.Column("finish_reason", sa.String),
-    sa.Column("upstream_status", sa.Integer),
-    sa.Index("hdb_model_calls_created", CREATED),
-    sa.Index("hdb_model_calls_backend", "backend", CREATED),
-    sa.Index("hdb_model_calls_tenant", "tenant", CREATED),
-)
-
-hdb_audit = sa.Table(
-    "hdb_audit",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("timestamp", sa.Float, nullable=False, index=True),
-    sa.Column("operation", sa.String, nullable=False),
-    sa.Column("database", sa.String, nullable=False),
-    sa.Column("table", sa.String, nullable=False),
-    sa.Column("user_name", sa.String),
-    sa.Column("source", sa.String, nullable=False),
-    sa.Column("request_id", sa.String),
-    sa.Column("hash_values", sa.JSON(none_as_null=True)),
-    sa.Column("records", sa.JSON(none_as_null=True)),
-    sa.Column("original_records", sa.JSON(none_as_null=True)),
-)
-
-
-def _add_original_records(connection: sa.Connection) -> None:
-    known = [column["name"] for column in sa.inspect(connection).get_columns("hdb_audit")]
-    if "original_records" not in known:
-        connection.exec_driver_sql("ALTER TABLE hdb_audit ADD COLUMN original_records JSON")
-
-
-# One step per version of the schema: what to do, and the statement that notes it as done.
-_MIGRATIONS: tuple[tuple[Callable[[sa.Connection], None], str], ...] = (
-    (metadata.create_all, "PRAGMA user_version = 1"),
-    (partial(hdb_audit.create, checkfirst=True), "PRAGMA user_version = 2"),
-    (_add_original_records, "PRAGMA user_version = 3"),
-)
 
 
 class Database:
@@ -209,7 +100,7 @@ class Database:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch(mode=0o600, exist_ok=True)
-            await self.run(_migrate)
+            await self.run(migrate)
         except (OSError, exc.DatabaseError) as error:
             reason = error.strerror if isinstance(error, OSError) else error.orig
             message = f"cannot use {self.path} as database: {reason}"
@@ -317,21 +208,6 @@ def _begin_by_hand(connection: sqlite3.Connection, _: object) -> None:
 def _read_only(connection: sqlite3.Connection, _: object) -> None:
     connection.isolation_level = None
     connection.execute("PRAGMA query_only = ON")
-
-
-def _migrate(connection: sa.Connection) -> None:
-    version = connection.execute(sa.text("PRAGMA user_version")).scalar_one()
-    if version > len(_MIGRATIONS):
-        message = f"the database is of a newer harperpy (version {version} of its schema)"
-        raise ConfigError(message)
-    for step, done in _MIGRATIONS[version:]:
-        step(connection)
-        connection.exec_driver_sql(done)
-
-
-def now_ms() -> float:
-    """Milliseconds since 1970."""
-    return time.time_ns() / 1e6
 
 
 def read_secret(root: Path) -> bytes:

@@ -13,9 +13,9 @@ from typing import Any, TextIO
 
 import msgspec
 
-from .config import Config
 from .epoch import Epoch
 from .errors import ConfigError
+from .sections import Config
 
 _DEV_HOSTS = ("127.0.0.1", "::1")
 _RUN_HOSTS = ("0.0.0.0", "::")  # noqa: S104  # 'run' serves all interfaces, by contract

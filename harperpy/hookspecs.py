@@ -14,9 +14,9 @@ import msgspec
 import pluggy
 
 from .backend import ModelBackend
-from .config import ModelConfig
 from .errors import RegistrationError
 from .routing import DEFAULT, Kind, is_pattern
+from .sections import ModelConfig
 from .spelling import closest
 
 if TYPE_CHECKING:

@@ -18,7 +18,6 @@ import pluggy
 
 from . import hookspecs
 from .backend import ModelBackend, settled
-from .config import Config, ModelConfig
 from .errors import ConfigError, HarperError, RegistrationError
 from .health import Health, PluginStatus
 from .hookspecs import BackendFactory, ModelEntry, check_hooks
@@ -28,6 +27,7 @@ from .ordering import missing, ordered, required
 from .registry import Resources
 from .routing import Kind, Registration, Routes
 from .scope import Scope
+from .sections import Config, ModelConfig
 from .spelling import closest
 
 logger = logging.getLogger("harperpy.loader")

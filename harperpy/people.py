@@ -13,8 +13,9 @@ import sqlalchemy as sa
 
 from .audit import Deed
 from .auth import Permission, Role, User
-from .database import CREATED, UPDATED, Database, hdb_role, hdb_token, hdb_user, now_ms
+from .database import Database
 from .errors import ClientError, ConfigError, Conflict, NotFound
+from .system import CREATED, UPDATED, hdb_role, hdb_token, hdb_user, now_ms
 
 SUPER_USER = Role("super_user", "super_user", Permission(super_user=True))
 MODEL_USER = Role("model_user", "model_user", Permission(resources={"v1/*": ["read", "create"]}))

@@ -12,9 +12,9 @@ from typing import Any
 import click
 
 from .child import Child, start
-from .config import Config
 from .errors import ConfigError
 from .held import Held, Holder, data_root, places
+from .sections import Config
 from .serving import STOPS, Serving
 
 _LOOK_SECONDS = 0.3

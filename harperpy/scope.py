@@ -14,7 +14,6 @@ import msgspec
 from .accounting import Ledger
 from .auth import Authenticators
 from .backend import settled
-from .config import Config
 from .database import Database
 from .entries import EVENTS, EntryHandler, FileEntry, Wanted, wanted
 from .errors import ConfigError, RegistrationError
@@ -28,6 +27,7 @@ from .people import People
 from .registry import Entry, Resources
 from .resource import Resource
 from .secret import Secret
+from .sections import Config
 from .spelling import nearest
 from .tokens import Tokens
 

@@ -17,7 +17,6 @@ from aiohttp import web
 from .accounting import Ledger, current_caller
 from .auth import Authenticators, User
 from .background import Background
-from .config import Config
 from .context import Context
 from .cors import Cors
 from .database import Database, read_secret
@@ -47,6 +46,7 @@ from .registry import Resources
 from .request import Request
 from .routing import Routes
 from .scope import Core, Scope
+from .sections import Config
 from .throttle import Throttle
 from .tokens import Tokens
 from .transactions import Transaction

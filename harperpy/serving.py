@@ -17,10 +17,11 @@ import msgspec
 
 from .accounting import current_caller
 from .banner import banner, http_url, ready
-from .config import Config, load_config
+from .config import load_config
 from .errors import ConfigError
 from .held import Worker, inherit
 from .secret import mask_bare
+from .sections import Config
 from .server import Server
 
 # A child's words, then its parent's.

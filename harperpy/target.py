@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from .config import Config, load_config
+from .config import load_config
 from .errors import ClientError, ConfigError, HarperError, SetupError
 from .held import SOCKET_NAME
 from .remote import Remote
+from .sections import Config
 from .server import Server
 
 T = TypeVar("T")

@@ -28,9 +28,10 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from .config import Config, ModelConfig, load_config, parse_config
+from .config import load_config, parse_config
 from .resource import Resource
 from .scope import Scope
+from .sections import Config, ModelConfig
 from .server import Server
 from .upstream import Answer, ScriptedUpstream, chunk, scripted_upstream, streamed, whole
 

@@ -14,9 +14,10 @@ import sqlalchemy as sa
 
 from .audit import Deed
 from .auth import Basic, Bearer, Credential, User, Verified
-from .database import CREATED, Database, hdb_token, now_ms
+from .database import Database
 from .errors import InvalidCredentials, NotFound
 from .people import People
+from .system import CREATED, hdb_token, now_ms
 
 KEY_PREFIX = "hk_"
 # What the audit may show of a new one.

@@ -12,7 +12,6 @@ from typing import Any
 from aiohttp import web
 
 from .caching import vary
-from .config import HttpConfig
 from .connections import SERVER, ConnectedRequest, Connections, new_id
 from .content import Body
 from .dispatch import Dispatch
@@ -20,6 +19,7 @@ from .errors import BodyTimeout, ClientError
 from .negotiation import EVENTS
 from .rendering import Reply
 from .request import Request
+from .sections import HttpConfig
 from .signal import DISCONNECTED
 from .websocket import converse
 

@@ -11,9 +11,9 @@ import click
 
 from .banner import local_url, ready
 from .child import Child, start
-from .config import Config
 from .epoch import Epoch
 from .held import SOCKET_NAME, Worker, data_root, hold, places
+from .sections import Config
 from .serving import STOPS, Serving
 
 # Who lived so long is started again at once when it dies.

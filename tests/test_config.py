@@ -7,9 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from harperpy.config import Config, ModelConfig, load_config, parse_config, redacted
+from harperpy.config import load_config, parse_config, redacted
 from harperpy.errors import ConfigError, HarperError
 from harperpy.secret import Secret, decode_hook, encode_hook, mask
+from harperpy.sections import Config, ModelConfig
 
 DEFAULT_MODELS = {"default": ModelConfig(backend="local"), "echo": ModelConfig(backend="echo")}
 
