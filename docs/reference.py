@@ -65,6 +65,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         ),
         *("EmbedInput", "EmbedResult", "TokenUsage", "ModelInfo", "define_backend"),
         *("ModelBackend", "Capability", "BackendFactory", "ModelEntry", "ModelCall", "Ledger"),
+        *("Admission", "Attempt", "Journal", "JournalReader", "JournalStep"),
+        *("count_calls", "recount_days"),
         *("openai_stream", "openai_error", "openai_usage", "openai_finish_reason"),
         *("openai_logprobs", "openai_tool_call", "completion_id", "estimate_tokens"),
     ),
@@ -134,6 +136,7 @@ HANDED = {
 OURS = {
     *("Context.settle", "Context.abort", "Transaction.settle", "Scope.close", "Scope.first_error"),
     *("PluginServer.close", "Models.open", "Models.close", "Ledger.record", "Ledger.next_id"),
+    *("Ledger.begin", "Journal.close", "Journal.begin", "Journal.end"),
     *("Operations.freeze", "Operations.call", "Authenticators.identify", "ScriptedUpstream.handle"),
     *("Database.open", "Database.close", "Database.occupy", "Reply.close", "Resources.freeze"),
     *("Resources.fail", "AbortSignal.guard"),

@@ -1,6 +1,6 @@
 """harperpy: a programmable AI server. This is its face: all that a plugin author uses."""
 
-from .accounting import Ledger, ModelCall
+from .accounting import Admission, Attempt, Ledger, ModelCall
 from .auth import (
     Authenticator,
     Basic,
@@ -17,6 +17,7 @@ from .config import load_config, redacted
 from .content import Blob, Body, EventStream, Response, ResponseError, decode_json, json_response
 from .context import Context, get_context
 from .contracts import Contract, FieldError, Problem
+from .daily import count_calls, recount_days
 from .database import Database
 from .entries import FileEntry
 from .errors import (
@@ -47,6 +48,8 @@ from .errors import (
 )
 from .forms import Part, Parts
 from .hookspecs import BackendFactory, ModelEntry, hookimpl
+from .journal import Journal
+from .journal_reader import JournalReader, JournalStep
 from .messages import (
     Capability,
     Choice,
@@ -115,6 +118,8 @@ __all__ = [
     "AbortSignal",
     "Aborted",
     "AccessViolation",
+    "Admission",
+    "Attempt",
     "AudioPart",
     "Authenticator",
     "BackendError",
@@ -157,6 +162,9 @@ __all__ = [
     "InvalidBody",
     "InvalidCredentials",
     "JSONSchemaFormat",
+    "Journal",
+    "JournalReader",
+    "JournalStep",
     "Ledger",
     "METHOD_VERBS",
     "Message",
@@ -219,6 +227,7 @@ __all__ = [
     "User",
     "Verified",
     "completion_id",
+    "count_calls",
     "decode_json",
     "define_backend",
     "encode_sse",
@@ -236,5 +245,6 @@ __all__ = [
     "openai_tool_call",
     "openai_usage",
     "paired",
+    "recount_days",
     "redacted",
 ]

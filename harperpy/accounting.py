@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import msgspec
 
@@ -33,8 +33,19 @@ class Caller:
     """As in `x-request-id`, the rows and the log."""
     signal: AbortSignal | None
     """Fires when nobody waits for the answer any more."""
+    call_headers: dict[str, str]
+    """What an answer's head says of the model calls made for it."""
 
-    __slots__ = ("app", "asking", "request_id", "signal", "source", "user", "writing")
+    __slots__ = (
+        "app",
+        "asking",
+        "call_headers",
+        "request_id",
+        "signal",
+        "source",
+        "user",
+        "writing",
+    )
 
     def __init__(
         self,
@@ -50,6 +61,7 @@ class Caller:
         self.request_id = request_id
         self.signal = signal
         self.source = source
+        self.call_headers = {}
         self.writing = False
         self.asking = 0
 
@@ -84,11 +96,14 @@ current_caller: ContextVar[Caller | None] = ContextVar("harperpy_caller", defaul
 """The one context variable: the caller whose request (or task) is running."""
 
 
-class ModelCall(msgspec.Struct, kw_only=True):
+class ModelCall(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One attempt at one backend, as it lands in `system.hdb_model_calls`.
 
     `backend` is the kind that served (`openai`), `backend_name` its configured name, `model` the
     name asked for, `provider_model` what was sent. Times are in ms; `created` is ms since 1970.
+    `api_key` is the id of the key that was shown. `cost` is by the price table's `price_version`,
+    None where it has no price. `reserved_tokens` and `reserved_cost` are what was set aside for a
+    call of which nobody knows how it ended.
     """
 
     id: int
@@ -117,18 +132,75 @@ class ModelCall(msgspec.Struct, kw_only=True):
     error_code: str | None = None
     finish_reason: str | None = None
     upstream_status: int | None = None
+    api_key: str | None = None
+    cost: float | None = None
+    price_version: str | None = None
+    reserved_tokens: int | None = None
+    reserved_cost: float | None = None
 
 
 Subscriber: TypeAlias = Callable[[ModelCall], None]
 
 
-class Ledger:
-    """Hands each finished `ModelCall` to its subscribers, and numbers them in order of time.
+class Attempt(msgspec.Struct):
+    """One attempt that is about to be made: `number` 0 is a call's first.
 
-    `index` and `of`: which of how many ledgers of one database this is.
+    `prompt_tokens` estimates what is asked when it is called; `most_tokens` is the limit that the
+    caller set to each of `answers`. What an admission puts into `most_allowed` is a limit as well.
     """
 
+    caller: Caller
+    call: ModelCall
+    number: int
+    prompt_tokens: Callable[[], int]
+    most_tokens: int | None = None
+    answers: int = 1
+    most_allowed: int | None = None
+
+
+class Admission(Protocol):
+    """Who decides whether an attempt may be made."""
+
+    async def admit(self, attempt: Attempt) -> None:
+        """Set aside what the attempt may take at most. Raises what refuses it."""
+        ...
+
+    def settle(self, call: ModelCall) -> None:
+        """Take what the call took, and give back the rest. Calls never admitted come, too."""
+        ...
+
+
+class Keeper(Protocol):
+    """Who writes down what must not be lost."""
+
+    def begin(self, call: ModelCall) -> None:
+        """Note that the call is made now. Raises `ServiceUnavailable` where it cannot."""
+        ...
+
+    def end(self, call: ModelCall) -> None:
+        """Note how it ended; this may not fail."""
+        ...
+
+    @property
+    def synced(self) -> Callable[[], Awaitable[None]] | None:
+        """What returns when all that was noted outlives a power cut; None if nothing is to."""
+        ...
+
+
+class Ledger:
+    """Numbers the model calls in order of time, and tells of each how it ended.
+
+    `index` and `of`: which of how many ledgers of one database this is. A call is admitted, then
+    kept by the keeper before it is made; when it has ended it is priced, kept, and told of.
+    """
+
+    admission: Admission | None = None
+    keeper: Keeper | None = None
+    price: Callable[[ModelCall], None] | None = None
+    """Puts cost and version of the price into a finished call."""
+
     def __init__(self, index: int = 0, of: int = 1) -> None:
+        self._flush: Callable[[], Awaitable[None]] | None = None
         self._subscribers: list[Subscriber] = []
         self._last_id = 0
         self._index, self._of = index, of
@@ -137,8 +209,35 @@ class Ledger:
         """Call `subscriber` with every finished call; it must not block and must not raise."""
         self._subscribers.append(subscriber)
 
+    def keep(self, keeper: Keeper, flush: Callable[[], Awaitable[None]]) -> None:
+        """Have each call kept; `flush` brings what is kept to where it is read."""
+        self.keeper, self._flush = keeper, flush
+
+    async def flush(self) -> None:
+        """Give each call that has ended its row, as far as the database takes them now."""
+        if self._flush is not None:
+            await self._flush()
+
+    def begin(self, call: ModelCall) -> None:
+        """Note that an attempt is made now. Raises `ServiceUnavailable` where that cannot be."""
+        if self.keeper is None:
+            return
+        try:
+            self.keeper.begin(call)
+        except BaseException:
+            if self.admission is not None:
+                self.admission.settle(call)
+            raise
+
     def record(self, call: ModelCall) -> None:
-        """Tell all subscribers of a finished call."""
+        """Note how a call ended, and tell all subscribers."""
+        if self.price is not None:
+            self.price(call)
+        call.reserved_tokens = call.reserved_cost = None
+        if self.keeper is not None:
+            self.keeper.end(call)
+        if self.admission is not None:
+            self.admission.settle(call)
         for subscriber in self._subscribers:
             subscriber(call)
 

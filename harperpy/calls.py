@@ -10,10 +10,11 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 import msgspec
 
-from .accounting import Asking, Caller, Ledger, Method, ModelCall
+from .accounting import Asking, Attempt, Caller, Ledger, Method, ModelCall
 from .backend import Streams, aclose
 from .errors import (
     Aborted,
+    BackendError,
     BackendTimeout,
     CapabilityError,
     HarperError,
@@ -38,6 +39,9 @@ _FALLS_BACK = frozenset({401, 403, 404, 408, 409, 429})
 # Longer waits are the caller's to make: it learns of them by Retry-After.
 _LONGEST_WAIT = 2.0
 _MOST_COUNTED = 2**53
+_LONGEST_TEXT = 256
+CALL_ID = "x-harper-call-id"
+"""The header that names the row of the attempt that answered."""
 _COUNTED = (
     "prompt_tokens",
     "completion_tokens",
@@ -50,12 +54,17 @@ _END = GenerateChunk()
 
 
 class Recorder:
-    """Times one attempt and writes its row when it is closed, once."""
+    """Times one attempt and writes its row when it is closed, once.
 
-    __slots__ = ("_closed", "_deltas", "_ledger", "_letters", "_started", "call")
+    `most_tokens` is how much it may answer at most, where an admission says so.
+    """
 
-    def __init__(self, ledger: Ledger, call: ModelCall) -> None:
+    __slots__ = ("_closed", "_deltas", "_ledger", "_letters", "_started", "call", "most_tokens")
+
+    def __init__(self, ledger: Ledger, call: ModelCall, most_tokens: int | None = None) -> None:
+        ledger.begin(call)
         self._ledger = ledger
+        self.most_tokens = most_tokens
         self._started = time.perf_counter()
         self._closed = False
         self._deltas = self._letters = 0
@@ -71,7 +80,7 @@ class Recorder:
         elif chunk.delta_tool_calls:
             self._deltas += 1
         if chunk.finish_reason:
-            self.call.finish_reason = chunk.finish_reason
+            self.call.finish_reason = _clipped(chunk.finish_reason)
         if chunk.usage:
             self.count(chunk.usage)
 
@@ -88,9 +97,9 @@ class Recorder:
         A streamed delta is a token for most providers; some send more text at once.
         """
         self.call.usage_estimated = True
-        asked = sum(estimate_tokens(message.text) + 4 for message in prompt.messages)
         if completion_tokens is None:
             completion_tokens = max(self._deltas, self._letters // 5)
+        asked = asked_tokens(prompt)
         return TokenUsage(prompt_tokens=asked, completion_tokens=completion_tokens)
 
     def close(self, error: BaseException | None, prompt: Prompt | None = None) -> None:
@@ -115,10 +124,29 @@ class Recorder:
 class Call:
     """One call by one caller, over as many attempts as its plan has."""
 
-    __slots__ = ("_asking", "_caller", "_ledger", "_method", "_opts", "_plan", "signal")
+    __slots__ = (
+        "_asking",
+        "_attempts",
+        "_caller",
+        "_ledger",
+        "_method",
+        "_opts",
+        "_plan",
+        "_weigh",
+        "signal",
+    )
 
-    def __init__(self, ledger: Ledger, method: Method, opts: Opts, caller: Caller) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        method: Method,
+        opts: Opts,
+        caller: Caller,
+        weigh: Callable[[], int] = lambda: 0,
+    ) -> None:
         self._ledger = ledger
+        self._weigh = weigh
+        self._attempts = 0
         self._method: Method = method
         self._opts = opts
         self._caller = caller
@@ -131,19 +159,25 @@ class Call:
         try:
             self._plan = find()
         except HarperError as error:
-            self._recorder(None).close(error)
+            Recorder(self._ledger, self._row(None)).close(error)
             raise
         # Another candidate is the better retry: only the last one is asked again.
         last = self._plan[-1]
         self._plan += [last] * last.backend.max_retries
 
-    def opts_for(self, candidate: Candidate) -> Any:
+    def opts_for(self, candidate: Candidate, recorder: Recorder) -> Any:
         """The options as this candidate's backend sees them: its own model's name, one signal."""
         opts = msgspec.structs.replace(
-            self._opts, model=candidate.provider_model, signal=self.signal
+            self._opts,
+            model=candidate.provider_model,
+            signal=self.signal,
+            call_id=recorder.call.id,
         )
-        if isinstance(opts, GenerateOpts) and self._narrows(candidate):
-            opts.allowed_tools = None
+        if isinstance(opts, GenerateOpts):
+            if self._narrows(candidate):
+                opts.allowed_tools = None
+            if recorder.most_tokens is not None:
+                opts.max_tokens = recorder.most_tokens
         return opts
 
     def prompt_for(self, candidate: Candidate, prompt: Prompt) -> Prompt:
@@ -168,14 +202,16 @@ class Call:
         """Run attempts until one answers."""
 
         async def recorded(candidate: Candidate) -> T:
-            recorder = self._recorder(candidate)
+            recorder = await self._begin(candidate)
             try:
                 with self.signal.guard():
+                    await self._synced()
                     answer = await attempt(candidate, recorder)
             except BaseException as error:
-                recorder.close(error)
+                await self._failed(recorder, error)
                 raise
             recorder.close(None)
+            await self._synced()
             return answer
 
         return await self._first_success(recorded)
@@ -195,26 +231,28 @@ class Call:
                 recorder.count(usage)
                 yield GenerateChunk(usage=usage)
         except BaseException as error:
-            recorder.close(error, prompt)
+            await self._failed(recorder, error, prompt)
             raise
         else:
             recorder.close(None)
+            await self._synced()
         finally:
             await aclose(chunks)
 
     async def _open(
         self, candidate: Candidate, prompt: Prompt
     ) -> tuple[GenerateChunk, AsyncIterator[GenerateChunk], Recorder]:
-        recorder = self._recorder(candidate)
+        recorder = await self._begin(candidate)
         backend = cast("Streams", candidate.backend)
         chunks: AsyncIterator[GenerateChunk] | None = None
         try:
             asked = self.prompt_for(candidate, prompt)
-            chunks = backend.generate_stream(asked, self.opts_for(candidate))
+            chunks = backend.generate_stream(asked, self.opts_for(candidate, recorder))
             with self.signal.guard():
+                await self._synced()
                 first = await anext(chunks, _END)
         except BaseException as error:
-            recorder.close(error)
+            await self._failed(recorder, error)
             if chunks is not None:
                 await aclose(chunks)
             raise
@@ -227,7 +265,7 @@ class Call:
     async def _try_all(self, attempt: Callable[[Candidate], Awaitable[T]]) -> T:
         for at, candidate in enumerate(self._plan[:-1]):
             try:
-                return await attempt(candidate)
+                return await _anew(attempt, candidate)
             except Exception as error:
                 again = self._plan[at + 1] is candidate
                 pause = _pause(error, at) if again else 0.0
@@ -235,28 +273,81 @@ class Call:
                     raise
             with self.signal.guard():
                 await asyncio.sleep(pause)
-        return await attempt(self._plan[-1])
+        return await _anew(attempt, self._plan[-1])
 
-    def _recorder(self, candidate: Candidate | None) -> Recorder:
+    async def _begin(self, candidate: Candidate) -> Recorder:
+        """Have one more attempt admitted and noted. Raises what refuses it."""
+        row = self._row(candidate)
+        most = None
+        if self._ledger.admission is not None:
+            attempt = self._attempt(row)
+            await self._ledger.admission.admit(attempt)
+            most = attempt.most_allowed
+        self._attempts += 1
+        recorder = Recorder(self._ledger, row, most)
+        self._caller.call_headers[CALL_ID] = str(row.id)
+        return recorder
+
+    def _attempt(self, row: ModelCall) -> Attempt:
+        attempt = Attempt(self._caller, row, self._attempts, self._weigh)
+        if isinstance(self._opts, GenerateOpts):
+            attempt.most_tokens = self._opts.max_tokens
+            attempt.answers = self._opts.n or 1
+        return attempt
+
+    async def _failed(
+        self, recorder: Recorder, error: BaseException, prompt: Prompt | None = None
+    ) -> None:
+        recorder.close(error, prompt)
+        # Who was cancelled tells nobody of it.
+        if isinstance(error, Exception):
+            await self._synced()
+
+    async def _synced(self) -> None:
+        keeper = self._ledger.keeper
+        if keeper is not None and keeper.synced is not None:
+            await keeper.synced()
+
+    def _row(self, candidate: Candidate | None) -> ModelCall:
         ids, caller = self._ledger.next_id(), self._caller
         call = ModelCall(
             id=ids,
             created=ids / 1000,
             method=self._method,
-            model=str(self._opts.model or DEFAULT),
+            model=_clipped(self._opts.model) or DEFAULT,
             tenant=caller.tenant,
             user=caller.user.username if caller.user else None,
             app=caller.app,
             request_id=caller.request_id,
         )
         if isinstance(self._opts, GenerateOpts):
-            call.adapter = self._opts.adapter
-            call.conversation_id = self._opts.conversation_id
+            call.adapter = _clipped(self._opts.adapter)
+            call.conversation_id = _clipped(self._opts.conversation_id)
         if candidate is not None:
             call.backend = candidate.backend.name
             call.backend_name = candidate.registration.name
-            call.provider_model = candidate.provider_model
-        return Recorder(self._ledger, call)
+            call.provider_model = _clipped(candidate.provider_model)
+        return call
+
+
+def asked_tokens(prompt: Prompt) -> int:
+    """About how many tokens a prompt is."""
+    return sum(estimate_tokens(message.text) + 4 for message in prompt.messages)
+
+
+def _clipped(value: object) -> str | None:
+    """Text as a row holds it, whoever sent it."""
+    return str(value)[:_LONGEST_TEXT] if value else None
+
+
+async def _anew(attempt: Callable[[Candidate], Awaitable[T]], candidate: Candidate) -> T:
+    """The attempt, and one more where it met a connection that was gone."""
+    try:
+        return await attempt(candidate)
+    except BackendError as error:
+        if not error.stale:
+            raise
+    return await attempt(candidate)
 
 
 def falls_back(error: Exception) -> bool:
@@ -288,4 +379,6 @@ def error_code(error: BaseException) -> str:
         return "capability_unsupported"
     if isinstance(error, ModelNotFound):
         return "backend_not_found"
+    if isinstance(error, BackendError) and error.stale:
+        return "connection_lost"
     return "backend_error"

@@ -12,6 +12,7 @@ _LIMITS = ("limit", "remaining", "reset")
 _EXPOSED = ", ".join(
     (
         "x-request-id",
+        "x-harper-call-id",
         "etag",
         "link",
         "location",

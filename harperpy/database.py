@@ -20,7 +20,8 @@ from sqlalchemy import event, exc
 from .accounting import current_caller
 from .errors import ConfigError, Conflict, ServiceUnavailable, TransactionError
 from .gate import Gate
-from .system import hdb_audit, hdb_model_calls, metadata, migrate
+from .migrations import migrate
+from .system import hdb_audit, hdb_model_calls, metadata
 from .tables import Tables
 
 T = TypeVar("T")

@@ -144,6 +144,8 @@ class Dispatch:
             else:
                 reply.headers[name] = value
         reply.headers["x-request-id"] = request.id
+        if context.call_headers:
+            reply.headers.update(context.call_headers)
 
     async def _answer(self, context: Context, found: Found | None, early: Early) -> Reply:
         request = context.request

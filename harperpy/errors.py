@@ -240,9 +240,13 @@ class PluginNotStarted(ServerError):
 
 
 class BackendError(ServerError):
-    """A model provider failed; `upstream_status` is its status, if it gave one."""
+    """A model provider failed; `upstream_status` is its status, if it gave one.
+
+    `stale` says that a connection of an earlier call was gone: the same call is made once more.
+    """
 
     status = 502
+    stale = False
     title = "The model provider failed to answer."
 
     def __init__(

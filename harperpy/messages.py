@@ -154,12 +154,14 @@ class GenerateOpts(msgspec.Struct, kw_only=True):
 
     `tool_choice` is `auto`, `none`, `required` or a tool's name; `allowed_tools` names those that
     may be called, all if None. `n` answers are asked for at once. `provider_options` go upstream
-    as they are. The rest bears OpenAI's names and means what OpenAI says.
+    as they are. `call_id`, for backends, is the id of the attempt's row. The rest bears OpenAI's
+    names and means what OpenAI says.
     """
 
     model: str | None = None
     requires: list[Capability] = []
     signal: AbortSignal | None = None
+    call_id: int | None = None
     adapter: str | None = None
     conversation_id: str | None = None
     temperature: float | None = None
@@ -193,12 +195,14 @@ class GenerateOpts(msgspec.Struct, kw_only=True):
 class EmbedOpts(msgspec.Struct, kw_only=True):
     """How to embed. `input_type` and `dimensions` are for the models that know them.
 
-    `provider_options` go upstream as they are.
+    `provider_options` go upstream as they are; `call_id`, for backends, is the id of the attempt's
+    row.
     """
 
     model: str | None = None
     requires: list[Capability] = []
     signal: AbortSignal | None = None
+    call_id: int | None = None
     input_type: Literal["document", "query"] | None = None
     dimensions: int | None = None
     provider_options: dict[str, Any] = {}

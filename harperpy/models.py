@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar, cast
 
 import msgspec
@@ -19,7 +19,7 @@ from .backend import (
     aclose,
     define_backend,
 )
-from .calls import Call, Opts, Recorder
+from .calls import Call, Opts, Recorder, asked_tokens
 from .errors import BackendError, NotImplementedYet
 from .fanout import all_of, interleaved, joined, topped_up
 from .messages import (
@@ -107,13 +107,13 @@ class Models:
         """As `embed`, with the tokens it took. Raises `InvalidBody` for what is no input."""
         settings = _settings(EmbedOpts, opts, options)
         inputs = embed_inputs(given)
-        call = self._call("embedding", "embed", settings, {"embed": "model"})
+        call = self._call("embedding", "embed", settings, {"embed": "model"}, inputs.estimate)
 
         async def attempt(candidate: Candidate, recorder: Recorder) -> EmbedResult:
             backend = cast("Embeds", candidate.backend)
             as_it_is: Any = candidate.backend.token_input and inputs.arrays
             asked = as_it_is or await self._vocabulary.texts(inputs)
-            result = await backend.embed(asked, call.opts_for(candidate))
+            result = await backend.embed(asked, call.opts_for(candidate, recorder))
             _check_vectors(result, len(inputs.texts) + len(inputs.arrays))
             if result.usage is None:
                 result.usage = TokenUsage(embedding_tokens=inputs.estimate())
@@ -138,7 +138,7 @@ class Models:
         async def answer(call: Call) -> GenerateResult:
             async def attempt(candidate: Candidate, recorder: Recorder) -> GenerateResult:
                 asked = call.prompt_for(candidate, prompt)
-                result = await _answer(candidate.backend, asked, call.opts_for(candidate))
+                result = await _answer(candidate.backend, asked, call.opts_for(candidate, recorder))
                 if result.usage is None:
                     told = [result.content, *(other.content for other in result.others)]
                     tokens = sum(map(estimate_tokens, told))
@@ -204,12 +204,18 @@ class Models:
 
     def _generating(self, method: Method, prompt: Prompt, opts: GenerateOpts) -> Call:
         base: Capability = "generate" if method == "generate" else "stream"
-        return self._call("generative", method, opts, _requires(base, prompt, opts))
+        needs = _requires(base, prompt, opts)
+        return self._call("generative", method, opts, needs, lambda: asked_tokens(prompt))
 
     def _call(
-        self, kind: Kind, method: Method, opts: Opts, requires: Mapping[Capability, str]
+        self,
+        kind: Kind,
+        method: Method,
+        opts: Opts,
+        requires: Mapping[Capability, str],
+        weigh: Callable[[], int],
     ) -> Call:
-        call = Call(self._ledger, method, opts, current_caller.get() or Caller())
+        call = Call(self._ledger, method, opts, current_caller.get() or Caller(), weigh)
         needs: dict[Capability, str] = {**dict.fromkeys(opts.requires, "model"), **requires}
         call.resolve(lambda: self._routes.candidates(kind, opts.model, needs))
         return call

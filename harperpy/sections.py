@@ -135,9 +135,15 @@ class LoggingConfig(Section, frozen=True, kw_only=True):
 
 
 class AccountingConfig(Section, frozen=True, kw_only=True):
-    """How safely model calls are written down (`fsync`: a power cut takes none), for how long."""
+    """How safely model calls are written down, and for how long.
+
+    With `durability: process` what was noted outlives the process, however it ends; with `fsync` a
+    power cut, too. `journalSize` is how many bytes of it may wait for the database, by process:
+    beyond that, calls are refused until it takes them.
+    """
 
     durability: Durability = "process"
+    journal_size: Size = 64_000_000
     retention: Duration = 90 * 86_400_000
 
     @property

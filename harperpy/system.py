@@ -1,19 +1,28 @@
-"""The tables of the `system` schema, and how an older file is brought up to date."""
+"""The tables of the `system` schema."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
 
-from .errors import ConfigError
-
 CREATED, UPDATED = "__createdtime__", "__updatedtime__"
 
 metadata = sa.MetaData()
+
+
+# What the calls of a day are told apart by, and what is counted of them.
+DIMENSIONS = (
+    *("tenant", "user", "api_key", "app"),
+    *("model", "backend", "backend_name", "provider_model", "method"),
+)
+TOKENS = (
+    *("prompt_tokens", "completion_tokens", "embedding_tokens"),
+    *("cached_tokens", "reasoning_tokens", "reserved_tokens"),
+)
+COUNTS = ("calls", "failures", "unpriced", *TOKENS)
+COSTS = ("cost", "reserved_cost")
 
 
 def _times() -> list[sa.Column[Any]]:
@@ -84,9 +93,24 @@ hdb_model_calls = sa.Table(
     sa.Column("error_code", sa.String),
     sa.Column("finish_reason", sa.String),
     sa.Column("upstream_status", sa.Integer),
+    sa.Column("api_key", sa.String),
+    sa.Column("cost", sa.Float),
+    sa.Column("price_version", sa.String),
+    sa.Column("reserved_tokens", sa.Integer),
+    sa.Column("reserved_cost", sa.Float),
     sa.Index("hdb_model_calls_created", CREATED),
     sa.Index("hdb_model_calls_backend", "backend", CREATED),
     sa.Index("hdb_model_calls_tenant", "tenant", CREATED),
+)
+
+hdb_model_calls_daily = sa.Table(
+    "hdb_model_calls_daily",
+    metadata,
+    sa.Column("day", sa.String, primary_key=True),
+    # What a call has none of is an empty text here: a key has no null.
+    *(sa.Column(name, sa.String, primary_key=True) for name in DIMENSIONS),
+    *(sa.Column(name, sa.BigInteger, nullable=False) for name in COUNTS),
+    *(sa.Column(name, sa.Float, nullable=False) for name in COSTS),
 )
 
 hdb_audit = sa.Table(
@@ -104,31 +128,6 @@ hdb_audit = sa.Table(
     sa.Column("records", sa.JSON(none_as_null=True)),
     sa.Column("original_records", sa.JSON(none_as_null=True)),
 )
-
-
-def _add_original_records(connection: sa.Connection) -> None:
-    known = [column["name"] for column in sa.inspect(connection).get_columns("hdb_audit")]
-    if "original_records" not in known:
-        connection.exec_driver_sql("ALTER TABLE hdb_audit ADD COLUMN original_records JSON")
-
-
-# One step per version of the schema: what to do, and the statement that notes it as done.
-_MIGRATIONS: tuple[tuple[Callable[[sa.Connection], None], str], ...] = (
-    (metadata.create_all, "PRAGMA user_version = 1"),
-    (partial(hdb_audit.create, checkfirst=True), "PRAGMA user_version = 2"),
-    (_add_original_records, "PRAGMA user_version = 3"),
-)
-
-
-def migrate(connection: sa.Connection) -> None:
-    """Bring the file's tables up to date. Raises `ConfigError` for a newer file."""
-    version = connection.execute(sa.text("PRAGMA user_version")).scalar_one()
-    if version > len(_MIGRATIONS):
-        message = f"the database is of a newer harperpy (version {version} of its schema)"
-        raise ConfigError(message)
-    for step, done in _MIGRATIONS[version:]:
-        step(connection)
-        connection.exec_driver_sql(done)
 
 
 def now_ms() -> float:

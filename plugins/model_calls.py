@@ -1,60 +1,107 @@
-"""Writes each finished model call to `system.hdb_model_calls`.
-
-A call goes to the database's thread at once, together with all that came meanwhile; the thread
-works in order, so whoever asks it later sees the row.
-"""
+"""Keeps each model call in the journal, and moves it from there to `system.hdb_model_calls`."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections import deque
 from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, delete
 from sqlalchemy.dialects.sqlite import insert
-from sqlalchemy.exc import OperationalError
 
-from harperpy import HarperError, ModelCall, Scope
+from harperpy import (
+    HarperError,
+    Journal,
+    JournalReader,
+    JournalStep,
+    ModelCall,
+    Scope,
+    count_calls,
+)
 
+_MOVE_SECONDS = 0.1
 _RETRY_SECONDS = 1.0
 _CLEANING_SECONDS = 3600.0
-_MOST = 2**63
+_DAY_MS = 86_400_000
+_MOST_IDS = 500
 
 
-def handle_application(scope: Scope) -> None:
-    """Subscribe to the ledger; when the server stops, what is left is written first."""
-    writer = CallWriter(scope)
-    scope.ledger.subscribe(writer.add)
-    scope.on_close(writer.flush)
-    scope.create_task(writer.clean(scope.config.accounting.retention_seconds), name="retention")
+async def handle_application(scope: Scope) -> None:
+    """Keep the calls from now on; those that an earlier process left behind get their rows."""
+    accounting = scope.config.accounting
+    folder = scope.root / "journal"
+    fsync = accounting.durability == "fsync"
+    mover = Mover(scope, folder, Journal(folder, most=accounting.journal_size, fsync=fsync))
+    scope.ledger.keep(mover.journal, mover.flush)
+    scope.on_close(mover.close)
+    scope.create_task(mover.begin(), name="journal")
+    scope.create_task(mover.clean(accounting.retention_seconds), name="retention")
 
 
-class CallWriter:
-    """Holds calls until they are in the database; one that is away for a while loses none."""
+class Mover:
+    """Moves calls from the journal to the database, each once, and tries again until it can.
 
-    def __init__(self, scope: Scope) -> None:
+    An id that is there already is left as it is: a step may be made twice, and several processes
+    may move the same call. All of it runs in the database's thread.
+    """
+
+    def __init__(self, scope: Scope, folder: Path, journal: Journal) -> None:
+        self.journal = journal
+        self._folder = folder
         self._database = scope.database
         self._logger = scope.logger
         self._loop = asyncio.get_running_loop()
-        self._pending: deque[ModelCall] = deque()
-        self._submitted = False
-
-    def add(self, call: ModelCall) -> None:
-        """Take a finished call; the first of a batch has the thread called."""
-        self._pending.append(call)
-        if not self._submitted:
-            self._submit()
+        self._own = JournalReader(journal.path)
+        self._others: dict[Path, JournalReader] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+        journal.told = self._tell
 
     async def flush(self) -> None:
-        """Return when every call taken so far is written. Raises what the database raises."""
-        await asyncio.wrap_future(self._submit())
+        """Give each call that has ended its row, other processes' included, if the database can."""
+        try:
+            await self._move_own()
+            await self._database.run(self._move_others)
+            await self.adopt()
+        except HarperError as error:
+            self._logger.warning("model calls wait in the journal: %s", error)
+
+    async def adopt(self) -> None:
+        """Give rows to what processes noted that are no more, and remove what they left."""
+        with JournalReader.orphans(self._folder) as orphans:
+            for one in orphans:
+                await self._database.run(partial(self._bury, one))
+                one.remove()
+
+    async def begin(self) -> None:
+        """Adopt what earlier processes left behind, as soon as the database takes it."""
+        while True:
+            try:
+                return await self.adopt()
+            except HarperError as error:
+                self._logger.error("model calls wait in the journal: %s", error)  # noqa: TRY400  # its text says all
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    async def close(self) -> None:
+        """Move what is there. What the database cannot take now waits for the next start."""
+        self._closed = True
+        self.journal.told = lambda: None
+        moved = False
+        try:
+            await self._move_own()
+            moved = True
+        except HarperError as error:
+            self._logger.error("model calls wait in the journal: %s", error)  # noqa: TRY400  # its text says all
+        self._stop_timer()
+        self.journal.close(empty=moved)
 
     async def clean(self, retention_seconds: float) -> None:
-        """Once an hour, remove the rows older than the retention; a busy database is left be."""
+        """Once an hour, remove the days older than the retention; a busy database is left be."""
         while True:
             try:
                 await self._forget((time.time() - retention_seconds) * 1000)
@@ -64,57 +111,87 @@ class CallWriter:
 
     async def _forget(self, oldest: float) -> None:
         calls = self._database.model_calls
-        old = delete(calls).where(calls.c["__createdtime__"] < oldest)
+        # Whole days, so that those that are left are equal to their roll-up.
+        old = delete(calls).where(calls.c["__createdtime__"] < oldest - oldest % _DAY_MS)
         await self._database.run(lambda connection: connection.execute(old))
 
-    def _submit(self) -> Future[int]:
-        self._submitted = True
-        future = self._database.submit(self._write)
-        future.add_done_callback(self._written)
+    def _tell(self) -> None:
+        """A call has ended: in a moment it is moved, with all that end meanwhile."""
+        if self._timer is None:
+            self._timer = self._loop.call_later(_MOVE_SECONDS, self._submit)
+
+    async def _move_own(self) -> None:
+        target = self.journal.position
+        while True:
+            await asyncio.wrap_future(self._submit())
+            if self._own.position >= target:
+                return
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _submit(self) -> Future[JournalStep]:
+        self._stop_timer()
+        future = self._database.submit(self._move)
+        future.add_done_callback(self._moved)
         return future
 
-    def _write(self, connection: Connection) -> int:
-        self._submitted = False
-        batch = [_row(self._pending[at]) for at in range(len(self._pending))]
-        try:
-            self._insert(connection, batch)
-        except OperationalError:
-            raise
-        except Exception as error:  # noqa: BLE001  # whatever it is, the other rows must not wait
-            self._logger.warning("a model call holds what no column can: %s", error)
-            self._insert(connection, [_storable(row) for row in batch])
-        return len(batch)
+    def _move(self, connection: Connection) -> JournalStep:
+        step = self._own.step(self.journal.position)
+        late = self.journal.late()
+        for call in late:
+            step.open.pop(call.id, None)
+        self._write(connection, step.ended + late)
+        step.late = len(late)
+        return step
 
-    def _insert(self, connection: Connection, rows: list[dict[str, Any]]) -> None:
-        if rows:
-            # An id that is there already was written by an attempt whose commit went unheard.
-            connection.execute(insert(self._database.model_calls).on_conflict_do_nothing(), rows)
-
-    def _written(self, future: Future[int]) -> None:
+    def _moved(self, future: Future[JournalStep]) -> None:
         """In the database's thread, before its next work: forget what is safe, or try again."""
-        if (error := future.exception()) is None:
-            for _ in range(future.result()):
-                self._pending.popleft()
-            return
-        self._logger.error("%d model calls wait to be written: %s", len(self._pending), error)
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._loop.call_later, _RETRY_SECONDS, self._submit)
+            if (error := future.exception()) is not None:
+                self._logger.error("model calls wait in the journal: %s", error)
+                self._loop.call_soon_threadsafe(self._again, _RETRY_SECONDS)
+                return
+            step = future.result()
+            self._own.commit(step)
+            self.journal.forget_late(step.late)
+            for number in self._own.done(self.journal.position[0]):
+                self.journal.drop(number)
+            if step.left:
+                self._loop.call_soon_threadsafe(self._again, 0.0)
+
+    def _again(self, seconds: float) -> None:
+        if self._timer is None and not self._closed:
+            self._timer = self._loop.call_later(seconds, self._submit)
+
+    def _move_others(self, connection: Connection) -> None:
+        """What other processes that live have noted; they move it themselves soon."""
+        found = {one.path: one for one in JournalReader.all(self._folder)}
+        found.pop(self.journal.path, None)
+        self._others = {path: self._others.get(path, one) for path, one in found.items()}
+        for reader in self._others.values():
+            step = reader.step()
+            self._write(connection, step.ended)
+            if not step.spoilt:
+                reader.commit(step)
+
+    def _bury(self, orphan: JournalReader, connection: Connection) -> None:
+        step = orphan.everything()
+        if step.spoilt:
+            self._logger.error("%d lines of the journal make no sense", step.spoilt)
+        self._write(connection, step.ended)
+
+    def _write(self, connection: Connection, calls: list[ModelCall]) -> None:
+        table = self._database.model_calls
+        fresh = insert(table).on_conflict_do_nothing().returning(table.c.id)
+        for at in range(0, len(calls), _MOST_IDS):
+            rows = [_row(call) for call in calls[at : at + _MOST_IDS]]
+            count_calls(connection, connection.scalars(fresh, rows))
 
 
 def _row(call: ModelCall) -> dict[str, Any]:
     row = msgspec.structs.asdict(call)
     row["__createdtime__"] = row.pop("created")
     return row
-
-
-def _storable(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with what no column can hold as text, or left out."""
-    return {name: _plain(value) for name, value in row.items()}
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | float):
-        return value
-    if isinstance(value, int):
-        return value if abs(value) < _MOST else None
-    return str(value).encode(errors="replace").decode()

@@ -116,7 +116,7 @@ class OpenAI(ModelBackend):
         }
         if opts.dimensions is not None:
             body["dimensions"] = opts.dimensions
-        answer = await self._transport.whole("/embeddings", encoded(body), Embeddings)
+        answer = await self._transport.whole("/embeddings", encoded(body), Embeddings, opts.call_id)
         vectors = [one.embedding for one in sorted(answer.data, key=lambda one: one.index)]
         told = answer.usage.tokens() if answer.usage else None
         tokens = told.prompt_tokens if told else None
@@ -126,13 +126,13 @@ class OpenAI(ModelBackend):
     async def generate(self, prompt: Prompt, opts: GenerateOpts) -> GenerateResult:
         """A whole answer."""
         body = self._chat(prompt, opts, stream=False)
-        answer = await self._transport.whole("/chat/completions", body, Completion)
+        answer = await self._transport.whole("/chat/completions", body, Completion, opts.call_id)
         return whole_answer(answer, opts.n)
 
     def generate_stream(self, prompt: Prompt, opts: GenerateOpts) -> AsyncIterator[GenerateChunk]:
         """An answer as it comes; usage is always asked for."""
         body = self._chat(prompt, opts, stream=True)
-        return self._transport.chunks("/chat/completions", body, opts.n)
+        return self._transport.chunks("/chat/completions", body, opts.n, opts.call_id)
 
     async def close(self) -> None:
         """Close the pooled connections."""

@@ -56,11 +56,12 @@ class Transport:
             self._headers["Authorization"] = f"Bearer {secret}"
         self._pooled = pooled
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
+        self._doubted = 0
 
-    async def whole(self, path: str, body: bytes, kind: type[T]) -> T:
+    async def whole(self, path: str, body: bytes, kind: type[T], call_id: int | None = None) -> T:
         """The JSON answer to a post, as `kind`. Raises `BackendError` and what `refusal` makes."""
         first_byte = self._timeouts.first_byte or self._timeouts.total
-        async with self._ask(path, body, first_byte) as response:
+        async with self._ask(path, body, first_byte, call_id) as response:
             return _decoded(await self._read_all(response, _MOST_ANSWER), kind, path)
 
     async def get(self, path: str, kind: type[T], *, most: int) -> T:
@@ -70,11 +71,11 @@ class Transport:
             return _decoded(await self._read_all(response, most), kind, path)
 
     async def chunks(
-        self, path: str, body: bytes, n: int | None = None
+        self, path: str, body: bytes, n: int | None = None, call_id: int | None = None
     ) -> AsyncGenerator[GenerateChunk]:
         """The chunks of `n` streamed answers. Raises `BackendError` for one that is cut off."""
         reader = ChunkReader(n)
-        events = self._events(path, body, reader)
+        events = self._events(path, body, reader, call_id)
         try:
             async with aclosing(events):
                 async for data in events:
@@ -87,9 +88,12 @@ class Transport:
         for chunk in reader.finish():
             yield chunk
 
-    async def _events(self, path: str, body: bytes, reader: ChunkReader) -> AsyncGenerator[str]:
+    async def _events(
+        self, path: str, body: bytes, reader: ChunkReader, call_id: int | None
+    ) -> AsyncGenerator[str]:
         events = SSEDecoder()
-        async with self._ask(path, body, self._timeouts.stream_first_byte) as response:
+        first_byte = self._timeouts.stream_first_byte
+        async with self._ask(path, body, first_byte, call_id) as response:
             while not reader.ended and (read := await self._read(response)):
                 for data in events.feed(read):
                     yield data
@@ -103,12 +107,12 @@ class Transport:
 
     @asynccontextmanager
     async def _ask(
-        self, path: str, body: bytes | None, first_byte: float
+        self, path: str, body: bytes | None, first_byte: float, call_id: int | None = None
     ) -> AsyncGenerator[aiohttp.ClientResponse]:
         """A good answer's head, and its body to be read. Raises what `refusal` makes of others."""
         try:
             async with asyncio.timeout(first_byte):
-                response = await self._send(path, body)
+                response = await self._send(path, body, call_id)
             try:
                 if response.status != 200:
                     told = await self._read_all(response, _MOST_ERROR)
@@ -126,26 +130,34 @@ class Transport:
             failure.retryable = isinstance(error, aiohttp.ClientConnectorError)
             raise failure from error
 
-    async def _send(self, path: str, body: bytes | None) -> aiohttp.ClientResponse:
-        """Post, or get what has no body; once more, and anew, if a pooled connection is gone."""
-        pooled = SimpleNamespace(reused=False)
-        try:
-            return await self._request(path, body, pooled)
-        except _STALE:
-            if not pooled.reused:
-                raise
-        return await self._request(path, body, None)
-
-    async def _request(
-        self, path: str, body: bytes | None, pooled: SimpleNamespace | None
+    async def _send(
+        self, path: str, body: bytes | None, call_id: int | None
     ) -> aiohttp.ClientResponse:
-        return await self._session(pooled=pooled is not None).request(
-            "GET" if body is None else "POST",
-            self._base + path,
-            data=body,
-            allow_redirects=False,
-            trace_request_ctx=pooled,
-        )
+        """Post, or get what has no body. A pooled connection that is gone is one attempt.
+
+        Whether the provider had read the request nobody knows: the next one is another attempt,
+        with a row of its own, and on a connection of its own.
+        """
+        used = SimpleNamespace(reused=False)
+        anew = self._doubted > 0
+        self._doubted -= anew
+        named = {"X-Client-Request-Id": str(call_id)} if call_id is not None else None
+        try:
+            return await self._session(pooled=not anew).request(
+                "GET" if body is None else "POST",
+                self._base + path,
+                data=body,
+                headers=named,
+                allow_redirects=False,
+                trace_request_ctx=used,
+            )
+        except _STALE as error:
+            if not used.reused:
+                raise
+            self._doubted += 1
+            gone = BackendError(f"{type(error).__name__}: {error}")
+            gone.stale = True
+            raise gone from error
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         async with asyncio.timeout(self._timeouts.idle):

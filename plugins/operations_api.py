@@ -83,7 +83,7 @@ class ServerOperations:
         database = self._database
         statement = rewrite_select(request.sql, tables=database.system_tables)
         # What is on its way to the database is there before it is asked.
-        await database.run(lambda _: None)
+        await self._scope.ledger.flush()
         return await asyncio.to_thread(
             run_select,
             Path(database.path),

@@ -215,14 +215,15 @@ def http(body: bytes, kind: str = "application/json", status: str = "200 OK") ->
 
 
 async def test_a_pooled_connection_that_was_closed_is_no_failure() -> None:
-    """A kept connection may end at any moment: the call goes over a new one, as one attempt."""
+    """A kept connection may end at any moment: the call goes over a new one; both have a row."""
     answer = http(msgspec.json.encode(whole("hello")))
     async with raw_upstream([answer, b""], [answer]) as url, running(provider(url)) as server:
         statuses = [(await make(server, "whole")).status for _ in range(2)]
         rows = await server.rows()
 
     assert [200, 200] == statuses
-    assert [True, True] == [row["success"] for row in rows]
+    told = [(row["success"], row["error_code"]) for row in reversed(rows)]
+    assert [(True, None), (False, "connection_lost"), (True, None)] == told
 
 
 async def test_a_provider_that_hangs_up_is_not_asked_on_every_pooled_connection() -> None:

@@ -17,13 +17,14 @@ from harperpy import (
     Context,
     GenerateOpts,
     Ledger,
+    ModelCall,
     Prompt,
     RequestTarget,
     Resource,
     ToolDef,
 )
 from harperpy.accounting import Caller
-from harperpy.calls import Call
+from harperpy.calls import Call, Recorder
 from harperpy.testing import Answer, RunningServer, ScriptedUpstream, running
 from helpers import HELLO, ask, provider
 
@@ -243,7 +244,9 @@ async def test_openai_itself_is_told_which_tools_are_allowed(url: str, sent: str
     opts = GenerateOpts(tool_choice="auto", allowed_tools=["f"], n=1)
     prompt = Prompt(messages=[], tools=[ToolDef(name="f"), ToolDef(name="g")])
     call = Call(Ledger(), "generate", opts, Caller())
-    asked, told = call.prompt_for(candidate, prompt), call.opts_for(candidate)
+    row = ModelCall(id=1, created=1.0, method="generate", model="gpt")
+    attempt = Recorder(Ledger(), row)
+    asked, told = call.prompt_for(candidate, prompt), call.opts_for(candidate, attempt)
     body = json.loads(backend._chat(asked, told, stream=False))
 
     choice = body["tool_choice"]

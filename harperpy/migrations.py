@@ -1,0 +1,51 @@
+"""How the `system` schema of an older file is brought up to date."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import sqlalchemy as sa
+from sqlalchemy.schema import CreateColumn
+
+from .daily import day_of, recount_days
+from .errors import ConfigError
+from .system import CREATED, hdb_audit, hdb_model_calls, hdb_model_calls_daily, metadata
+
+
+def _add_columns(connection: sa.Connection, table: sa.Table) -> None:
+    """The columns that the table of an older file lacks; they may be null."""
+    known = {column["name"] for column in sa.inspect(connection).get_columns(table.name)}
+    for column in table.columns:
+        if column.name not in known:
+            defined = str(CreateColumn(column).compile(dialect=connection.dialect))
+            added = sa.DDL("ALTER TABLE %(table)s ADD COLUMN " + defined)
+            connection.execute(added.against(table))
+
+
+def _add_costs(connection: sa.Connection) -> None:
+    """What calls cost, and the days of the calls that are there."""
+    _add_columns(connection, hdb_model_calls)
+    hdb_model_calls_daily.create(connection, checkfirst=True)
+    days = sa.select(day_of(hdb_model_calls.c[CREATED])).distinct()
+    recount_days(connection, connection.scalars(days))
+
+
+# One step per version of the schema: what to do, and the statement that notes it as done.
+_MIGRATIONS: tuple[tuple[Callable[[sa.Connection], None], str], ...] = (
+    (metadata.create_all, "PRAGMA user_version = 1"),
+    (partial(hdb_audit.create, checkfirst=True), "PRAGMA user_version = 2"),
+    (partial(_add_columns, table=hdb_audit), "PRAGMA user_version = 3"),
+    (_add_costs, "PRAGMA user_version = 4"),
+)
+
+
+def migrate(connection: sa.Connection) -> None:
+    """Bring the file's tables up to date. Raises `ConfigError` for a newer file."""
+    version = connection.execute(sa.text("PRAGMA user_version")).scalar_one()
+    if version > len(_MIGRATIONS):
+        message = f"the database is of a newer harperpy (version {version} of its schema)"
+        raise ConfigError(message)
+    for step, done in _MIGRATIONS[version:]:
+        step(connection)
+        connection.exec_driver_sql(done)
