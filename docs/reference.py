@@ -28,7 +28,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "METHOD_VERBS",
         "Contract",
         "RequestTarget",
-        "auth.Verb",
+        "permission.Verb",
         "Resources",
         "Entry",
     ),
@@ -47,7 +47,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "AbortController",
     ),
     "Users": (
-        *("User", "Role", "Permission", "extract_tenant_id", "Authenticator", "Credential"),
+        *("User", "Role", "Permission", "Grants", "TableRights", "permission.AttributeRights"),
+        *("read_permission", "document_of", "extract_tenant_id", "Authenticator", "Credential"),
         *("Bearer", "Basic", "Verified"),
     ),
     "Models and backends": (

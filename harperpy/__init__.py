@@ -1,17 +1,7 @@
 """harperpy: a programmable AI server. This is its face: all that a plugin author uses."""
 
 from .accounting import Admission, Attempt, Ledger, ModelCall
-from .auth import (
-    Authenticator,
-    Basic,
-    Bearer,
-    Credential,
-    Permission,
-    Role,
-    User,
-    Verified,
-    extract_tenant_id,
-)
+from .auth import Authenticator, Basic, Bearer, Credential, Role, User, Verified, extract_tenant_id
 from .backend import ModelBackend, define_backend
 from .config import load_config, redacted
 from .content import Blob, Body, EventStream, Response, ResponseError, decode_json, json_response
@@ -87,6 +77,7 @@ from .parts import (
     RefusalPart,
     TextPart,
 )
+from .permission import Grants, Permission, TableRights, document_of, read_permission
 from .prompts import paired
 from .registry import Entry, Resources
 from .rendering import Reply
@@ -154,6 +145,7 @@ __all__ = [
     "GenerateChunk",
     "GenerateOpts",
     "GenerateResult",
+    "Grants",
     "HarperError",
     "ImagePart",
     "ImageURL",
@@ -211,6 +203,7 @@ __all__ = [
     "SetupError",
     "Table",
     "TableResource",
+    "TableRights",
     "Tables",
     "TextPart",
     "TokenLogprob",
@@ -230,6 +223,7 @@ __all__ = [
     "count_calls",
     "decode_json",
     "define_backend",
+    "document_of",
     "encode_sse",
     "estimate_tokens",
     "extract_tenant_id",
@@ -245,6 +239,7 @@ __all__ = [
     "openai_tool_call",
     "openai_usage",
     "paired",
+    "read_permission",
     "recount_days",
     "redacted",
 ]

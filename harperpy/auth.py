@@ -8,45 +8,15 @@ import hashlib
 import os
 import time
 from collections.abc import Awaitable, Callable
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import msgspec
 
 from .epoch import Epoch
 from .errors import InvalidCredentials
-
-Verb: TypeAlias = Literal["read", "create", "update", "delete"]
-"""What a permission is for: get and query; post; put and patch; delete."""
+from .permission import Permission
 
 _CACHED_CREDENTIALS = 4096
-
-
-class Permission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a role may do. `resources` maps a path (`v1/models`, `v1/*`, `*`) to verbs."""
-
-    super_user: bool = False
-    resources: dict[str, list[Verb]] = {}
-    operations: list[str] = []
-
-    def __post_init__(self) -> None:
-        if self.super_user and (self.resources or self.operations):
-            message = "permission: a super_user role takes no other permissions"
-            raise ValueError(message)
-
-    def allows(self, path: str, verb: Verb) -> bool:
-        """Whether this permission opens the resource mounted at `path` for the verb."""
-        return self.super_user or any(
-            verb in verbs and covers(pattern, path) for pattern, verbs in self.resources.items()
-        )
-
-
-def covers(pattern: str, path: str) -> bool:
-    """`v1/*` covers `v1` and all beneath it, `*` everything, any other pattern itself."""
-    if pattern == "*":
-        return True
-    if pattern.endswith("/*"):
-        return path == pattern[:-2] or path.startswith(pattern[:-1])
-    return path == pattern
 
 
 class Role(msgspec.Struct, frozen=True):
@@ -58,12 +28,17 @@ class Role(msgspec.Struct, frozen=True):
 
 
 class User(msgspec.Struct, frozen=True):
-    """A person or program that was recognised."""
+    """A person or program that was recognised.
+
+    `key_id` is the id of the API key that vouched for them, None if it was no key. Such a user has
+    the key's tenant, and of the role's permission what the key's grants leave.
+    """
 
     username: str
     role: Role
     active: bool = True
     tenant: str = "default"
+    key_id: str | None = None
 
     @property
     def is_super_user(self) -> bool:

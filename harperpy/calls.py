@@ -319,6 +319,7 @@ class Call:
             user=caller.user.username if caller.user else None,
             app=caller.app,
             request_id=caller.request_id,
+            api_key=caller.user.key_id if caller.user else None,
         )
         if isinstance(self._opts, GenerateOpts):
             call.adapter = _clipped(self._opts.adapter)

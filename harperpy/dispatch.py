@@ -11,7 +11,7 @@ from typing import Any
 from multidict import CIMultiDict
 
 from .accounting import Caller, current_caller
-from .auth import Authenticators, User, Verb
+from .auth import Authenticators, User
 from .background import Background
 from .caching import keep_private, stamp, vary
 from .content import EventStream, Response, ResponseError
@@ -35,6 +35,7 @@ from .incoming import Incoming
 from .middleware import Middlewares
 from .models import Models
 from .negotiation import ContentTypes
+from .permission import Verb
 from .reach import Found, find, verb_of
 from .registry import Entry, Resources
 from .rendering import Early, Reply, checked, error_body, merged, render, upgraded

@@ -41,13 +41,15 @@ from typing import Any, ClassVar
 class HarperError(Exception):
     """A refusal with a status; what of it may be said to a caller is `public_message`.
 
-    `retryable` says that the same call may succeed in a moment, `retry_after` in how many seconds.
+    `report` are members that the operations port adds to its answer. `retryable` says that the same
+    call may succeed in a moment, `retry_after` in how many seconds.
     """
 
     status: int = 500
     code: str | None = None
     param: str | None = None
     type: str | None = None
+    report: Mapping[str, Any] | None = None
     retryable: bool = False
     retry_after: float | None = None
     title: ClassVar[str] = "The server had an error while processing the request."

@@ -10,7 +10,15 @@ from sqlalchemy.schema import CreateColumn
 
 from .daily import day_of, recount_days
 from .errors import ConfigError
-from .system import CREATED, hdb_audit, hdb_model_calls, hdb_model_calls_daily, metadata
+from .system import (
+    CREATED,
+    hdb_audit,
+    hdb_model_calls,
+    hdb_model_calls_daily,
+    hdb_role,
+    hdb_token,
+    metadata,
+)
 
 
 def _add_columns(connection: sa.Connection, table: sa.Table) -> None:
@@ -31,12 +39,28 @@ def _add_costs(connection: sa.Connection) -> None:
     recount_days(connection, connection.scalars(days))
 
 
+def _add_grants_and_families(connection: sa.Connection) -> None:
+    """What keys are granted, and which refresh tokens come from one log-in."""
+    _add_columns(connection, hdb_token)
+    for index in hdb_token.indexes:
+        index.create(connection, checkfirst=True)
+    of_refresh = sa.update(hdb_token).where(hdb_token.c.kind == "refresh")
+    connection.execute(of_refresh.values(family=hdb_token.c.id))
+    for row in connection.execute(sa.select(hdb_role.c.id, hdb_role.c.permission)).all():
+        # It used to say nothing, and now says that there are none.
+        if row.permission.get("operations") == []:
+            left = {key: value for key, value in row.permission.items() if key != "operations"}
+            of_role = sa.update(hdb_role).where(hdb_role.c.id == row.id)
+            connection.execute(of_role.values(permission=left))
+
+
 # One step per version of the schema: what to do, and the statement that notes it as done.
 _MIGRATIONS: tuple[tuple[Callable[[sa.Connection], None], str], ...] = (
     (metadata.create_all, "PRAGMA user_version = 1"),
     (partial(hdb_audit.create, checkfirst=True), "PRAGMA user_version = 2"),
     (partial(_add_columns, table=hdb_audit), "PRAGMA user_version = 3"),
     (_add_costs, "PRAGMA user_version = 4"),
+    (_add_grants_and_families, "PRAGMA user_version = 5"),
 )
 
 

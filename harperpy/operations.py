@@ -13,6 +13,7 @@ from .backend import positional, settled
 from .content import refused
 from .context import Context
 from .errors import AccessViolation, ClientError, NotFound, RegistrationError
+from .permission import READ_ONLY, STANDARD_USER
 from .spelling import closest
 
 # What the command line calls its own; a plugin's command of such a name could never be reached.
@@ -28,7 +29,8 @@ class NoParameters(msgspec.Struct, forbid_unknown_fields=True):
 class Operation(msgspec.Struct, frozen=True):
     """One operation. `open_to` says who may: `super_user`, `user` (anyone logged in), `anyone`.
 
-    `help` is the line that the command line shows of it; None for what is no command.
+    One that `reads` changes nothing. `help` is the line that the command line shows of it; None for
+    what is no command.
     """
 
     name: str
@@ -37,6 +39,15 @@ class Operation(msgspec.Struct, frozen=True):
     open_to: str
     parameters: int
     help: str | None = None
+    reads: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """By what a role grants it: its name, and the groups that it is in."""
+        if self.open_to == "super_user":
+            return (self.name,)
+        groups = (STANDARD_USER, READ_ONLY) if self.reads else (STANDARD_USER,)
+        return (self.name, *groups)
 
 
 class Operations:
@@ -54,10 +65,12 @@ class Operations:
         *,
         open_to: str = "super_user",
         help: str | None = None,  # noqa: A002
+        reads: bool = False,
     ) -> None:
         """Add `function(request, context)`, sync or async; `request` is a `request_type`.
 
-        Raises `RegistrationError` for a taken name or an unknown `open_to`.
+        One that `reads`, and changes nothing, is in the group `read_only` too. Raises
+        `RegistrationError` for a taken name or an unknown `open_to`.
         """
         if self._frozen or name in self._operations:
             message = f"operation {name!r} cannot be added: it exists, or the server has started"
@@ -66,7 +79,9 @@ class Operations:
             message = f"operation {name!r}: open_to must be 'super_user', 'user' or 'anyone'"
             raise RegistrationError(message)
         count = positional(function, 2)
-        self._operations[name] = Operation(name, function, request_type, open_to, count, help)
+        self._operations[name] = Operation(
+            name, function, request_type, open_to, count, help, reads
+        )
 
     def freeze(self) -> None:
         """Take no more operations."""
@@ -100,13 +115,14 @@ class Operations:
         return await settled(operation.function(*given))
 
     def _authorise(self, operation: Operation, context: Context) -> None:
-        if operation.open_to != "super_user":
-            return
         user = context.user
-        permission = user.role.permission if user else None
-        if permission and (permission.super_user or operation.name in permission.operations):
+        if operation.open_to == "anyone":
+            return
+        if user is not None and user.role.permission.runs(operation.names):
             return
         message = f"Operation '{operation.name}' is restricted to 'super_user' roles"
+        if operation.open_to == "user":
+            message = f"Operation '{operation.name}' is not among those of this role or key"
         raise AccessViolation(user, message)
 
     def _unknown(self, name: str) -> NotFound:

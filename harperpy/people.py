@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import argon2
-import msgspec
 import sqlalchemy as sa
 
 from .audit import Deed
-from .auth import Permission, Role, User
+from .auth import Role, User
 from .database import Database
 from .errors import ClientError, ConfigError, Conflict, NotFound
+from .permission import Permission, document_of, stored_permission
 from .system import CREATED, UPDATED, hdb_role, hdb_token, hdb_user, now_ms
 
 SUPER_USER = Role("super_user", "super_user", Permission(super_user=True))
@@ -164,8 +164,8 @@ class People:
         """All roles, by name."""
 
         def work(connection: sa.Connection) -> list[Role]:
-            rows = connection.execute(sa.select(hdb_role).order_by(hdb_role.c.role)).mappings()
-            return [Role(row["id"], row["role"], _permission(row["permission"])) for row in rows]
+            rows = connection.execute(sa.select(hdb_role).order_by(hdb_role.c.role))
+            return [Role(row.id, row.role, stored_permission(row.permission)) for row in rows]
 
         return await self._database.run(work)
 
@@ -223,16 +223,12 @@ _JOINED = (
 
 
 def _user(row: sa.Row[*tuple[Any, ...]]) -> User:
-    role = Role(row.id, row.role_name, _permission(row.permission))
+    role = Role(row.id, row.role_name, stored_permission(row.permission))
     return User(row.username, role, active=row.active, tenant=row.tenant)
 
 
-def _permission(stored: Any) -> Permission:
-    return msgspec.convert(stored, Permission)
-
-
 def _role_row(role: Role) -> dict[str, Any]:
-    permission = msgspec.to_builtins(role.permission)
+    permission = document_of(role.permission)
     now = now_ms()
     row = {"id": role.id, "role": role.role, "permission": permission}
     return {**row, CREATED: now, UPDATED: now}

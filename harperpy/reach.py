@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from .auth import Verb
 from .context import Context
 from .errors import AccessViolation, ClientError, MethodNotAllowed, NotImplementedYet
 from .negotiation import EVENTS, ContentTypes
+from .permission import Verb
 from .registry import Entry, Resources
 from .request import RequestTarget
 from .resource import METHOD_VERBS, ProtocolName

@@ -11,7 +11,6 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 
 import msgspec
 
-from .auth import Verb
 from .backend import fitted, positional, required, settled
 from .content import EventStream
 from .context import Context
@@ -20,6 +19,7 @@ from .errors import PluginNotStarted, RegistrationError, ResourceConflict
 from .incoming import Incoming, Read, reader_of
 from .outgoing import awaited
 from .patterns import Pattern, decoded_segment, has_parameters
+from .permission import Verb
 from .request import RequestTarget
 from .resource import (
     METHOD_VERBS,

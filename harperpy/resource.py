@@ -6,11 +6,12 @@ from collections.abc import Collection, Mapping
 from http import HTTPStatus
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from .auth import User, Verb
+from .auth import User
 from .content import Response, json_response
 from .context import Context
 from .contracts import Contract, Problem
 from .errors import HarperError
+from .permission import Verb
 from .request import RequestTarget
 
 METHOD_VERBS: dict[str, tuple[str, Verb]] = {

@@ -61,6 +61,10 @@ hdb_token = sa.Table(
     sa.Column("hash", sa.String, nullable=False, unique=True),
     sa.Column("expires", sa.Float),
     sa.Column("last_used", sa.Float),
+    sa.Column("tenant", sa.String),
+    sa.Column("grants", sa.JSON(none_as_null=True)),
+    sa.Column("family", sa.String, index=True),
+    sa.Column("spent", sa.Float),
     *_times(),
 )
 

@@ -13,10 +13,11 @@ import msgspec
 import sqlalchemy as sa
 
 from .audit import Deed
-from .auth import Basic, Bearer, Credential, User, Verified
+from .auth import Basic, Bearer, Credential, Role, User, Verified
 from .database import Database
 from .errors import InvalidCredentials, NotFound
 from .people import People
+from .permission import Grants
 from .system import CREATED, hdb_token, now_ms
 
 KEY_PREFIX = "hk_"
@@ -117,11 +118,12 @@ class Tokens:
         """Vouches for `Bearer hk_…`."""
         if not isinstance(credential, Bearer) or not credential.token.startswith(KEY_PREFIX):
             return None
-        username = await self._owner(credential.token)
-        if username is None:
+        key = await self._key(credential.token)
+        if key is None or (key.expires is not None and key.expires <= now_ms()):
             message = "Incorrect API key provided."
             raise InvalidCredentials(message)
-        return Verified(await self._active_user(username))
+        user = _with_key(await self._active_user(key.user), key)
+        return Verified(user, None if key.expires is None else key.expires / 1000)
 
     async def authenticate_token(self, credential: Credential) -> Verified | None:
         """Vouches for `Bearer` operation tokens."""
@@ -169,15 +171,15 @@ class Tokens:
 
         await self._database.run(work)
 
-    async def _owner(self, key: str) -> str | None:
-        """The owner of a stored key; its use is noted when a writer's turn comes."""
+    async def _key(self, key: str) -> sa.Row[*tuple[Any, ...]] | None:
+        """A stored key; its use is noted when a writer's turn comes."""
         stored = hdb_token.c.hash == self._hash(key)
-        select = sa.select(hdb_token.c.user).where(stored, hdb_token.c.kind == "api_key")
-        username = await self._database.read(lambda connection: connection.scalar(select))
-        if username is not None:
+        select = sa.select(hdb_token).where(stored, hdb_token.c.kind == "api_key")
+        row = await self._database.read(lambda connection: connection.execute(select).first())
+        if row is not None:
             used = sa.update(hdb_token).where(stored).values(last_used=now_ms())
             self._database.submit(lambda connection: connection.execute(used))
-        return username
+        return row
 
     async def _touch(self, token: str, deed: Deed) -> str | None:
         """The id of a stored, current token, noting its use."""
@@ -238,6 +240,16 @@ class Tokens:
 def purpose_key(secret: bytes, purpose: str) -> bytes:
     """A key for one purpose alone (HKDF-Expand of RFC 5869 for one block)."""
     return hmac.new(secret, purpose.encode() + b"\x01", hashlib.sha256).digest()
+
+
+def _with_key(user: User, key: sa.Row[*tuple[Any, ...]]) -> User:
+    """The owner of a key as whoever holds the key: with its tenant, and what its grants leave."""
+    role, grants = user.role, key.grants
+    if grants is not None:
+        permission = role.permission.narrowed(msgspec.convert(grants, Grants))
+        role = Role(role.id, role.role, permission)
+    tenant = key.tenant or user.tenant
+    return msgspec.structs.replace(user, role=role, tenant=tenant, key_id=key.id)
 
 
 def _of_text(row: sa.RowMapping) -> dict[str, Any]:

@@ -65,6 +65,7 @@ class OperationsResource(Resource):
         body: dict[str, Any] = {"error": error.public_message}
         if error.errors:
             body["errors"] = error.errors
+        body.update(error.report or {})
         return json_response(error.status, body, error.headers)
 
 

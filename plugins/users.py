@@ -14,10 +14,11 @@ from harperpy import (
     InvalidCredentials,
     NoParameters,
     NotFound,
-    Permission,
     Role,
     Scope,
     User,
+    document_of,
+    read_permission,
 )
 
 Text = Annotated[str, Meta(min_length=1)]
@@ -53,7 +54,7 @@ class AddRole(msgspec.Struct, forbid_unknown_fields=True):
     """A new role; its id is its name unless given."""
 
     role: Text
-    permission: Permission
+    permission: dict[str, Any]
     id: Text | None = None
 
 
@@ -93,7 +94,7 @@ def handle_application(scope: Scope) -> None:
         scope.authenticators.append(authenticator)
     people, keys = PeopleOperations(scope), KeyOperations(scope)
     add = scope.operations.add
-    add("user_info", people.user_info, NoParameters, open_to="user")
+    add("user_info", people.user_info, NoParameters, open_to="user", reads=True)
     add("add_user", people.add_user, AddUser)
     add("alter_user", people.alter_user, AlterUser)
     add("drop_user", people.drop_user, DropUser)
@@ -101,7 +102,7 @@ def handle_application(scope: Scope) -> None:
     add("add_role", people.add_role, AddRole)
     add("list_roles", people.list_roles, NoParameters)
     add("add_api_key", keys.add_api_key, AddApiKey, open_to="user")
-    add("list_api_keys", keys.list_api_keys, NoParameters, open_to="user")
+    add("list_api_keys", keys.list_api_keys, NoParameters, open_to="user", reads=True)
     add("drop_api_key", keys.drop_api_key, DropApiKey, open_to="user")
     add("create_authentication_tokens", keys.create_tokens, CreateTokens, open_to="anyone")
     add("refresh_operation_token", keys.refresh_token, RefreshToken, open_to="anyone")
@@ -150,15 +151,16 @@ class PeopleOperations:
         """All users."""
         return [_shown(user) for user in await self._people.list_users()]
 
-    async def add_role(self, request: AddRole) -> Role:
+    async def add_role(self, request: AddRole) -> dict[str, Any]:
         """Add a role."""
-        role = Role(request.id or request.role, request.role, request.permission)
+        permission = read_permission(request.permission)
+        role = Role(request.id or request.role, request.role, permission)
         await self._people.add_role(role)
-        return role
+        return _role(role)
 
-    async def list_roles(self) -> list[Role]:
+    async def list_roles(self) -> list[dict[str, Any]]:
         """All roles."""
-        return await self._people.list_roles()
+        return [_role(role) for role in await self._people.list_roles()]
 
 
 class KeyOperations:
@@ -231,5 +233,9 @@ def _shown(user: User) -> dict[str, Any]:
         "username": user.username,
         "active": user.active,
         "tenant": user.tenant,
-        "role": msgspec.to_builtins(user.role),
+        "role": _role(user.role),
     }
+
+
+def _role(role: Role) -> dict[str, Any]:
+    return {"id": role.id, "role": role.role, "permission": document_of(role.permission)}

@@ -34,6 +34,7 @@ ORDER = (
     "incoming",
     "patterns",
     "epoch",
+    "permission",
     "auth",
     "parts",
     "messages",

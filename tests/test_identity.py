@@ -95,8 +95,8 @@ async def test_a_start_makes_the_system_database(tmp_path: Path) -> None:
         roles = await server.operate("list_roles")
 
     assert TABLES == tables(tmp_path / "system.db")
-    assert ["model_user", "super_user"] == [role.role for role in roles]
-    assert {"v1/*": ["read", "create"]} == roles[0].permission.resources
+    assert ["model_user", "super_user"] == [role["role"] for role in roles]
+    assert {"v1/*": ["read", "create"]} == roles[0]["permission"]["resources"]
 
 
 async def test_a_start_migrates_an_older_database_and_keeps_a_current_one(tmp_path: Path) -> None:

@@ -930,6 +930,7 @@ async def test_a_row_tells_who_asked_what_of_whom() -> None:
             headers={"x-request-id": "r-1"},
         )
         rows = [*reversed(await server.rows())]
+        keys = await server.operate("list_api_keys")
 
     assert ["yes"] == answer.json
     for row in rows:
@@ -959,7 +960,7 @@ async def test_a_row_tells_who_asked_what_of_whom() -> None:
         "error_code": None,
         "finish_reason": None,
         "upstream_status": None,
-        "api_key": None,
+        "api_key": next(key["id"] for key in keys if key["user"] == "ada"),
         "cost": None,
         "price_version": None,
         "reserved_tokens": None,

@@ -1,0 +1,175 @@
+"""What a role may: its document, what is refused in it, and whom its changes reach."""
+
+from typing import Any
+
+import pytest
+
+from harperpy import TableRights, User
+from harperpy.testing import RunningServer
+from helpers import operation
+
+WRONG: list[tuple[dict[str, Any], list[str], dict[str, list[str]]]] = [
+    ({"super_usr": True}, ["super_usr: no such permission; did you mean super_user?"], {}),
+    (
+        {"super_user": True, "operations": ["sql"]},
+        ["super_user: a super_user role takes no other permissions"],
+        {},
+    ),
+    (
+        {"super_user": True, "data": {"tables": {"notes": {"read": True}}}},
+        ["super_user: a super_user role takes no other permissions"],
+        {},
+    ),
+    ({"super_user": "yes"}, ["super_user: Expected `bool`, got `str`"], {}),
+    (
+        {"resources": {"a": ["raed"]}},
+        ["resources: Invalid enum value 'raed' - at `$[...][0]`"],
+        {},
+    ),
+    (
+        {"models": ["*-mini"]},
+        ["models: '*-mini': expected a name, or its beginning with '*' at the end"],
+        {},
+    ),
+    ({"elsewhere": {"tables": {}}}, [], {"elsewhere": ["database 'elsewhere' does not exist"]}),
+    (
+        {"system": {"tables": {"hdb_user": {"read": True}}}},
+        [],
+        {"system": ["system is read by super users alone, and written by nobody"]},
+    ),
+    (
+        {"data": {"tables": {"notes": {"reed": True}}}},
+        [],
+        {"data": ["data: Object contains unknown field `reed` - at `$.tables[...]`"]},
+    ),
+    (
+        {
+            "models": "gpt",
+            "data": {
+                "tables": {
+                    "notes": {
+                        "read": True,
+                        "attribute_permissions": [
+                            {"attribute_name": "text", "read": True, "insert": True}
+                        ],
+                    }
+                }
+            },
+        },
+        ["models: Expected `array`, got `str`"],
+        {"data": ["notes.text: insert is true, but false of the table"]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("document", "main", "schema"), WRONG)
+async def test_a_wrong_document_is_refused_with_all_that_is_wrong_in_it(
+    server: RunningServer,
+    document: dict[str, Any],
+    main: list[str],
+    schema: dict[str, list[str]],
+) -> None:
+    """400, what is wrong with the main permissions, and what with each database."""
+    body = {"operation": "add_role", "role": "x", "permission": document}
+
+    assert await operation(server, body, f"Bearer {server.api_key}") == (
+        400,
+        {
+            "error": "Errors in the role permissions JSON provided",
+            "main_permissions": main,
+            "schema_permissions": schema,
+        },
+    )
+
+
+async def user_of(server: RunningServer, permission: dict[str, Any]) -> User:
+    """Who has a role of its own with this permission, as operations see them."""
+    await server.operate("add_role", role="own", permission=permission)
+    key = await server.key_for("ada", role="own")
+    return await server.server.core.authenticators.identify(f"Bearer {key}")
+
+
+async def test_a_document_is_kept_and_shown_as_it_was_given(server: RunningServer) -> None:
+    """Databases stand beside the other permissions, for who lists roles too."""
+    notes = {
+        "read": True,
+        "update": True,
+        "attribute_permissions": [
+            {"attribute_name": "text", "read": True, "insert": False, "update": True}
+        ],
+    }
+    document = {
+        "super_user": False,
+        "structure_user": ["data"],
+        "resources": {"notes": ["read"]},
+        "operations": ["read_only", "sql"],
+        "models": ["gpt-*", "local"],
+        "data": {"tables": {"notes": notes}},
+    }
+
+    made = await server.operate("add_role", role="clerk", permission=document)
+    listed = await server.operate("list_roles")
+
+    assert {"id": "clerk", "role": "clerk", "permission": document} == made
+    assert made in listed
+
+
+async def test_rights_on_tables_are_by_table_action_and_attribute(server: RunningServer) -> None:
+    """What is not said is not allowed; of the server's own tables nothing is."""
+    listed = [{"attribute_name": "text", "read": True}]
+    tables = {
+        "notes": {"read": True, "delete": True, "attribute_permissions": listed},
+        "tags": {"read": True, "insert": True},
+    }
+    user = await user_of(server, {"data": {"tables": tables}})
+    rights = user.role.permission.table
+
+    notes, tags = rights("data", "notes"), rights("data", "tags")
+    assert (frozenset({"text"}), None) == (notes.attributes("read"), tags.attributes("read"))
+    assert notes.allows("read", "text")
+    assert not notes.allows("read", "text", "owner")
+    assert notes.allows("delete")
+    assert not notes.allows("update", "text")
+    assert tags.allows("insert", "anything")
+    for database, table in (("data", "else"), ("system", "hdb_user"), ("elsewhere", "notes")):
+        assert TableRights() == rights(database, table)
+
+
+async def test_a_super_user_reads_the_servers_own_tables_and_never_writes_them(
+    server: RunningServer,
+) -> None:
+    """Of plugins' tables nothing is refused."""
+    admin = await server.server.core.authenticators.identify(f"Bearer {server.api_key}")
+    rights = admin.role.permission.table
+
+    assert TableRights(read=True) == rights("system", "hdb_user")
+    assert TableRights(read=True, insert=True, update=True, delete=True) == rights("data", "notes")
+
+
+LISTED = [
+    (None, [200, 403, 200]),
+    ([], [403, 403, 403]),
+    (["read_only"], [200, 403, 403]),
+    (["standard_user"], [200, 403, 200]),
+    (["list_users"], [403, 200, 403]),
+    (["read_only", "list_users"], [200, 200, 403]),
+]
+
+
+@pytest.mark.parametrize(("listed", "expected"), LISTED)
+async def test_operations_are_those_listed_or_those_open_to_all(
+    server: RunningServer, listed: list[str] | None, expected: list[int]
+) -> None:
+    """`read_only` and `standard_user` are groups; a list leaves out what it does not name."""
+    permission = {} if listed is None else {"operations": listed}
+    await server.operate("add_role", role="own", permission=permission)
+    key = await server.key_for("ada", role="own")
+    bodies = (
+        {"operation": "user_info"},
+        {"operation": "list_users"},
+        {"operation": "add_api_key", "name": "more"},
+    )
+
+    got = [(await operation(server, body, f"Bearer {key}"))[0] for body in bodies]
+
+    assert expected == got
