@@ -960,7 +960,7 @@ async def test_a_row_tells_who_asked_what_of_whom() -> None:
         "error_code": None,
         "finish_reason": None,
         "upstream_status": None,
-        "api_key": next(key["id"] for key in keys if key["user"] == "ada"),
+        "api_key": next(key.id for key in keys if key.user == "ada"),
         "cost": None,
         "price_version": None,
         "reserved_tokens": None,
