@@ -36,6 +36,7 @@ from .messages import (
     estimate_tokens,
 )
 from .parts import ContentPart, part_type
+from .permission import Permission
 from .prompts import options_in, to_prompt
 from .routing import Candidate, Kind, ModelInfo, Registration, Routes
 from .vocabulary import Vocabulary, embed_inputs
@@ -62,7 +63,8 @@ class Models:
     """embed, generate and generate_stream over every registered backend.
 
     Each attempt at a backend is one `ModelCall` in the ledger, billed to the running request's
-    user. A call ends when the signal given with it or the request's own fires.
+    user, who may ask those models that their role has. A call ends when the signal given with it or
+    the request's own fires.
     """
 
     define_backend = staticmethod(define_backend)
@@ -89,8 +91,8 @@ class Models:
         self._routes.add(Registration(kind, name, backend, tuple(fallback)), replace=replace)
 
     def list(self) -> list[ModelInfo]:
-        """The names callers may use."""
-        return self._routes.listing()
+        """The names that the running request's user may use; all, where there is none."""
+        return self._routes.listing(_permission(current_caller.get()))
 
     async def embed(
         self, given: EmbedInput, *, opts: EmbedOpts | None = None, **options: Any
@@ -215,10 +217,17 @@ class Models:
         requires: Mapping[Capability, str],
         weigh: Callable[[], int],
     ) -> Call:
-        call = Call(self._ledger, method, opts, current_caller.get() or Caller(), weigh)
+        caller = current_caller.get() or Caller()
+        call = Call(self._ledger, method, opts, caller, weigh)
         needs: dict[Capability, str] = {**dict.fromkeys(opts.requires, "model"), **requires}
-        call.resolve(lambda: self._routes.candidates(kind, opts.model, needs))
+        may = _permission(caller)
+        call.resolve(lambda: self._routes.candidates(kind, opts.model, needs, may))
         return call
+
+
+def _permission(caller: Caller | None) -> Permission | None:
+    """What the caller's role may; the server itself, and whoever is not known, ask any model."""
+    return caller.user.role.permission if caller and caller.user else None
 
 
 async def _answer(backend: ModelBackend, prompt: Prompt, opts: GenerateOpts) -> GenerateResult:

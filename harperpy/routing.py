@@ -11,6 +11,7 @@ import msgspec
 from .backend import ModelBackend
 from .errors import CapabilityError, ClientError, ModelNotFound, RegistrationError
 from .messages import Capability
+from .permission import Permission
 
 Kind: TypeAlias = Literal["generative", "embedding"]
 """What a model is for."""
@@ -131,21 +132,30 @@ class Routes:
         for registration in names.values():
             if registration.is_pattern and fnmatchcase(name, registration.name):
                 return _candidate(registration, name)
-        message = f"The model {name!r} does not exist."
-        raise ModelNotFound(message)
+        raise _no_model(name)
 
     def candidates(
-        self, kind: Kind, name: str | None, requires: Mapping[Capability, str]
+        self,
+        kind: Kind,
+        name: str | None,
+        requires: Mapping[Capability, str],
+        permission: Permission | None = None,
     ) -> list[Candidate]:
         """Those that may serve, in order. Raises as `find`, or `CapabilityError` if none can.
 
-        `requires` says for each capability which field of the request asked for it.
+        `requires` says for each capability which field of the request asked for it. Those that the
+        permission does not have are left out; the first one then does not exist.
         """
         first = self.find(kind, name)
+        if permission is not None and not _may_use(permission, first, name or DEFAULT):
+            raise _no_model(name or DEFAULT)
         others = [self._by_name[kind][other] for other in first.registration.fallback]
         # A pattern that others fall back to has no model of its own: it is asked for the same one.
         asked = first.provider_model or name or DEFAULT
-        everyone = [first, *(_candidate(other, asked) for other in others)]
+        more = [_candidate(other, asked) for other in others]
+        if permission is not None:
+            more = [one for one in more if _may_use(permission, one)]
+        everyone = [first, *more]
         able = [one for one in everyone if not missing(one.backend, requires)]
         if not able:
             lacking = missing(first.backend, requires)[0]
@@ -153,8 +163,11 @@ class Routes:
         first_of = {id(one.backend): one for one in reversed(able)}
         return [one for one in able if first_of[id(one.backend)] is one]
 
-    def listing(self) -> list[ModelInfo]:
-        """Logical and advertised names, then what patterns stand for; once each, as registered."""
+    def listing(self, permission: Permission | None = None) -> list[ModelInfo]:
+        """Logical and advertised names, then what patterns stand for; once each, as registered.
+
+        Of a permission only what it has.
+        """
         found: dict[str, ModelInfo] = {}
         for registration in self:
             names = [] if registration.is_pattern else [registration.name]
@@ -163,7 +176,12 @@ class Routes:
         for registration in self:
             for name in self._stands_for(registration):
                 found.setdefault(name, self._info(registration, name))
-        return list(found.values())
+        if permission is None or permission.models is None:
+            return list(found.values())
+        return [one for one in found.values() if self._lists(permission, one)]
+
+    def _lists(self, permission: Permission, info: ModelInfo) -> bool:
+        return _may_use(permission, self.find(info.kind, info.id), info.id)
 
     def _stands_for(self, pattern: Registration) -> Iterator[str]:
         """The names its provider serves that a call would find it by, and no other one first."""
@@ -200,6 +218,18 @@ def _candidate(registration: Registration, asked: str) -> Candidate:
     if provider_model is None and registration.is_pattern:
         provider_model = asked
     return Candidate(registration, provider_model)
+
+
+def _may_use(permission: Permission, candidate: Candidate, asked: str | None = None) -> bool:
+    registration = candidate.registration
+    own = None if registration.is_pattern else registration.name
+    return permission.uses(asked, own, candidate.provider_model)
+
+
+def _no_model(name: str) -> ModelNotFound:
+    """OpenAI's sentence, which does not tell one that is not there from one that is not yours."""
+    message = f"The model `{name}` does not exist or you do not have access to it."
+    return ModelNotFound(message)
 
 
 def _incapable(candidate: Candidate, capability: Capability, param: str) -> CapabilityError:

@@ -663,7 +663,7 @@ async def test_an_unlisted_model_cannot_be_retrieved(server: RunningServer) -> N
             await client.models.retrieve("org/nothing")
 
     assert ("model_not_found", "model") == (caught.value.code, caught.value.param)
-    assert "'org/nothing'" in caught.value.message
+    assert "`org/nothing`" in caught.value.message
 
 
 async def test_a_request_id_is_the_clients_or_ours(gateway: RunningServer) -> None:

@@ -30,7 +30,7 @@ class V1Models(OpenAIResource):
         for info in listed:
             if info.id == target.id:
                 return json_response(200, _model(info))
-        message = f"The model {target.id!r} does not exist."
+        message = f"The model `{target.id}` does not exist or you do not have access to it."
         raise ModelNotFound(message)
 
 
