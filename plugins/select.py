@@ -49,24 +49,25 @@ _MAX_CHARACTERS = 20_000
 # 14 levels of parentheses, or many of fewer levels, take a second.
 _MAX_NESTING_COST = 2**14
 _MAX_VALUE_BYTES = 1_000_000
+_MAX_PATTERN_BYTES = 100  # LIKE and GLOB try it at each place of a value
 _MAX_RESULT_BYTES = 64 * 2**20
 _CELL_BYTES = 64  # roughly what a value costs in Python besides its text
 _STEPS_BETWEEN_CHECKS = 1000
 _TOO_DEEP = "The SQL text is nested too deeply."
 
 _ALLOWED_ACTIONS = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_RECURSIVE})
-# Not here: functions that load code, open files or make large values out of nothing.
+# Not here: functions that load code, open files, make large values out of nothing (printf) or take
+# the square of a value's length (instr, replace, trim): no time limit counts within one call.
 _ALLOWED_FUNCTIONS = frozenset(
     """
     -> ->>
     abs avg ceil ceiling char coalesce concat concat_ws count cume_dist current_date current_time
-    current_timestamp date datetime dense_rank exp first_value floor format glob group_concat hex
-    ifnull iif instr json json_array json_array_length json_extract json_group_array
-    json_group_object json_object json_quote json_type json_valid julianday lag last_value lead
-    length like likelihood likely ln log log10 log2 lower ltrim max min mod nth_value ntile nullif
-    octet_length percent_rank pow power printf quote random rank replace round row_number rtrim
-    sign sqlite_version sqrt strftime string_agg substr substring sum time timediff total trim
-    trunc typeof unicode unixepoch unlikely upper
+    current_timestamp date datetime dense_rank exp first_value floor glob group_concat hex ifnull
+    iif json json_array json_array_length json_extract json_group_array json_group_object
+    json_object json_quote json_type json_valid julianday lag last_value lead length like likelihood
+    likely ln log log10 log2 lower max min mod nth_value ntile nullif octet_length percent_rank pow
+    power quote random rank round row_number sign sqlite_version sqrt strftime string_agg substr
+    substring sum time timediff total trunc typeof unicode unixepoch unlikely upper
     """.split()  # noqa: SIM905
 )
 _CALLERS_FAULTS = frozenset(
@@ -321,6 +322,7 @@ def _open_read_only(path: Path, seconds: float) -> sqlite3.Connection:
     try:
         connection.execute("ATTACH ? AS system", (f"{path.absolute().as_uri()}?mode=ro",))
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, _MAX_PATTERN_BYTES)
         connection.text_factory = _decode
     except BaseException:
         connection.close()
