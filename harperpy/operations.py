@@ -21,6 +21,9 @@ COMMAND_LINE = frozenset(
     "check commands dev init key models run sql user version".split()  # noqa: SIM905
 )
 
+# The name, and what Harper's own server puts into a body: nobody says here who asks.
+_NOT_PARAMETERS = frozenset({"operation", "hdb_user", "hdb_auth_header", "bypass_auth"})
+
 
 class NoParameters(msgspec.Struct, forbid_unknown_fields=True):
     """The request of an operation that takes none."""
@@ -93,8 +96,9 @@ class Operations:
     async def call(self, body: Mapping[str, Any], context: Context) -> Any:
         """Run `{"operation": name, …}` for the context's user.
 
-        Raises `AccessViolation`, `NotFound` for an unknown name, `InvalidBody` for parameters that
-        do not fit.
+        A request type's `synonyms` map other names of parameters to those of its fields. Raises
+        `AccessViolation`, `NotFound` for an unknown name, `InvalidBody` for parameters that do not
+        fit.
         """
         name = body.get("operation")
         operation = self._operations.get(name) if isinstance(name, str) else None
@@ -106,7 +110,7 @@ class Operations:
         if operation is None:
             raise self._unknown(name)
         self._authorise(operation, context)
-        parameters = {key: value for key, value in body.items() if key != "operation"}
+        parameters = _named(body, operation.request_type)
         try:
             request = msgspec.convert(parameters, operation.request_type)
         except msgspec.ValidationError as error:
@@ -130,6 +134,21 @@ class Operations:
         hint = f"; did you mean '{near}'?" if near else ""
         message = f"Operation '{name}' not found{hint}"
         return NotFound(message, status=400, param="operation")
+
+
+def _named(body: Mapping[str, Any], request_type: type[Any]) -> dict[str, Any]:
+    """The parameters by the names of the request's fields."""
+    synonyms: Mapping[str, str] = getattr(request_type, "synonyms", {})
+    parameters: dict[str, Any] = {}
+    for key, value in body.items():
+        if key in _NOT_PARAMETERS:
+            continue
+        name = synonyms.get(key, key)
+        if name in parameters:
+            message = f"{key}: {name} is given already, by another of its names"
+            raise ClientError(message, param=key)
+        parameters[name] = value
+    return parameters
 
 
 class Commands:
