@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,6 +87,11 @@ class Database:
     def hidden_columns(self) -> frozenset[tuple[str, str]]:
         """Tables and columns that hold what even a super user never reads."""
         return frozenset({("hdb_user", "password"), ("hdb_token", "hash")})
+
+    @property
+    def system(self) -> Mapping[str, sa.Table]:
+        """The tables of the `system` schema, by name."""
+        return metadata.tables
 
     @property
     def system_tables(self) -> frozenset[str]:

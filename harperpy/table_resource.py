@@ -11,15 +11,13 @@ from typing import Any, ClassVar, Self, TypeAlias, cast
 import msgspec
 import sqlalchemy as sa
 
-from .content import Body, refused
+from .content import Body
 from .context import Context
 from .contracts import Contract
 from .errors import ClientError, InvalidBody, MethodNotAllowed, NotFound, RegistrationError
-from .pointers import pointer
 from .queries import Query, read_query
 from .request import RequestTarget
 from .resource import Resource
-from .spelling import nearest
 from .sse import encode_json
 from .tables import Table, Tables
 
@@ -115,7 +113,7 @@ class TableResource(Resource):
             raise MethodNotAllowed(context.method, _OF_ONE)
         fields = await _fields(data)
         cls._check_key(fields.get(cls.table.key), context)
-        kept = await cls.table.insert(context.transaction(), cls._record(fields))
+        kept = await cls.table.insert(context.transaction(), cls.table.record_of(fields))
         context.created(cls.table.row(kept)[cls.table.key])
         return kept
 
@@ -125,7 +123,7 @@ class TableResource(Resource):
         key = cls._key(target, context)
         fields = cls._with_key(await _fields(data), key)
         await cls._check_version(key, context)
-        await cls.table.put(context.transaction(), cls._record(fields))
+        await cls.table.put(context.transaction(), cls.table.record_of(fields))
 
     @classmethod
     async def patch(cls, target: RequestTarget, data: Body, context: Context) -> None:
@@ -134,7 +132,7 @@ class TableResource(Resource):
         fields = cls._with_key(await _fields(data), key)
         await cls._check_version(key, context)
         before = msgspec.to_builtins(await cls._found(key, context, locked=True))
-        await cls.table.update(context.transaction(), cls._record({**before, **fields}))
+        await cls.table.update(context.transaction(), cls.table.record_of({**before, **fields}))
 
     @classmethod
     async def delete(cls, target: RequestTarget, context: Context) -> None:
@@ -208,20 +206,6 @@ class TableResource(Resource):
             message = f"{name}: expected {key!r} as in the path, got {fields[name]!r}"
             raise InvalidBody(message, param=name)
         return {**fields, name: key}
-
-    @classmethod
-    def _record(cls, fields: Fields) -> Any:
-        """The record that these fields make. Raises `InvalidBody`."""
-        known = cls.table.fields
-        for name in fields.keys() - known.keys() - {cls.table.record.__struct_config__.tag_field}:
-            why = f"unknown field; {nearest(name, known, 'fields')}"
-            errors = [{"path": pointer(name), "message": why}]
-            message = f"{name}: {why}"
-            raise InvalidBody(message, param=name, errors=errors)
-        try:
-            return msgspec.convert(fields, cls.table.record, str_keys=True)
-        except msgspec.ValidationError as error:
-            raise refused(error) from error
 
 
 def _version(record: msgspec.Struct) -> str:

@@ -16,7 +16,9 @@ from msgspec import inspect
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.ext.compiler import compiles
 
+from .content import refused
 from .errors import Conflict, InvalidBody, RegistrationError
+from .pointers import pointer
 from .spelling import nearest
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -102,6 +104,18 @@ class Table(Generic[T]):
         given = {column: row[column] for column in self.fields if row[column] is not None}
         missing = self.fields.keys() - given.keys() - self._needed
         return msgspec.convert({**given, **dict.fromkeys(missing)}, self.record, str_keys=True)
+
+    def record_of(self, fields: Mapping[str, Any]) -> T:
+        """The record of these fields. Raises `InvalidBody`, which names what does not fit."""
+        for name in fields.keys() - self.fields.keys() - {self.record.__struct_config__.tag_field}:
+            why = f"unknown field; {nearest(name, self.fields, 'fields')}"
+            errors = [{"path": pointer(name), "message": why}]
+            message = f"{name}: {why}"
+            raise InvalidBody(message, param=name, errors=errors)
+        try:
+            return msgspec.convert(fields, self.record, str_keys=True)
+        except msgspec.ValidationError as error:
+            raise refused(error) from error
 
     def row(self, record: T) -> dict[str, Any]:
         """A record as a row. Raises `InvalidBody` for what no column can hold."""
@@ -208,6 +222,15 @@ class Tables:
     def __init__(self, run: _Runs) -> None:
         self._run = run
         self._known: dict[str, Table[Any]] = {}
+        self._there: dict[str, Table[Any]] = {}
+
+    def __iter__(self) -> Iterator[Table[Any]]:
+        """The tables that are there, in the order in which they were asked for."""
+        return iter(self._there.values())
+
+    def get(self, name: str) -> Table[Any] | None:
+        """The table of this very name, if a plugin has asked for it."""
+        return self._there.get(name)
 
     async def ensure(
         self, name: str, record: type[T], *, key: str = "id", index: Sequence[str] = ()
@@ -224,6 +247,7 @@ class Tables:
         if known.record is not record:
             _refuse(f"table {name!r} is made of {known.record.__name__}, not {record.__name__}")
         await self._run(lambda connection: _bring_about(connection, table))
+        self._there.setdefault(known.name, known)
         return table
 
 
