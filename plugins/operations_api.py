@@ -24,6 +24,8 @@ from harperpy import (
     redacted,
 )
 
+from . import describing, recording, searching
+
 
 class Sql(msgspec.Struct, forbid_unknown_fields=True):
     """One SELECT over the system tables."""
@@ -40,6 +42,8 @@ def handle_application(scope: Scope) -> None:
     scope.operations.add("get_configuration", own.get_configuration, NoParameters)
     scope.operations.add("get_status", own.get_status, NoParameters)
     scope.operations.add("list_commands", own.list_commands, NoParameters)
+    for operations in (searching, recording, describing):
+        operations.add_operations(scope)
 
 
 class OperationsResource(Resource):
