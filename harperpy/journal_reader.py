@@ -115,7 +115,7 @@ class JournalReader:
         for _, line in step.open.values():
             with contextlib.suppress(msgspec.DecodeError):
                 call = _decode(line)
-                call.error_code = _INTERRUPTED
+                call.success, call.error_code = False, _INTERRUPTED
                 step.ended.append(call)
         return step
 

@@ -24,6 +24,8 @@ from harperpy import (
     count_calls,
 )
 
+from .receipts import GetModelCall, Receipts
+
 _MOVE_SECONDS = 0.1
 _RETRY_SECONDS = 1.0
 _CLEANING_SECONDS = 3600.0
@@ -38,6 +40,8 @@ async def handle_application(scope: Scope) -> None:
     fsync = accounting.durability == "fsync"
     mover = Mover(scope, folder, Journal(folder, most=accounting.journal_size, fsync=fsync))
     scope.ledger.keep(mover.journal, mover.flush)
+    own = Receipts(scope)
+    scope.operations.add("get_model_call", own.get_model_call, GetModelCall, open_to="user")
     scope.on_close(mover.close)
     scope.create_task(mover.begin(), name="journal")
     scope.create_task(mover.clean(accounting.retention_seconds), name="retention")

@@ -1,0 +1,384 @@
+"""The journal of model calls: what is on disk before a call is made, and becomes its one row."""
+
+import asyncio
+import shutil
+import signal
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import pytest
+
+from commands import ADMIN, FREE, Serving, serving
+from harperpy import Journal, ModelCall
+from harperpy.testing import ECHO, RunningServer, ScriptedUpstream, running
+from harperpy.upstream import Answer
+from helpers import HELLO, ask, basic, error_of, events, operation, provider
+
+CHAT = "/v1/chat/completions"
+ROOT = basic("root", "s3cret-enough")
+ROLL_UP = """
+SELECT date("__createdtime__" / 1000, 'unixepoch') AS day, coalesce(tenant, '') AS tenant,
+  coalesce(user, '') AS user, coalesce(model, '') AS model, method, count(*) AS calls,
+  sum(NOT success) AS failures, coalesce(sum(prompt_tokens), 0) AS prompt_tokens,
+  coalesce(sum(completion_tokens), 0) AS completion_tokens
+FROM hdb_model_calls GROUP BY 1, 2, 3, 4, 5 ORDER BY 1, 2, 3, 4, 5
+"""
+DAILY = """
+SELECT day, tenant, user, model, method, sum(calls) AS calls, sum(failures) AS failures,
+  sum(prompt_tokens) AS prompt_tokens, sum(completion_tokens) AS completion_tokens
+FROM hdb_model_calls_daily GROUP BY 1, 2, 3, 4, 5 ORDER BY 1, 2, 3, 4, 5
+"""
+
+
+def lines(root: Path) -> list[str]:
+    """What all processes have noted below a data folder."""
+    segments = [file for file in (root / "journal").glob("*/*") if file.name != "lock"]
+    noted = b"".join(file.read_bytes() for file in segments).replace(b"\0", b"")
+    return noted.decode().splitlines()
+
+
+def noted(root: Path, kind: str) -> list[Any]:
+    """The calls that were begun (`I`), or that ended (`O`)."""
+    return [msgspec.json.decode(line[1:]) for line in lines(root) if line.startswith(kind)]
+
+
+def call(number: int, **fields: Any) -> ModelCall:
+    """A call that ended well."""
+    both = {"method": "generate", "model": "m", "backend": "echo", "success": True}
+    return ModelCall(id=number, **{"created": 1.79e12 + number, **both, **fields})
+
+
+def told(path: Path, sql: str) -> list[tuple[Any, ...]]:
+    """The rows of a SELECT on a database file."""
+    with closing(sqlite3.connect(path)) as database:
+        return database.execute(sql).fetchall()
+
+
+@asynccontextmanager
+async def busy(root: Path) -> AsyncIterator[None]:
+    """Another process writes to the database, and keeps everyone from it."""
+    with closing(sqlite3.connect(root / "system.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+
+
+# What is noted when
+
+
+@pytest.mark.parametrize("durability", ["process", "fsync"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_call_is_noted_before_it_is_made_and_before_its_answer_is_whole(
+    tmp_path: Path,
+    upstream: ScriptedUpstream,
+    durability: str,
+    stream: bool,  # noqa: FBT001
+) -> None:
+    """While the provider thinks, the intent is on disk; with the last byte, the outcome is."""
+    config = f"{provider(upstream.url)}accounting: {{durability: {durability}}}\n"
+    async with (
+        running(config, root=tmp_path) as server,
+        server.session() as session,
+        busy(tmp_path),
+    ):
+        upstream.script(Answer(hang="head"))
+        waiting = asyncio.ensure_future(session.post(CHAT, json=HELLO))
+        await upstream.asked.wait()
+        (intent,) = noted(tmp_path, "I")
+        assert [] == noted(tmp_path, "O")
+        waiting.cancel()
+
+        async with session.post(CHAT, json={**HELLO, "stream": stream}) as answer:
+            assert 200 == answer.status
+            await answer.read()
+        outcomes = {one["id"]: one for one in noted(tmp_path, "O")}
+
+    assert "gpt-4o-mini" == intent["model"]
+    done = outcomes[int(answer.headers["x-harper-call-id"])]
+    assert (True, 3) == (done["success"], done["prompt_tokens"])
+
+
+async def test_the_provider_is_told_the_id_of_each_attempt(upstream: ScriptedUpstream) -> None:
+    """Each request has its row's id in `X-Client-Request-Id`: a retry has another."""
+    config = provider(upstream.url).replace("maxRetries: 0", "maxRetries: 1")
+    upstream.script(Answer(status=500, body={"error": {"message": "no"}}))
+    async with running(config) as server:
+        answer = await ask(server, "POST", CHAT, json=HELLO)
+        rows = await server.rows()
+
+    assert 200 == answer.status
+    sent = [int(one.headers["X-Client-Request-Id"]) for one in upstream.requests]
+    assert sent == [row["id"] for row in reversed(rows)]
+    assert [False, True] == [row["success"] for row in reversed(rows)]
+    assert str(sent[1]) == answer.headers["x-harper-call-id"]
+
+
+async def test_the_journal_holds_no_prompt_and_no_key(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    """What was asked and answered, and who may ask, is not in it."""
+    config = provider(upstream.url, "apiKey: sk-of-the-provider")
+    async with running(config, root=tmp_path) as server:
+        body = {**HELLO, "messages": [{"role": "user", "content": "my secret wish"}]}
+        async with busy(tmp_path):
+            await ask(server, "POST", CHAT, json=body)
+            text = "\n".join(lines(tmp_path))
+        assert server.api_key not in text
+    assert "gpt-4o-mini" in text
+    for secret in ("my secret wish", "Hello world", "sk-of-the-provider"):
+        assert secret not in text
+
+
+# Receipts
+
+
+async def test_every_answer_of_a_model_names_its_row(
+    server: RunningServer, upstream: ScriptedUpstream
+) -> None:
+    """Whole, streamed, embedded or refused: `x-harper-call-id` is the row's id."""
+    asked: list[tuple[str, dict[str, Any]]] = [
+        (CHAT, {**HELLO, "model": "default"}),
+        (CHAT, {**HELLO, "model": "default", "stream": True}),
+        ("/v1/embeddings", {"model": "default", "input": "a"}),
+    ]
+    for path, body in asked:
+        answer = await ask(server, "POST", path, json=body)
+        (row, *_) = await server.rows()
+        assert str(row["id"]) == answer.headers["x-harper-call-id"], path
+    answer = await ask(server, "GET", "/v1/models")
+    assert "x-harper-call-id" not in answer.headers
+
+    upstream.script(Answer(status=400, body={"error": {"message": "no"}}))
+    async with running(provider(upstream.url)) as other:
+        answer = await ask(other, "POST", CHAT, json=HELLO)
+        (row,) = await other.rows()
+    assert (400, str(row["id"])) == (answer.status, answer.headers["x-harper-call-id"])
+
+
+async def test_a_receipt_is_its_owners(server: RunningServer) -> None:
+    """`get_model_call` gives the row to who made the call and to super users; others get 404."""
+    mine, other = await server.key_for("ada"), await server.key_for("bob")
+    answer = await ask(server, "POST", CHAT, key=mine, json={**HELLO, "model": "default"})
+    receipt = {"operation": "get_model_call", "id": int(answer.headers["x-harper-call-id"])}
+    status, row = await operation(server, receipt, f"Bearer {mine}")
+
+    assert 200 == status
+    assert ("ada", True, receipt["id"]) == (row["user"], row["success"], row["id"])
+    assert (200, row) == await operation(server, receipt, f"Bearer {server.api_key}")
+    refused = await operation(server, receipt, f"Bearer {other}")
+    unknown = await operation(server, {**receipt, "id": 1}, f"Bearer {mine}")
+    assert 404 == refused[0] == unknown[0]
+    assert f"id: there is no model call {receipt['id']} of yours" == refused[1]["error"]
+    assert 401 == (await operation(server, receipt))[0]
+    status, told = await operation(server, {**receipt, "id": "x"}, f"Bearer {mine}")
+    assert (400, True) == (status, "id" in str(told))
+
+
+# What is left behind
+
+
+@pytest.fixture
+def project(tmp_path: Path, upstream: ScriptedUpstream) -> Path:
+    """A project in front of the scripted provider."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(FREE + provider(upstream.url))
+    return folder
+
+
+async def chat(server: Serving, **more: Any) -> tuple[int, str]:
+    """One call; its status and its row's id."""
+    async with (
+        aiohttp.ClientSession(headers={"Authorization": ROOT}) as session,
+        session.post(f"{server.url}{CHAT}", json={**HELLO, **more}) as answer,
+    ):
+        await answer.read()
+        return answer.status, answer.headers["x-harper-call-id"]
+
+
+async def selected(server: Serving, sql: str) -> list[dict[str, Any]]:
+    """The rows of a SELECT that a running server makes."""
+    async with (
+        aiohttp.ClientSession(headers={"Authorization": ROOT}) as session,
+        session.post(server.operations_url, json={"operation": "sql", "sql": sql}) as answer,
+    ):
+        found: list[dict[str, Any]] = await answer.json()
+        return found
+
+
+async def test_kill_9_loses_no_call(project: Path, upstream: ScriptedUpstream) -> None:
+    """Who was answered has a row; a call that was under way has one that says `interrupted`."""
+    async with serving(project, "run", environ=ADMIN) as server:
+        answered = [await chat(server) for _ in range(3)]
+        upstream.asked.clear()
+        upstream.script(Answer(hang="head"))
+        waiting = asyncio.ensure_future(chat(server))
+        await upstream.asked.wait()
+        assert -signal.SIGKILL == await server.end(signal.SIGKILL)
+        with pytest.raises(aiohttp.ClientError):
+            await waiting
+    select = "SELECT id, success, error_code, prompt_tokens FROM hdb_model_calls ORDER BY id"
+    rows: list[dict[str, Any]] = []
+    for _ in range(2):
+        async with serving(project, "run", environ=ADMIN) as server:
+            rows = await selected(server, select)
+        told = [(row["success"], row["error_code"], row["prompt_tokens"]) for row in rows]
+        assert [(True, None, 3)] * 3 + [(False, "interrupted", None)] == told
+        assert [int(one) for _, one in answered] == [row["id"] for row in rows[:3]]
+    sent = [int(one.headers["X-Client-Request-Id"]) for one in upstream.requests]
+    assert sent == [row["id"] for row in rows]
+    assert [] == [*(project / ".harperpy" / "journal").iterdir()]
+
+
+def leave(folder: Path, *calls: ModelCall, begun: tuple[ModelCall, ...] = ()) -> Path:
+    """What a process that died left behind; its folder."""
+    journal = Journal(folder, most=1 << 22)
+    for one in (*begun, *calls):
+        journal.begin(one)
+    for one in calls:
+        journal.end(one)
+    # Killed: it closed nothing, and its lock is gone.
+    return lockless(journal)
+
+
+def lockless(journal: Journal) -> Path:
+    """The folder of a journal, as after the end of its process."""
+    copy = journal.path.with_name(f"{journal.path.name}-left")
+    shutil.copytree(journal.path, copy)
+    for one in list(journal._promised):
+        journal._promised.pop(one)
+    journal.close(empty=True)
+    return copy
+
+
+async def test_what_is_left_behind_becomes_rows_once(tmp_path: Path) -> None:
+    """A journal that is found twice, as after a kill in the midst of moving it, counts once."""
+    async with running(root=tmp_path) as server:
+        await server.rows()
+    left = leave(tmp_path / "journal", call(1), call(2, prompt_tokens=7), begun=(call(3),))
+    kept = tmp_path / "kept"
+    shutil.copytree(left, kept)
+    for _ in range(2):
+        async with running(root=tmp_path) as server:
+            rows = {row["id"]: row for row in await server.rows()}
+        assert [1, 2, 3] == sorted(rows)
+        assert [None, None, "interrupted"] == [rows[at]["error_code"] for at in (1, 2, 3)]
+        path = tmp_path / "system.db"
+        assert [(3, 1, 7)] == told(
+            path, "SELECT sum(calls), sum(failures), sum(prompt_tokens) FROM hdb_model_calls_daily"
+        )
+        assert not left.exists()
+        shutil.copytree(kept, left)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: text.rindex(b"O")] + text[text.rindex(b"O") : -20],
+        lambda text: text.replace(b"\n", b"\n\0\0\0garbage\0\n", 1),
+        lambda text: b"\0" * 9 + text,
+        lambda text: text + b"O{}\nI{}\nO\nX{}\n\xff\xfe\n",
+    ],
+    ids=["torn", "a hole", "a hole first", "no sense"],
+)
+async def test_a_damaged_journal_gives_what_it_holds(tmp_path: Path, damage: Any) -> None:
+    """After a power cut a page may be missing: the lines that are whole count, no other does."""
+    left = leave(tmp_path / "journal", call(1), call(2))
+    segment = left / "1"
+    text = segment.read_bytes().rstrip(b"\0")
+    segment.write_bytes(damage(text) + bytes(4096))
+    async with running(root=tmp_path) as server:
+        rows = await server.rows()
+
+    assert [2, 1] == [row["id"] for row in rows]
+    assert rows[1]["success"]
+
+
+async def test_a_segment_goes_when_its_calls_have_rows(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    """The journal does not grow with the calls; a long one keeps only what it needs."""
+    config = f"{provider(upstream.url)}accounting: {{journalSize: 4000000}}\n"
+    async with running(config, root=tmp_path) as server, server.session() as session:
+        upstream.script(Answer(hang="head"))
+        waiting = asyncio.ensure_future(session.post(CHAT, json=HELLO))
+        await upstream.asked.wait()
+        (part,) = (tmp_path / "journal").iterdir()
+        opened = server.server.core.ledger.keeper
+        assert isinstance(opened, Journal)
+        for number in range(1, 9000):
+            one = call(number, model="m" * 200)
+            opened.begin(one)
+            opened.end(one)
+            if number % 1000 == 0:
+                await server.server.core.ledger.flush()
+        kept = sorted(int(file.name) for file in part.iterdir() if file.name != "lock")
+        assert 1 == kept[0]
+        assert len(kept) <= 3 < kept[-1]
+        waiting.cancel()
+        while (part / "1").exists():
+            await server.server.core.ledger.flush()
+
+
+# The roll-up
+
+
+async def test_the_days_equal_the_rows(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    """Calls, failures and tokens by day and by who and what are the sums of the rows."""
+    async with running(provider(upstream.url), root=tmp_path) as server:
+        keys = [await server.key_for("ada", tenant="acme"), await server.key_for("bob")]
+        for at, key in enumerate(keys * 3):
+            if at % 4 == 3:
+                upstream.script(Answer(status=500))
+            await ask(server, "POST", CHAT, key=key, json={**HELLO, "stream": bool(at % 2)})
+            await ask(server, "POST", "/v1/embeddings", key=key, json={"input": "a"})
+            await server.server.core.ledger.flush()
+    path = tmp_path / "system.db"
+
+    assert told(path, ROLL_UP) == told(path, DAILY)
+    assert [(12, 1)] == told(path, "SELECT sum(calls), sum(failures) FROM hdb_model_calls_daily")
+
+
+async def test_the_retention_takes_whole_days(tmp_path: Path) -> None:
+    """Of the days that are kept no row is gone: they equal their roll-up, which stays."""
+    day = 86_400_000
+    async with running(root=tmp_path) as server:
+        now = int((await server.operate("sql", sql="SELECT unixepoch() AS n"))[0]["n"]) * 1000
+    late, early = now - 2 * day, now - 4 * day
+    calls = [call(1, created=late - late % day + 1), call(2, created=early)]
+    leave(tmp_path / "journal", *calls)
+    config = f"{ECHO}\naccounting: {{retention: 2d}}"
+    async with running(config, root=tmp_path) as server:
+        async with asyncio.timeout(10):
+            while [1] != [row["id"] for row in await server.rows()]:  # noqa: ASYNC110  # no event tells
+                await asyncio.sleep(0)
+    assert [(2,)] == told(tmp_path / "system.db", "SELECT sum(calls) FROM hdb_model_calls_daily")
+
+
+# When nothing can be written
+
+
+async def test_no_call_is_made_that_cannot_be_noted(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    """Where the journal's folder cannot be made, a call is 503 and the provider hears nothing."""
+    async with (
+        running(provider(upstream.url), root=tmp_path) as server,
+        server.session() as session,
+    ):
+        (tmp_path / "journal").write_text("in the way")
+        async with session.post(CHAT, json=HELLO) as answer:
+            assert 503 == answer.status
+            assert "1" == answer.headers["Retry-After"]
+            error = await error_of(answer)
+        assert "journal" not in error["message"]
+        assert [] == upstream.requests
+        (tmp_path / "journal").unlink()
+        async with session.post(CHAT, json={**HELLO, "stream": True}) as answer:
+            assert 200 == answer.status
+            assert "[DONE]" == events(await answer.text())[-1]
