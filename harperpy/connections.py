@@ -65,6 +65,8 @@ class Connections(web.Server):
         self.field_size = http.max_header_size + 10
         self._options: dict[str, Any] = {
             "access_log": None,
+            # The library would refuse or overlook an encoding before there is a request to answer.
+            "auto_decompress": False,
             "keepalive_timeout": http.keep_alive_timeout_seconds,
             "max_line_size": http.max_header_size,
             "max_field_size": self.field_size,

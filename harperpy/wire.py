@@ -16,6 +16,7 @@ from .connections import SERVER, ConnectedRequest, Connections, new_id
 from .content import Body
 from .dispatch import Dispatch
 from .errors import BodyTimeout, ClientError
+from .inflating import inflated
 from .negotiation import EVENTS
 from .rendering import Reply
 from .request import Request
@@ -100,8 +101,10 @@ class Wire:
     def _body(self, raw: web.BaseRequest) -> Body | None:
         if not raw.body_exists:
             return None
+        chunks = self._chunks(raw)
+        encoding = ", ".join(raw.headers.getall("content-encoding", ())).strip().lower()
         return Body(
-            self._chunks(raw),
+            chunks if encoding in ("", "identity") else inflated(chunks, encoding),
             content_type=raw.headers.get("content-type", ""),
             length=raw.content_length,
             limit=self._max_body,

@@ -76,7 +76,14 @@ ENCODED: dict[str, tuple[str, bytes, int]] = {
     "as it is": ("identity", b'"a"', 200),
     "too much, deflated": ("deflate", zlib.compress(BOMB), 413),
     "no gzip at all": ("gzip", b'"a"', 400),
-    "twice": ("gzip, gzip", gzip.compress(gzip.compress(b'"a"')), 400),
+    "cut off": ("gzip", gzip.compress(b'"a"')[:-1], 400),
+    "two in one": ("gzip", gzip.compress(b'"') + gzip.compress(b'a"'), 200),
+    "deflate without its head": ("deflate", zlib.compress(b'"a"', wbits=-15), 200),
+    "in capitals": ("GZip", gzip.compress(b'"a"'), 200),
+    "twice": ("gzip, gzip", gzip.compress(gzip.compress(b'"a"')), 415),
+    "unknown": ("foo", b'"a"', 415),
+    "brotli": ("br", b'\x0b\x01\x80"a"\x03', 415),
+    "zstandard": ("zstd", b'(\xb5/\xfd \x03\x19\x00\x00"a"', 415),
 }
 
 
@@ -89,6 +96,20 @@ async def test_a_body_is_inflated_as_its_encoding_says(
     answer = await ask(zipping, "POST", "/raw", key="", data=body, headers=headers)
     assert status == answer.status
     assert status != 200 or answer.json == "a"
+
+
+@pytest.mark.parametrize("encoding", ["foo", "br", "zstd", "gzip, gzip"])
+async def test_an_encoding_that_is_not_taken_is_named(server: RunningServer, encoding: str) -> None:
+    """With those that are, in the words of the mount: here the gateway's, which are OpenAI's."""
+    headers = {"Content-Encoding": encoding, "Content-Type": JSON}
+    answer = await ask(server, "POST", "/v1/embeddings", data=b"{}", headers=headers)
+    told = f"Content-Encoding: '{encoding}' cannot be read here; accepted: gzip, deflate."
+    assert (415, "gzip, deflate") == (answer.status, answer.headers["Accept-Encoding"])
+    assert {"error"} == set(answer.json)
+    assert (told, "unsupported_encoding") == (
+        answer.json["error"]["message"],
+        answer.json["error"]["code"],
+    )
 
 
 UNTYPED: dict[str, tuple[bytes, int, Any]] = {

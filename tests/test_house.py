@@ -32,6 +32,7 @@ ORDER = (
     "request",
     "handshake",
     "incoming",
+    "inflating",
     "patterns",
     "epoch",
     "permission",
