@@ -3,6 +3,8 @@
 CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Tests wait more than they work: one process more than the processors of a small machine.
+PROCESSES := 3
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
@@ -18,10 +20,10 @@ run: .venv/.package ## serve this folder on localhost, installing harperpy into 
 	@exec $(BIN)/harperpy dev .
 
 test: lint ## what a change must pass: lint, types, tests with branch coverage
-	$(BIN)/pytest --cov -m "not slow"
+	$(BIN)/pytest --numprocesses=$(PROCESSES) --cov -m "not slow"
 
 test-all: lint ## the same with the slow tests, which repeat the others on the wheel
-	$(BIN)/pytest --cov
+	$(BIN)/pytest --numprocesses=$(PROCESSES) --cov
 
 lint: .venv/.dev ## style and types of the source
 	$(BIN)/ruff check

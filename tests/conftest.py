@@ -2,12 +2,45 @@
 
 import socket
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from clients import Live, live_gateways, live_local_gateway
 from harperpy.testing import RunningServer, ScriptedUpstream, running, scripted_upstream
 from llama import LlamaServer, llama_server
+
+# They serve on the ports that the README names: never two of them at once.
+ONE_AFTER_THE_OTHER = ("test_acceptance", "test_readme")
+# Their tests start processes, take long, and share nothing: they go to whoever is free.
+ONE_BY_ONE = (
+    "test_cli",
+    "test_commands",
+    "test_detached",
+    "test_dev",
+    "test_examples",
+    "test_pages",
+    "test_terminal",
+    "test_workers",
+)
+
+
+class Shares(LoadScopeScheduling):
+    """Which process has which tests: those of a file stay together, as what they share does."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        name = Path(nodeid.partition("::")[0]).stem
+        if name in ONE_BY_ONE:
+            return nodeid
+        return "ports" if name in ONE_AFTER_THE_OTHER else name
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Shares:
+    """How xdist asks for them."""
+    return Shares(config, log)
 
 
 @pytest.fixture

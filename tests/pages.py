@@ -26,7 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
-from aiohttp.test_utils import unused_port
+
+from helpers import quiet_port
 
 SECONDS = 60
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -49,7 +50,7 @@ class Reader:
         self.folder.mkdir()
         self._state = folder / "state"
         self._log = folder / "log"
-        self._ports = {"9926": str(unused_port()), "9925": str(unused_port())}
+        self._ports = {"9926": str(quiet_port()), "9925": str(quiet_port())}
         # To a terminal curl shows no progress.
         (folder / ".curlrc").write_text("silent\nshow-error\n")
         self._environ = {**environment(folder / "venv"), "CURL_HOME": str(folder)}

@@ -1,10 +1,10 @@
 """The blocks of docs/deployment.md, run in order."""
 
 import re
-import socket
 from pathlib import Path
 
 from commands import execute
+from helpers import quiet_port
 
 PAGE = Path(__file__).parent.parent / "docs" / "deployment.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -12,11 +12,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 async def test_every_block_of_the_page_works_in_order(tmp_path: Path) -> None:
     """Two workers start, answer, and end; the commands print what the page says."""
-    with socket.socket() as one, socket.socket() as other:
-        ports = {}
-        for usual, taken in (("9926", one), ("9925", other)):
-            taken.bind(("127.0.0.1", 0))
-            ports[usual] = str(taken.getsockname()[1])
+    ports = {usual: str(quiet_port()) for usual in ("9926", "9925")}
     page = re.sub("9926|9925", lambda found: ports[found[0]], PAGE.read_text())
     (_, config), (_, commands), (_, expected), *more = BLOCK.findall(page)
     (tmp_path / "demo").mkdir()

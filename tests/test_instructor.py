@@ -14,6 +14,7 @@ import pytest
 
 from clients import FAILURES, MODEL, SLOW, Live, asking
 from harperpy.testing import Answer, whole
+from helpers import one_at_a_time
 
 HERE = Path(__file__).parent / "instructor_venv"
 START_LIMIT = 60  # seconds
@@ -63,11 +64,12 @@ def python_of_venv() -> Path:
     digest = hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]
     folder = Path(sys.prefix) / f"instructor-{digest}"
     python, made = folder / "bin" / "python", folder / "made"
-    if not made.exists():
-        _run("-m", "venv", "--clear", "--without-pip", str(folder))
-        options = ("--quiet", "--disable-pip-version-check", "--no-deps")
-        _run("-m", "pip", "--python", str(python), "install", *options, "-r", str(requirements))
-        made.touch()
+    with one_at_a_time(folder.with_suffix(".lock")):
+        if not made.exists():
+            _run("-m", "venv", "--clear", "--without-pip", str(folder))
+            options = ("--quiet", "--disable-pip-version-check", "--no-deps")
+            _run("-m", "pip", "--python", str(python), "install", *options, "-r", str(requirements))
+            made.touch()
     return python
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from harperpy.testing import RunningServer, ScriptedUpstream, running
-from helpers import until
+from helpers import one_at_a_time, until
 from llama import weights
 from provider import last_text, provider_upstream, vector
 
@@ -56,21 +56,27 @@ def installed(version: str) -> Path:
     """The folder that holds these packages and the scripts; filled again when the lock changes."""
     folder, lock = INSTALLED / version, HERE / version / "package-lock.json"
     stamp = folder / "installed"
-    if not stamp.exists() or stamp.read_bytes() != lock.read_bytes():
-        npm = shutil.which("npm")
-        if npm is None:
-            pytest.fail("Node's clients need npm (on Debian or Ubuntu: apt install nodejs npm).")
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(HERE / version, folder)
-        command = [npm, "ci", "--loglevel=error"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.fail(f"npm ci failed:\n{done.stdout}{done.stderr}", pytrace=False)
-        shutil.copy(lock, stamp)
-    # A module finds its packages from where it stands, so the scripts stand beside them.
-    for script in HERE.glob("*.mjs"):
-        shutil.copy(script, folder)
+    with one_at_a_time(INSTALLED / "lock"):
+        if not stamp.exists() or stamp.read_bytes() != lock.read_bytes():
+            install(folder, HERE / version)
+            shutil.copy(lock, stamp)
+        # A module finds its packages from where it stands, so the scripts stand beside them.
+        for script in HERE.glob("*.mjs"):
+            shutil.copy(script, folder)
     return folder
+
+
+def install(folder: Path, wanted: Path) -> None:
+    """Put what a lock names into a folder, in place of what is there."""
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.fail("Node's clients need npm (on Debian or Ubuntu: apt install nodejs npm).")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(wanted, folder)
+    command = [npm, "ci", "--loglevel=error"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.fail(f"npm ci failed:\n{done.stdout}{done.stderr}", pytrace=False)
 
 
 async def run(version: str, script: str, **environ: str) -> None:
