@@ -22,6 +22,7 @@ SYNONYMS = {
 
 _MOST_CONDITIONS = 100
 _MOST_LEVELS = 8
+_LONGEST_PART = 200
 
 Compared: TypeAlias = sa.ColumnElement[bool]
 
@@ -133,6 +134,10 @@ def _text(column: sa.Column[Any], value: Any, param: str) -> str:
 
 
 def _contains(_: Place, column: sa.Column[Any], value: Any, param: str) -> Compared:
+    if len(_text(column, value, param)) > _LONGEST_PART:
+        # It is looked for at each place of each value.
+        message = f"{param}: expected at most {_LONGEST_PART} characters"
+        raise InvalidBody(message, param=param)
     return sa.func.instr(column, _text(column, value, param)) > 0
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.metadata
-from pathlib import Path
 from typing import Any, cast
 
 import msgspec
@@ -24,13 +22,7 @@ from harperpy import (
     redacted,
 )
 
-from . import describing, recording, searching
-
-
-class Sql(msgspec.Struct, forbid_unknown_fields=True):
-    """One SELECT over the system tables."""
-
-    sql: str
+from . import describing, recording, searching, sql
 
 
 def handle_application(scope: Scope) -> None:
@@ -38,11 +30,10 @@ def handle_application(scope: Scope) -> None:
     endpoint = type("OperationsEndpoint", (OperationsResource,), {"operations": scope.operations})
     scope.operations_resources.set("", endpoint)
     own = ServerOperations(scope)
-    scope.operations.add("sql", own.sql, Sql)
     scope.operations.add("get_configuration", own.get_configuration, NoParameters)
     scope.operations.add("get_status", own.get_status, NoParameters)
     scope.operations.add("list_commands", own.list_commands, NoParameters)
-    for operations in (searching, recording, describing):
+    for operations in (sql, searching, recording, describing):
         operations.add_operations(scope)
 
 
@@ -78,24 +69,6 @@ class ServerOperations:
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
-        self._database = scope.database
-
-    async def sql(self, request: Sql) -> list[dict[str, Any]]:
-        """The rows of one read-only SELECT over the system tables."""
-        # sqlglot costs 0.1 s to import: only who uses it pays.
-        from .select import rewrite_select, run_select  # noqa: PLC0415
-
-        database = self._database
-        statement = rewrite_select(request.sql, tables=database.system_tables)
-        # What is on its way to the database is there before it is asked.
-        await self._scope.ledger.flush()
-        return await asyncio.to_thread(
-            run_select,
-            Path(database.path),
-            statement,
-            boolean_columns=database.boolean_columns,
-            hidden_columns=database.hidden_columns,
-        )
 
     async def get_configuration(self) -> dict[str, Any]:
         """The configuration, its secrets redacted."""

@@ -95,6 +95,7 @@ class Searching:
 
     def __init__(self, scope: Scope) -> None:
         self._database = scope.database
+        self._ledger = scope.ledger
         self._places = Places(scope.database)
 
     async def by_id(self, request: SearchById, context: Context) -> list[dict[str, Any]]:
@@ -174,7 +175,7 @@ class Searching:
         if place.table is not None:
             return await context.transaction().execute(asked)
         # What is on its way to the database is there before it is asked.
-        await self._database.run(lambda _: None)
+        await self._ledger.flush()
 
         def work(connection: sa.Connection) -> list[dict[str, Any]]:
             return [dict(row) for row in connection.execute(asked).mappings()]

@@ -192,12 +192,12 @@ CLOSED: dict[str, dict[str, Any]] = {
     "list_users": {},
     "add_role": {"role": "mine", "permission": {"super_user": True}},
     "list_roles": {},
-    "sql": {"sql": "SELECT * FROM hdb_user"},
     "get_configuration": {},
     "get_status": {},
     "list_commands": {},
 }
 OWN: dict[str, dict[str, Any]] = {
+    "sql": {"sql": "SELECT * FROM hdb_user"},
     "user_info": {},
     "add_api_key": {"name": "mine"},
     "list_api_keys": {},
@@ -232,12 +232,13 @@ async def test_strangers_run_nothing(nobody: Caller, name: str) -> None:
 
 async def test_a_role_may_open_single_operations(admin: Caller) -> None:
     """`permission.operations` lists what else its users may run."""
-    await admin.get("add_role", role="auditor", permission={"operations": ["sql"]})
+    await admin.get("add_role", role="auditor", permission={"operations": ["list_users"]})
     key = await admin.server.key_for("eve", role="auditor")
     eve = Caller(admin.server, f"Bearer {key}")
 
-    assert [{"n": 2}] == await eve.get("sql", sql="SELECT count(*) AS n FROM system.hdb_user")
-    assert 403 == (await eve.ask("list_users"))[0]
+    assert ["HDB_ADMIN", "eve"] == [user["username"] for user in await eve.get("list_users")]
+    assert 403 == (await eve.ask("list_roles"))[0]
+    assert 403 == (await eve.ask("sql", sql="SELECT count(*) AS n FROM system.hdb_user"))[0]
 
 
 async def test_a_body_cannot_say_who_asks(ada: Caller, nobody: Caller) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harperpy.plugins.select import rewrite_select, run_select
+from harperpy.plugins.select import rewrite_select
+from harperpy.plugins.select_wall import run_select
 
 from harperpy import ClientError, ServiceUnavailable
 

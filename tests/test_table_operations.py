@@ -249,6 +249,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("search_by_value", {"attribute": "nmae", "value": 1}, "nmae"),
     ("search_by_value", {"attribute": "age", "value": "old"}, "age"),
     ("search_by_value", {"attribute": "age", "value": "1*"}, "value"),
+    ("search_by_value", {"attribute": "name", "value": f"*{'x' * 201}*"}, "200 characters"),
     ("search_by_value", {"attribute": "tags", "value": []}, "tags"),
     ("search_by_value", {"attribute": "name", "value": "x", "limit": 0}, "limit"),
     ("search_by_value", {"attribute": "name", "value": "x", "limit": 10_001}, "limit"),
