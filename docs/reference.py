@@ -67,7 +67,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("EmbedInput", "EmbedResult", "TokenUsage", "ModelInfo", "define_backend"),
         *("ModelBackend", "Capability", "BackendFactory", "ModelEntry", "ModelCall", "Ledger"),
         *("Admission", "Attempt", "Journal", "JournalReader", "JournalStep"),
-        *("count_calls", "recount_days"),
+        *("count_calls", "recount_days", "difference", "Difference", "Served", "Unequal"),
         *("openai_stream", "openai_error", "openai_usage", "openai_finish_reason"),
         *("openai_logprobs", "openai_tool_call", "completion_id", "estimate_tokens"),
     ),
@@ -107,7 +107,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "upstream.scripted_upstream",
             "upstream.ScriptedUpstream",
         ),
-        *("upstream.Answer", "upstream.chunk", "upstream.streamed", "upstream.whole"),
+        *(
+            "upstream.ServedRequest",
+            "upstream.Answer",
+            "upstream.chunk",
+            "upstream.streamed",
+            "upstream.whole",
+        ),
     ),
 }
 INTRO = {

@@ -79,6 +79,7 @@ from .parts import (
 )
 from .permission import Grants, Permission, TableRights, document_of, read_permission
 from .prompts import paired
+from .reconciling import Difference, Served, Unequal, difference
 from .registry import Entry, Resources
 from .rendering import Reply
 from .replay import ReplayBuffer
@@ -134,6 +135,7 @@ __all__ = [
     "Contract",
     "Credential",
     "Database",
+    "Difference",
     "EmbedInput",
     "EmbedOpts",
     "EmbedResult",
@@ -197,6 +199,7 @@ __all__ = [
     "SSEDecoder",
     "Scope",
     "Secret",
+    "Served",
     "Server",
     "ServerError",
     "ServiceUnavailable",
@@ -215,6 +218,7 @@ __all__ = [
     "TopLogprob",
     "Transaction",
     "TransactionError",
+    "Unequal",
     "UpstreamAuthError",
     "UpstreamRejected",
     "User",
@@ -223,6 +227,7 @@ __all__ = [
     "count_calls",
     "decode_json",
     "define_backend",
+    "difference",
     "document_of",
     "encode_sse",
     "estimate_tokens",

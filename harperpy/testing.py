@@ -33,13 +33,22 @@ from .resource import Resource
 from .scope import Scope
 from .sections import Config, ModelConfig
 from .server import Server
-from .upstream import Answer, ScriptedUpstream, chunk, scripted_upstream, streamed, whole
+from .upstream import (
+    Answer,
+    ScriptedUpstream,
+    ServedRequest,
+    chunk,
+    scripted_upstream,
+    streamed,
+    whole,
+)
 
 __all__ = [
     "ECHO",
     "Answer",
     "RunningServer",
     "ScriptedUpstream",
+    "ServedRequest",
     "chunk",
     "harper_client",
     "harper_config",

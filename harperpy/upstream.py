@@ -6,21 +6,24 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 from aiohttp import web
 
+from .reconciling import Served
 from .sse import encode_json, encode_sse
 
 Moment = Literal["head", "body", "end"]
+Reached = Literal["asked", "head", "body", "complete"]
 
 
 class Answer(msgspec.Struct, kw_only=True):
     """What to answer. `body` (bytes, or anything as JSON) or `events` (SSE data, in order).
 
     `hang` waits for ever before the head, before the body, or before the end; `cut` breaks the
-    connection off after what was sent.
+    connection off after what was sent, before the head, or after a whole answer, as one does that
+    was kept alive too long. Before each piece of the body it waits `pause` seconds.
     """
 
     status: int = 200
@@ -28,7 +31,17 @@ class Answer(msgspec.Struct, kw_only=True):
     body: Any = None
     events: Sequence[Any] | None = None
     hang: Moment | None = None
-    cut: bool = False
+    cut: bool | Literal["head", "after"] = False
+    pause: float = 0.0
+
+
+class ServedRequest(Served, kw_only=True):
+    """What an upstream notes of a request: its tokens when it has sent them, and how far it got."""
+
+    path: str
+    model: str | None
+    status: int | None = None
+    reached: Reached = "asked"
 
 
 class Asked(msgspec.Struct):
@@ -44,13 +57,15 @@ class ScriptedUpstream:
     """Speaks OpenAI's protocol at `url`. Without a script it answers by `usual(path, body)`.
 
     `requests` are those that came; `asked` and `left` are set when one comes, and when a client
-    leaves before its answer is complete. GET /models comes when it likes and takes nothing from
-    the script: `models` is its answer, `listed` are those requests.
+    leaves before its answer is complete. `served` is the account of them, for `difference`: each
+    by its `X-Client-Request-Id`, with the usage that was sent. GET /models comes when it likes and
+    takes nothing from the script: `models` is its answer, `listed` are those requests.
     """
 
     def __init__(self) -> None:
         self.url = ""
         self.requests: list[Asked] = []
+        self.served: list[ServedRequest] = []
         self.models = listing()
         self.listed: list[Asked] = []
         self.asked = asyncio.Event()
@@ -68,48 +83,81 @@ class ScriptedUpstream:
         body = msgspec.json.decode(sent) if sent else None
         asked = Asked(raw.path, raw.headers.copy(), body)
         try:
-            return await self._answer(raw, self._next(raw.method, asked))
+            if raw.method == "GET" and asked.path.endswith("/models"):
+                self.listed.append(asked)
+                return await self._answer(raw, self.models, _account(asked))
+            answer = self._next(asked)
+            return await self._answer(raw, answer, self.served[-1])
         except asyncio.CancelledError:
             asked.left = True
             self.left.set()
             raise
 
-    def _next(self, method: str, asked: Asked) -> Answer:
-        if method == "GET" and asked.path.endswith("/models"):
-            self.listed.append(asked)
-            return self.models
+    def _next(self, asked: Asked) -> Answer:
         self.requests.append(asked)
+        self.served.append(_account(asked))
         self.asked.set()
         return self._script.popleft() if self._script else self.usual(asked.path, asked.body)
 
-    async def _answer(self, raw: web.BaseRequest, answer: Answer) -> web.StreamResponse:
+    async def _answer(
+        self, raw: web.BaseRequest, answer: Answer, served: ServedRequest
+    ) -> web.StreamResponse:
         if answer.hang == "head":
             await asyncio.Event().wait()
         kind = "application/json" if answer.events is None else "text/event-stream"
         response = web.StreamResponse(
             status=answer.status, headers={"Content-Type": kind, **answer.headers}
         )
+        if answer.cut == "head":
+            _hang_up(raw)
+            return response
         await response.prepare(raw)
         await response.write(b"" if answer.events is None else b": hello\n\n")
+        served.status, served.reached = answer.status, "head"
         if answer.hang == "body":
             await asyncio.Event().wait()
-        for piece in _pieces(answer):
-            await response.write(piece)
+        for piece in [answer.body] if answer.events is None else answer.events:
+            if answer.pause:
+                await asyncio.sleep(answer.pause)
+            await response.write(_encoded(piece, event=answer.events is not None))
+            served.reached = "body"
+            _note(served, piece)
         if answer.hang == "end":
             await asyncio.Event().wait()
-        if answer.cut and raw.transport is not None:
-            raw.transport.close()
-        else:
-            await response.write_eof()
+        if answer.cut is True:
+            _hang_up(raw)
+            return response
+        await response.write_eof()
+        served.reached = "complete"
+        if answer.cut == "after":
+            _hang_up(raw)
         return response
 
 
-def _pieces(answer: Answer) -> list[bytes]:
-    if answer.events is not None:
-        return [event if isinstance(event, bytes) else encode_sse({"data": event})
-                for event in answer.events]  # fmt: skip
-    body = answer.body
-    return [body if isinstance(body, bytes) else encode_json(body)]
+def _account(asked: Asked) -> ServedRequest:
+    name = asked.headers.get("X-Client-Request-Id")
+    return ServedRequest(id=name, path=asked.path, model=_told(asked.body).get("model"))
+
+
+def _note(served: ServedRequest, piece: Any) -> None:
+    usage = _told(_told(piece).get("usage"))
+    served.prompt_tokens = usage.get("prompt_tokens", served.prompt_tokens)
+    served.completion_tokens = usage.get("completion_tokens", served.completion_tokens)
+
+
+def _told(value: Any) -> dict[str, Any]:
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def _hang_up(raw: web.BaseRequest) -> None:
+    if raw.transport is not None:
+        raw.transport.close()
+
+
+def _encoded(piece: Any, *, event: bool) -> bytes:
+    if isinstance(piece, bytes):
+        return piece
+    return encode_sse({"data": piece}) if event else encode_json(piece)
 
 
 def chunk(

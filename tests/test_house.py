@@ -44,6 +44,7 @@ ORDER = (
     "accounting",
     "journal",
     "journal_reader",
+    "reconciling",
     "backend",
     "outgoing",
     "fanout",
