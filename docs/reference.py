@@ -80,7 +80,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("Scope", "scope.PluginResources", "middleware.PluginServer", "Options", "FileEntry"),
         *("scope.Secrets", "Secret", "mask", "Operations", "NoParameters", "Middleware", "Next"),
         *("Reply", "Database", "auth.Authenticators", "hookimpl", "Config", "ModelConfig"),
-        *("load_config", "redacted", "Server"),
+        *("LimitConfig", "BudgetConfig", "Billing", "load_config", "redacted", "Server"),
     ),
     "Errors": (
         *("HarperError", "ClientError", "InvalidBody", "InvalidCredentials", "AccessViolation"),
@@ -90,6 +90,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "Conflict",
             "PreconditionFailed",
             "CapabilityError",
+            "LimitReached",
+            "PriceUnknown",
             "UpstreamRejected",
         ),
         *("ServerError", "NotImplementedYet", "ServiceUnavailable", "ModelUnavailable"),
@@ -135,6 +137,7 @@ HANDED = {
         "PluginResources",
         "PluginServer",
         "Authenticators",
+        "Billing",
         "RunningServer",
         "ScriptedUpstream",
     ),
@@ -145,7 +148,15 @@ OURS = {
     *("PluginServer.close", "Models.open", "Models.close", "Ledger.record", "Ledger.next_id"),
     *("Ledger.begin", "Journal.close", "Journal.begin", "Journal.end"),
     *("Operations.freeze", "Operations.call", "Authenticators.identify", "ScriptedUpstream.handle"),
-    *("Database.open", "Database.close", "Database.occupy", "Reply.close", "Resources.freeze"),
+    *(
+        "Database.open",
+        "Billing.open",
+        "Billing.of",
+        "Database.close",
+        "Database.occupy",
+        "Reply.close",
+        "Resources.freeze",
+    ),
     *("Resources.fail", "AbortSignal.guard"),
 }
 HEAD = """\
@@ -296,10 +307,19 @@ def keys(kind: type[Any], prefix: str) -> Iterator[str]:
     """The keys of a block and of those within it, as rows."""
     for field in msgspec.structs.fields(kind):
         key = prefix + field.encode_name
-        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
-            yield from keys(field.type, f"{key}.")
+        if kind_of := section_in(field.type):
+            listed = get_origin(field.type) is tuple
+            yield from keys(kind_of, f"{key}[]." if listed else f"{key}.")
         else:
             yield f"| `{key}` | {expected(field.type)} | {default(field)} |"
+
+
+def section_in(hint: Any) -> type[Any] | None:
+    """The section that a key holds, may hold, or holds a list of."""
+    for one in (hint, *get_args(hint)):
+        if isinstance(one, type) and issubclass(one, msgspec.Struct):
+            return one
+    return None
 
 
 def expected(hint: Any) -> str:
@@ -334,15 +354,18 @@ def configuration() -> Iterator[str]:
     """All of config.yaml."""
     yield from (CONFIG, "", *TABLE)
     for field in msgspec.structs.fields(harperpy.Config):
-        if not (isinstance(field.type, type) and issubclass(field.type, msgspec.Struct)):
+        if get_origin(field.type) is tuple or not section_in(field.type):
             hint = get_args(field.type)[1] if get_origin(field.type) is Mapping else field.type
             name = ".NAME" if hint is not field.type else ""
-            yield f"| `{field.encode_name}{name}` | {expected(hint)} | |"
+            words = "a list of maps" if section_in(hint) else expected(hint)
+            yield f"| `{field.encode_name}{name}` | {words} | |"
     for field in msgspec.structs.fields(harperpy.Config):
         if field.encode_name == "models":
             yield from section(harperpy.ModelConfig, "models.KIND.NAME")
-        elif isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
-            yield from section(field.type, field.encode_name)
+        elif get_origin(field.type) is tuple:
+            yield from section(get_args(field.type)[0], f"{field.encode_name}[]")
+        elif kind := section_in(field.type):
+            yield from section(kind, field.encode_name)
 
 
 def commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[str]:

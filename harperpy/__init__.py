@@ -3,6 +3,7 @@
 from .accounting import Admission, Attempt, Ledger, ModelCall
 from .auth import Authenticator, Basic, Bearer, Credential, Role, User, Verified, extract_tenant_id
 from .backend import ModelBackend, define_backend
+from .billing import Billing
 from .config import load_config, redacted
 from .content import Blob, Body, EventStream, Response, ResponseError, decode_json, json_response
 from .context import Context, get_context
@@ -22,11 +23,13 @@ from .errors import (
     HarperError,
     InvalidBody,
     InvalidCredentials,
+    LimitReached,
     ModelNotFound,
     ModelUnavailable,
     NotFound,
     NotImplementedYet,
     PreconditionFailed,
+    PriceUnknown,
     RegistrationError,
     ResourceConflict,
     ServerError,
@@ -88,7 +91,7 @@ from .resource import METHOD_VERBS, Resource
 from .routing import ModelInfo
 from .scope import Scope
 from .secret import Secret, mask
-from .sections import Config, ModelConfig
+from .sections import BudgetConfig, Config, LimitConfig, ModelConfig
 from .server import Server
 from .signal import AbortController, AbortSignal
 from .sse import SSE, SSEDecoder, encode_sse
@@ -119,8 +122,10 @@ __all__ = [
     "BackendTimeout",
     "Basic",
     "Bearer",
+    "Billing",
     "Blob",
     "Body",
+    "BudgetConfig",
     "Capability",
     "CapabilityError",
     "Choice",
@@ -160,6 +165,8 @@ __all__ = [
     "JournalReader",
     "JournalStep",
     "Ledger",
+    "LimitConfig",
+    "LimitReached",
     "METHOD_VERBS",
     "Message",
     "Middleware",
@@ -181,6 +188,7 @@ __all__ = [
     "Parts",
     "Permission",
     "PreconditionFailed",
+    "PriceUnknown",
     "Problem",
     "Prompt",
     "RefusalPart",

@@ -145,14 +145,16 @@ Subscriber: TypeAlias = Callable[[ModelCall], None]
 class Attempt(msgspec.Struct):
     """One attempt that is about to be made: `number` 0 is a call's first.
 
-    `prompt_tokens` estimates what is asked when it is called; `most_tokens` is the limit that the
-    caller set to each of `answers`. What an admission puts into `most_allowed` is a limit as well.
+    `prompt_tokens` estimates what is asked, `prompt_most` bounds it; `most_tokens` is the limit
+    that the caller set to each of `answers`. What an admission puts into `most_allowed` is one as
+    well.
     """
 
     caller: Caller
     call: ModelCall
     number: int
     prompt_tokens: Callable[[], int]
+    prompt_most: Callable[[], int]
     most_tokens: int | None = None
     answers: int = 1
     most_allowed: int | None = None

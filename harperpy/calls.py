@@ -34,6 +34,8 @@ from .signal import AbortSignal
 
 T = TypeVar("T")
 Opts: TypeAlias = GenerateOpts | EmbedOpts
+Weigh: TypeAlias = tuple[Callable[[], int], Callable[[], int]]
+"""About how many tokens are asked, and how many at most."""
 
 _FALLS_BACK = frozenset({401, 403, 404, 408, 409, 429})
 # Longer waits are the caller's to make: it learns of them by Retry-After.
@@ -142,7 +144,7 @@ class Call:
         method: Method,
         opts: Opts,
         caller: Caller,
-        weigh: Callable[[], int] = lambda: 0,
+        weigh: Weigh = (int, int),
     ) -> None:
         self._ledger = ledger
         self._weigh = weigh
@@ -289,7 +291,7 @@ class Call:
         return recorder
 
     def _attempt(self, row: ModelCall) -> Attempt:
-        attempt = Attempt(self._caller, row, self._attempts, self._weigh)
+        attempt = Attempt(self._caller, row, self._attempts, *self._weigh)
         if isinstance(self._opts, GenerateOpts):
             attempt.most_tokens = self._opts.max_tokens
             attempt.answers = self._opts.n or 1

@@ -130,10 +130,12 @@ class _Decoder:
     def _items(self, hint: Any, raw: Tree, path: KeyPath) -> tuple[Any, ...]:
         if isinstance(raw, list):
             return tuple(self._value(hint, each, (*path, at)) for at, each in enumerate(raw))
-        if isinstance(raw, str):
+        maps = isinstance(hint, type) and issubclass(hint, Section)
+        if isinstance(raw, str) and not maps:
             return (self._leaf(hint, raw, path),)
         if raw is not UNSET:
-            self._refuse("a string or a list of strings", raw, path)
+            expected = "a list of maps" if maps else "a string or a list of strings"
+            self._refuse(expected, raw, path)
         return ()
 
     def _leaf(self, hint: Any, value: Tree, path: KeyPath) -> Any:

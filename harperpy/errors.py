@@ -13,6 +13,8 @@ HarperError                      500  any refusal; `status`, `code`, `param`, `t
 │   ├── BodyTimeout              408
 │   ├── PayloadTooLarge          413
 │   ├── CapabilityError          400  the model's backend lacks what the call needs
+│   ├── LimitReached             429  a rate, a place or a budget is used up; `Retry-After`
+│   ├── PriceUnknown             403  a budget of money, and a model that has no price
 │   └── UpstreamRejected         4xx  a provider refused the call's content; its words pass on
 ├── ServerError                  500  ours to mend; the text never leaves the house
 │   ├── NotImplementedYet        501
@@ -34,6 +36,7 @@ HarperError                      500  any refusal; `status`, `code`, `param`, `t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -177,6 +180,34 @@ class CapabilityError(ClientError):
     """The model's backend lacks what the call needs; `param` is the field that asked for it."""
 
     code = "unsupported_parameter"
+
+
+class LimitReached(ClientError):
+    """A limit of ours is reached: `retry_after` seconds from now there is room again, if known."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, seconds: float | None, **details: Any) -> None:
+        headers = {} if seconds is None else _in_time(seconds)
+        super().__init__(message, headers=headers, **details)
+        self.retry_after = seconds
+
+
+def _in_time(seconds: float) -> dict[str, str]:
+    """When to come again: whole seconds for everyone, milliseconds for who reads them."""
+    milliseconds = max(1, math.ceil(seconds * 1000))
+    whole = str(math.ceil(milliseconds / 1000))
+    return {"Retry-After": whole, "retry-after-ms": str(milliseconds)}
+
+
+class PriceUnknown(ClientError):
+    """Nobody knows what the model costs, and the caller's budget is one of money."""
+
+    status = 403
+    code = "price_unknown"
+    param = "model"
+    type = "invalid_request_error"
 
 
 class UpstreamRejected(ClientError):

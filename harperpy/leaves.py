@@ -1,5 +1,6 @@
 """Leaves: what a key of config.yaml may hold, how its text is read, and how a refusal words it."""
 
+import datetime as dt
 import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
@@ -71,6 +72,21 @@ Level = Annotated[
 ]
 HashFunction = Annotated[Literal["argon2id"], Meta(description="argon2id")]
 Durability = Annotated[Literal["process", "fsync"], Meta(description="process or fsync")]
+Money = Annotated[float, Meta(ge=0, le=1e9, description="an amount of money (0 is free)")]
+Day = Annotated[dt.date, Meta(description="a day such as 2026-01-31")]
+Dimension = Annotated[
+    Literal["key", "user", "tenant", "model", "backend"],
+    Meta(description="key, user, tenant, model or backend"),
+]
+Period = Annotated[Literal["day", "month"], Meta(description="day or month")]
+Unpriced = Annotated[Literal["refuse", "allow"], Meta(description="refuse or allow")]
+MeterStore = Annotated[
+    str,
+    Meta(
+        pattern=r"^(memory$|database$|valkeys?://.)",
+        description="memory, database or a URL such as valkey://127.0.0.1:6379/0",
+    ),
+]
 PluginBlock = Annotated[
     bool | dict[str, Any],
     Meta(description="true, false or a map of options", extra={"parse": _null_is_true}),

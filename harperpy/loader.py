@@ -39,6 +39,8 @@ BUILT_IN = (
     "listing",
     "model_calls",
     "audit",
+    "limits",
+    "prices",
     "echo",
     "openai",
     "local",

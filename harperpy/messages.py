@@ -41,6 +41,8 @@ Capability: TypeAlias = Literal[
 ]
 """What a backend may be able to do; those for an option or a part of a message bear its name."""
 
+# What a template puts around each, and what an image, a sound or a file may be taken for.
+_PER_MESSAGE, _PER_PART = 16, 2000
 _PIECE = re.compile(r"[A-Za-z]{1,8}|\d{1,3}|[^\sA-Za-z\d]")
 
 
@@ -305,3 +307,22 @@ def estimate_tokens(text: str) -> int:
     Used only where a provider reports no usage; the row then says `usage_estimated`.
     """
     return len(_PIECE.findall(text))
+
+
+def text_bytes(text: str) -> int:
+    """How many bytes a text has: no model makes more tokens of it."""
+    return len(text.encode(errors="replace"))
+
+
+def most_tokens(prompt: Prompt) -> int:
+    """How many tokens a prompt has at most; of parts that are no text nobody knows more exactly."""
+    total = len(msgspec.json.encode(prompt.tools)) if prompt.tools else 0
+    for message in prompt.messages:
+        total += _PER_MESSAGE + text_bytes(message.text)
+        if not isinstance(message.content, str):
+            total += _PER_PART * sum(not isinstance(part, TextPart) for part in message.content)
+        for call in message.tool_calls or ():
+            total += _PER_MESSAGE + text_bytes(call.name) + text_bytes(call.arguments_text())
+        for text in (message.name, message.refusal, message.reasoning_content):
+            total += text_bytes(text) if text else 0
+    return total

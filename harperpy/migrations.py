@@ -13,6 +13,9 @@ from .errors import ConfigError
 from .system import (
     CREATED,
     hdb_audit,
+    hdb_limit,
+    hdb_limit_hold,
+    hdb_limit_rate,
     hdb_model_calls,
     hdb_model_calls_daily,
     hdb_role,
@@ -54,6 +57,11 @@ def _add_grants_and_families(connection: sa.Connection) -> None:
             connection.execute(of_role.values(permission=left))
 
 
+def _add_limits(connection: sa.Connection) -> None:
+    for table in (hdb_limit, hdb_limit_rate, hdb_limit_hold):
+        table.create(connection, checkfirst=True)
+
+
 # One step per version of the schema: what to do, and the statement that notes it as done.
 _MIGRATIONS: tuple[tuple[Callable[[sa.Connection], None], str], ...] = (
     (metadata.create_all, "PRAGMA user_version = 1"),
@@ -61,6 +69,7 @@ _MIGRATIONS: tuple[tuple[Callable[[sa.Connection], None], str], ...] = (
     (partial(_add_columns, table=hdb_audit), "PRAGMA user_version = 3"),
     (_add_costs, "PRAGMA user_version = 4"),
     (_add_grants_and_families, "PRAGMA user_version = 5"),
+    (_add_limits, "PRAGMA user_version = 6"),
 )
 
 

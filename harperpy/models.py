@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias, TypeVar, cast
 
 import msgspec
@@ -19,7 +20,7 @@ from .backend import (
     aclose,
     define_backend,
 )
-from .calls import Call, Opts, Recorder, asked_tokens
+from .calls import Call, Opts, Recorder, Weigh, asked_tokens
 from .errors import BackendError, NotImplementedYet
 from .fanout import all_of, interleaved, joined, topped_up
 from .messages import (
@@ -34,6 +35,7 @@ from .messages import (
     Prompt,
     TokenUsage,
     estimate_tokens,
+    most_tokens,
 )
 from .parts import ContentPart, part_type
 from .permission import Permission
@@ -109,7 +111,9 @@ class Models:
         """As `embed`, with the tokens it took. Raises `InvalidBody` for what is no input."""
         settings = _settings(EmbedOpts, opts, options)
         inputs = embed_inputs(given)
-        call = self._call("embedding", "embed", settings, {"embed": "model"}, inputs.estimate)
+        call = self._call(
+            "embedding", "embed", settings, {"embed": "model"}, (inputs.estimate, inputs.most)
+        )
 
         async def attempt(candidate: Candidate, recorder: Recorder) -> EmbedResult:
             backend = cast("Embeds", candidate.backend)
@@ -207,7 +211,13 @@ class Models:
     def _generating(self, method: Method, prompt: Prompt, opts: GenerateOpts) -> Call:
         base: Capability = "generate" if method == "generate" else "stream"
         needs = _requires(base, prompt, opts)
-        return self._call("generative", method, opts, needs, lambda: asked_tokens(prompt))
+        return self._call(
+            "generative",
+            method,
+            opts,
+            needs,
+            (partial(asked_tokens, prompt), partial(most_tokens, prompt)),
+        )
 
     def _call(
         self,
@@ -215,7 +225,7 @@ class Models:
         method: Method,
         opts: Opts,
         requires: Mapping[Capability, str],
-        weigh: Callable[[], int],
+        weigh: Weigh,
     ) -> Call:
         caller = current_caller.get() or Caller()
         call = Call(self._ledger, method, opts, caller, weigh)

@@ -14,6 +14,7 @@ import msgspec
 from .accounting import Ledger
 from .auth import Authenticators
 from .backend import settled
+from .billing import Billing
 from .database import Database
 from .entries import EVENTS, EntryHandler, FileEntry, Wanted, wanted
 from .errors import ConfigError, RegistrationError
@@ -95,6 +96,7 @@ class Core(msgspec.Struct):
     database: Database
     people: People
     tokens: Tokens
+    billing: Billing
     health: Health
     environ: Mapping[str, str]
 
@@ -136,6 +138,8 @@ class Scope:
     """Users and roles."""
     tokens: Tokens
     """API keys and tokens."""
+    billing: Billing
+    """What calls cost, and what callers may take."""
     logger: logging.Logger
     """`harperpy.plugins.NAME`."""
 
@@ -156,6 +160,7 @@ class Scope:
         self.database = core.database
         self.people = core.people
         self.tokens = core.tokens
+        self.billing = core.billing
         self.logger = logging.getLogger(f"harperpy.plugins.{name}")
         self.first_error: BaseException | None = None
         self._core = core

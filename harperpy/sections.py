@@ -8,6 +8,8 @@ from msgspec import Struct, field, to_builtins
 from .leaves import (
     ApiKey,
     Count,
+    Day,
+    Dimension,
     Durability,
     Duration,
     DurationOrOff,
@@ -16,7 +18,10 @@ from .leaves import (
     HttpUrl,
     Kind,
     Level,
+    MeterStore,
+    Money,
     Patience,
+    Period,
     PluginBlock,
     Port,
     Positive,
@@ -24,6 +29,7 @@ from .leaves import (
     SizeOrOff,
     SqliteUrl,
     Text,
+    Unpriced,
 )
 from .secret import Plain, encode_hook, masked
 
@@ -198,6 +204,67 @@ def _default_models() -> ModelsConfig:
     return ModelsConfig(generative=both, embedding=both)
 
 
+class PriceConfig(Section, frozen=True, kw_only=True):
+    """What a provider's model costs per million tokens, `from` a day (UTC) on; in one currency.
+
+    `model` is the provider's name for it or a pattern (`gpt-4o*`), `backend` a kind or a name of
+    `models:` where it matters who serves it. `cachedInput` (`input` if not given) is for the cached
+    part of a prompt; reasoning is output. Of what has no price here the price is unknown: what is
+    free says 0. `version` (by default made of the rest) is what a row names it by. `maxOutput` is
+    the most tokens that the model answers with, where budgets are to know it.
+    """
+
+    model: Text
+    backend: Text | None = None
+    input: Money | None = None
+    cached_input: Money | None = None
+    output: Money | None = None
+    embedding: Money | None = None
+    max_output: Positive | None = None
+    since: Day | None = field(default=None, name="from")
+    version: Text | None = None
+
+
+class BudgetConfig(Section, frozen=True, kw_only=True):
+    """How many `tokens`, or how much `cost`, a `period` has: a day or a month, in UTC.
+
+    Where a model has no price, a budget of money says whether to `refuse` or to `allow` its calls,
+    which then cost it nothing.
+    """
+
+    tokens: Count | None = None
+    cost: Money | None = None
+    period: Period = "month"
+    unknown_price: Unpriced = "refuse"
+
+
+class LimitConfig(Section, frozen=True, kw_only=True):
+    """What each `key` (by id), `user`, `tenant`, `model` or `backend` may take, of all calls.
+
+    `match` is a name or a pattern of them, `model` one of the models that it is about. Each name
+    has all of it for itself. `concurrent` counts calls that are being answered.
+    """
+
+    per: Dimension
+    match: Text = "*"
+    model: Text | None = None
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
+    concurrent: Positive | None = None
+    budget: BudgetConfig | None = None
+
+
+class LimitsConfig(Section, frozen=True, kw_only=True):
+    """What callers may take of the models, and where it is counted.
+
+    `store` is `memory` for one process, `database` for the workers of one machine (each the default
+    there), or the URL of a Valkey server for several machines.
+    """
+
+    store: MeterStore | None = None
+    rules: tuple[LimitConfig, ...] = ()
+
+
 class Config(Section, frozen=True, kw_only=True):
     """All of config.yaml; `plugins` maps name to true, false or options, in the file's order."""
 
@@ -209,4 +276,6 @@ class Config(Section, frozen=True, kw_only=True):
     accounting: AccountingConfig = AccountingConfig()
     database: DatabaseConfig = DatabaseConfig()
     models: ModelsConfig = field(default_factory=_default_models)
+    prices: tuple[PriceConfig, ...] = ()
+    limits: LimitsConfig = LimitsConfig()
     plugins: Mapping[str, PluginBlock] = {}

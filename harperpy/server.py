@@ -17,6 +17,7 @@ from aiohttp import web
 from .accounting import Ledger, current_caller
 from .auth import Authenticators, User
 from .background import Background
+from .billing import Billing
 from .context import Context
 from .cors import Cors
 from .database import Database, read_secret
@@ -119,6 +120,7 @@ class Server:
             await self._apply()
             # After all that may fail: what is made up here is shown once, by who started it.
             await self._meet_the_first()
+            await self.core.billing.open()
             await self.core.models.open()
         except BaseException:
             await self.stop()
@@ -225,7 +227,8 @@ class Server:
 
     def _put_together(self, secret: bytes, created: int) -> Core:
         authentication = self.config.authentication
-        authenticators = Authenticators(authentication.cache_seconds, self._worker.epoch())
+        epoch = self._worker.epoch()
+        authenticators = Authenticators(authentication.cache_seconds, epoch)
         url = self.config.database.url
         path = Path(url.removeprefix("sqlite:///")) if url else self.root / "system.db"
         fsync = self.config.accounting.durability == "fsync"
@@ -254,6 +257,9 @@ class Server:
             ledger=ledger,
             health=self.health,
             environ=self._environ,
+            billing=Billing.of(
+                self.config, database, ledger, epoch, index=self._worker.index, of=self._worker.of
+            ),
             database=database,
             people=people,
             tokens=Tokens(

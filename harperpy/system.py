@@ -117,6 +117,34 @@ hdb_model_calls_daily = sa.Table(
     *(sa.Column(name, sa.Float, nullable=False) for name in COSTS),
 )
 
+# Rules are keyed by what they are about, holds by the meter and the call.
+hdb_limit = sa.Table(
+    "hdb_limit",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("rule", sa.JSON, nullable=False),
+    *_times(),
+)
+
+hdb_limit_rate = sa.Table(
+    "hdb_limit_rate",
+    metadata,
+    sa.Column("meter", sa.String, primary_key=True),
+    sa.Column("used", sa.Float, nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+)
+
+hdb_limit_hold = sa.Table(
+    "hdb_limit_hold",
+    metadata,
+    sa.Column("meter", sa.String, primary_key=True),
+    sa.Column("call", sa.BigInteger, primary_key=True),
+    sa.Column("amount", sa.BigInteger, nullable=False),
+    sa.Column("worker", sa.Integer, nullable=False),
+    sa.Column("life", sa.String, nullable=False),
+    sa.Index("hdb_limit_hold_call", "call"),
+)
+
 hdb_audit = sa.Table(
     "hdb_audit",
     metadata,

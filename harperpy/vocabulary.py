@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from .errors import CapabilityError, InvalidBody
-from .messages import EmbedInput, estimate_tokens
+from .messages import EmbedInput, estimate_tokens, text_bytes
 
 # As OpenAI's own library publishes it.
 SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
@@ -46,6 +46,10 @@ class EmbedInputs(msgspec.Struct, frozen=True):
     def estimate(self) -> int:
         """About how many tokens these are; exactly, where they are tokens."""
         return sum(map(len, self.arrays)) + sum(map(estimate_tokens, self.texts))
+
+    def most(self) -> int:
+        """How many tokens these are at most: no token is less than a byte of text."""
+        return sum(map(len, self.arrays)) + sum(map(text_bytes, self.texts))
 
     def place(self, at: int) -> str:
         """Where an array stands in what was given."""

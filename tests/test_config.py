@@ -71,6 +71,9 @@ def at(config: object, path: str) -> object:
         ("database.transaction_timeout", 30_000),
         ("models.generative", DEFAULT_MODELS),
         ("models.embedding", DEFAULT_MODELS),
+        ("prices", ()),
+        ("limits.store", None),
+        ("limits.rules", ()),
         ("plugins", {}),
     ],
 )

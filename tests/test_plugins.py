@@ -33,6 +33,8 @@ BUILT_IN = {
     "openapi",
     "model_calls",
     "audit",
+    "limits",
+    "prices",
     "echo",
     "openai",
     "local",
