@@ -79,8 +79,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Plugins": (
         *("Scope", "scope.PluginResources", "middleware.PluginServer", "Options", "FileEntry"),
         *("scope.Secrets", "Secret", "mask", "Operations", "NoParameters", "Middleware", "Next"),
-        *("Reply", "Database", "auth.Authenticators", "hookimpl", "Config", "ModelConfig"),
-        *("LimitConfig", "BudgetConfig", "Billing", "load_config", "redacted", "Server"),
+        *("Reply", "Database", "Analytics", "auth.Authenticators", "hookimpl", "Config"),
+        *("ModelConfig", "LimitConfig", "BudgetConfig", "Billing", "load_config", "redacted"),
+        *("Server",),
     ),
     "Errors": (
         *("HarperError", "ClientError", "InvalidBody", "InvalidCredentials", "AccessViolation"),

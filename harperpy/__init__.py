@@ -1,6 +1,7 @@
 """harperpy: a programmable AI server. This is its face: all that a plugin author uses."""
 
 from .accounting import Admission, Attempt, Ledger, ModelCall
+from .analytics import Analytics
 from .auth import Authenticator, Basic, Bearer, Credential, Role, User, Verified, extract_tenant_id
 from .backend import ModelBackend, define_backend
 from .billing import Billing
@@ -114,6 +115,7 @@ __all__ = [
     "Aborted",
     "AccessViolation",
     "Admission",
+    "Analytics",
     "Attempt",
     "AudioPart",
     "Authenticator",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -55,10 +56,13 @@ class ConnectedRequest(web.BaseRequest):
 class Connections(web.Server):
     """aiohttp's server, and all connections of a port.
 
-    `fresh` are those that have brought no request yet.
+    `fresh` are those that have brought no request yet; `connected` is told of each new one.
     """
 
-    def __init__(self, handler: Any, http: HttpConfig) -> None:
+    def __init__(
+        self, handler: Any, http: HttpConfig, connected: Callable[[], None] | None = None
+    ) -> None:
+        self.connected = connected
         self.fresh: set[RequestHandler] = set()
         self.heads = Deadlines(http.headers_timeout_seconds or _UNLIMITED)
         # The library tells a field from a line by nothing else than its limit.
@@ -114,6 +118,8 @@ class _Connection(RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._connections.fresh.add(self)
+        if self._connections.connected is not None:
+            self._connections.connected()
         if isinstance(transport, asyncio.WriteTransport):
             transport.set_write_buffer_limits(high=_UNSENT_BYTES)
 

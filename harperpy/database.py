@@ -21,7 +21,7 @@ from .accounting import current_caller
 from .errors import ConfigError, Conflict, ServiceUnavailable, TransactionError
 from .gate import Gate
 from .migrations import migrate
-from .system import hdb_audit, hdb_model_calls, metadata
+from .system import hdb_analytics, hdb_audit, hdb_model_calls, metadata
 from .tables import Tables
 
 T = TypeVar("T")
@@ -39,6 +39,7 @@ class Database:
 
     model_calls = hdb_model_calls
     audit = hdb_audit
+    analytics = hdb_analytics
 
     def __init__(
         self,

@@ -27,6 +27,12 @@ def _in_units(units: Mapping[str, int]) -> Callable[[Tree], Tree]:
     return parse
 
 
+def _false_is_zero(value: Tree) -> Tree:
+    if isinstance(value, int | float) and 0 < value < 0.1:
+        raise ValueError(value)
+    return 0 if value is False else value
+
+
 def as_it_is(value: Tree) -> Tree:
     """How a value is read whose type says nothing of it."""
     return value
@@ -58,6 +64,14 @@ SizeOrOff = Annotated[
 ]
 Duration = Annotated[int, Meta(ge=1, description=_TIME_TEXT, extra=_TIME)]
 DurationOrOff = Annotated[int, Meta(ge=0, description=f"{_TIME_TEXT} (0 is off)", extra=_TIME)]
+SecondsOrOff = Annotated[
+    float,
+    Meta(
+        le=86_400,
+        description="a number of seconds from 0.1 to 86400 (0, less or false is off)",
+        extra={"parse": _false_is_zero},
+    ),
+]
 Patience = Annotated[int, Meta(ge=0, description=f"{_TIME_TEXT} (0 is not at all)", extra=_TIME)]
 HttpUrl = Annotated[str, Meta(pattern="^https?://.", description="an http:// or https:// URL")]
 SqliteUrl = Annotated[

@@ -41,6 +41,7 @@ BUILT_IN = (
     "audit",
     "limits",
     "prices",
+    "analytics",
     "echo",
     "openai",
     "local",

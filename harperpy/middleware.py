@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
+from .analytics import Analytics
 from .backend import positional, required
 from .content import EventStream, Response
 from .context import Context
@@ -144,9 +145,14 @@ class PluginServer:
     """The ports as one plugin sees them: `scope.server`; `content_types` are those of both."""
 
     def __init__(
-        self, ports: Mapping[str, Middlewares], owner: str, content_types: ContentTypes
+        self,
+        ports: Mapping[str, Middlewares],
+        owner: str,
+        content_types: ContentTypes,
+        analytics: Analytics | None,
     ) -> None:
         self.content_types = content_types
+        self._analytics = analytics
         self._ports = ports
         self._owner = owner
 
@@ -185,6 +191,27 @@ class PluginServer:
             function, name, self._owner, before=before, after=after, url_path=url_path
         )
         return function
+
+    def record_action(
+        self,
+        value: float | Callable[[], float],
+        metric: str,
+        path: str | None = None,
+        method: str | None = None,
+        type: str | None = None,  # noqa: A002  # as the column is called
+    ) -> None:
+        """Measure: the value counts for a metric, and for what else tells its series from others.
+
+        Of numbers the rows of `system.hdb_analytics` have the mean and percentiles, of `True` and
+        `False` the ratio. A function is called for its number, or truth, whenever rows are made: it
+        is sync, quick, and known by its metric and the rest, so another takes its place. Nothing
+        happens where `analytics.aggregatePeriod` turns it off.
+
+        Raises `TypeError` for a value of another type or a name that is no text, `ValueError` for a
+        number that is none or beyond 1e24.
+        """
+        if self._analytics is not None:
+            self._analytics.record(value, metric, path, method, type)
 
     def close(self) -> None:
         """Withdraw what the plugin has added."""

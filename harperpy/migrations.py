@@ -12,6 +12,7 @@ from .daily import day_of, recount_days
 from .errors import ConfigError
 from .system import (
     CREATED,
+    hdb_analytics,
     hdb_audit,
     hdb_limit,
     hdb_limit_hold,
@@ -70,6 +71,7 @@ _MIGRATIONS: tuple[tuple[Callable[[sa.Connection], None], str], ...] = (
     (_add_costs, "PRAGMA user_version = 4"),
     (_add_grants_and_families, "PRAGMA user_version = 5"),
     (_add_limits, "PRAGMA user_version = 6"),
+    (partial(hdb_analytics.create, checkfirst=True), "PRAGMA user_version = 7"),
 )
 
 

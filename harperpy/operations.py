@@ -109,6 +109,7 @@ class Operations:
             raise ClientError(message, param="operation")
         if operation is None:
             raise self._unknown(name)
+        context.app = name
         self._authorise(operation, context)
         parameters = _named(body, operation.request_type)
         try:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from .accounting import Ledger
+from .analytics import Analytics
 from .auth import Authenticators
 from .backend import settled
 from .billing import Billing
@@ -99,6 +100,7 @@ class Core(msgspec.Struct):
     billing: Billing
     health: Health
     environ: Mapping[str, str]
+    analytics: Analytics | None
 
 
 class Scope:
@@ -123,7 +125,7 @@ class Scope:
     operations_resources: PluginResources
     """The mounts of the operations port."""
     server: PluginServer
-    """The ports: `server.http(middleware)`."""
+    """The ports: `server.http(middleware)`; and `server.record_action(value, metric)`."""
     models: Models
     """To ask models, and to offer one: `models.register_backend(kind, name, backend)`."""
     operations: Operations
@@ -132,6 +134,8 @@ class Scope:
     """To vouch for credentials of a kind of one's own: `authenticators.append(authenticator)`."""
     ledger: Ledger
     """To be told of each model call: `ledger.subscribe(function)`."""
+    analytics: Analytics | None
+    """What is measured; None where it is turned off."""
     database: Database
     """To make one's tables: `await database.run(metadata.create_all)`."""
     people: People
@@ -151,12 +155,13 @@ class Scope:
         self.root = core.root
         self.resources = PluginResources(core.resources, name)
         self.operations_resources = PluginResources(core.operations_resources, name)
-        self.server = PluginServer(core.middlewares, name, core.content_types)
+        self.server = PluginServer(core.middlewares, name, core.content_types, core.analytics)
         self.models = core.models
         self.operations = core.operations
         self.commands = Commands(core.operations, name)
         self.authenticators = core.authenticators
         self.ledger = core.ledger
+        self.analytics = core.analytics
         self.database = core.database
         self.people = core.people
         self.tokens = core.tokens

@@ -25,6 +25,7 @@ from .leaves import (
     PluginBlock,
     Port,
     Positive,
+    SecondsOrOff,
     Size,
     SizeOrOff,
     SqliteUrl,
@@ -158,6 +159,13 @@ class AccountingConfig(Section, frozen=True, kw_only=True):
         return self.retention / 1000
 
 
+class AnalyticsConfig(Section, frozen=True, kw_only=True):
+    """How often what is measured becomes rows (seconds), and for how long those are kept."""
+
+    aggregate_period: SecondsOrOff = 60.0
+    retention: Duration = 365 * 86_400_000
+
+
 class DatabaseConfig(Section, frozen=True, kw_only=True):
     """Where the `system` schema lives: by default `system.db` in the data folder.
 
@@ -274,6 +282,7 @@ class Config(Section, frozen=True, kw_only=True):
     authentication: AuthenticationConfig = AuthenticationConfig()
     logging: LoggingConfig = LoggingConfig()
     accounting: AccountingConfig = AccountingConfig()
+    analytics: AnalyticsConfig = AnalyticsConfig()
     database: DatabaseConfig = DatabaseConfig()
     models: ModelsConfig = field(default_factory=_default_models)
     prices: tuple[PriceConfig, ...] = ()

@@ -15,6 +15,7 @@ import msgspec
 from aiohttp import web
 
 from .accounting import Ledger, current_caller
+from .analytics import Analytics
 from .auth import Authenticators, User
 from .background import Background
 from .billing import Billing
@@ -38,6 +39,7 @@ from .held import (
     port_taken,
 )
 from .loader import Loader
+from .meter import Meter
 from .middleware import Middlewares
 from .models import Models
 from .negotiation import ContentTypes
@@ -260,6 +262,7 @@ class Server:
             billing=Billing.of(
                 self.config, database, ledger, epoch, index=self._worker.index, of=self._worker.of
             ),
+            analytics=self._analytics(),
             database=database,
             people=people,
             tokens=Tokens(
@@ -271,6 +274,12 @@ class Server:
                 refresh_seconds=authentication.refresh_token_seconds,
             ),
         )
+
+    def _analytics(self) -> Analytics | None:
+        """What is measured, where somebody reports it."""
+        period = self.config.analytics.aggregate_period
+        reported = period > 0 and self.config.plugins.get("analytics") is not False
+        return Analytics(period, self._worker.index, self._worker.of) if reported else None
 
     async def _apply(self) -> None:
         """Find and start the plugins, then freeze what they filled."""
@@ -329,12 +338,20 @@ class Server:
             types=core.content_types,
             background=self._background,
         )
-        return Wire(dispatch, self.config.http, trusted=trusted)
+        name, kind = (port, None) if port == "rest" else ("local" if trusted else port, "operation")
+        meter = None if core.analytics is None else Meter(core.analytics, name, kind)
+        return Wire(dispatch, self.config.http, trusted=trusted, meter=meter)
 
     def _throttle(self) -> Throttle | None:
         http = self.config.http
         limit = http.max_concurrent_requests
-        return None if limit is None else Throttle(limit, http.request_queue_limit / 1000)
+        if limit is None:
+            return None
+        return Throttle(limit, http.request_queue_limit / 1000, self._refused)
+
+    def _refused(self) -> None:
+        if self.core.analytics is not None:
+            self.core.analytics.record(True, "service-unavailable", "rest")  # noqa: FBT003
 
     async def _runner(self, wire: Wire) -> web.ServerRunner:
         self._wires.append(wire)

@@ -161,6 +161,34 @@ hdb_audit = sa.Table(
     sa.Column("original_records", sa.JSON(none_as_null=True)),
 )
 
+hdb_analytics = sa.Table(
+    "hdb_analytics",
+    metadata,
+    sa.Column("id", sa.BigInteger, primary_key=True),
+    sa.Column("metric", sa.String, nullable=False),
+    sa.Column("path", sa.String),
+    sa.Column("method", sa.String),
+    sa.Column("type", sa.String),
+    sa.Column("period", sa.Float, nullable=False),
+    sa.Column("time", sa.Float, nullable=False),
+    sa.Column("worker", sa.Integer, nullable=False),
+    sa.Column("count", sa.Integer, nullable=False),
+    sa.Column("total", sa.Float, nullable=False),
+    sa.Column("mean", sa.Float),
+    sa.Column("median", sa.Float),
+    sa.Column("p1", sa.Float),
+    sa.Column("p10", sa.Float),
+    sa.Column("p25", sa.Float),
+    sa.Column("p75", sa.Float),
+    sa.Column("p90", sa.Float),
+    sa.Column("p95", sa.Float),
+    sa.Column("p99", sa.Float),
+    sa.Column("p999", sa.Float),
+    sa.Column("ratio", sa.Float),
+    sa.Index("hdb_analytics_metric", "metric", "time"),
+    sa.Index("hdb_analytics_time", "time"),
+)
+
 
 def now_ms() -> float:
     """Milliseconds since 1970."""

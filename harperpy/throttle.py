@@ -12,11 +12,12 @@ SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Throttle:
-    """So many at once; the next ones wait in line, at most so long."""
+    """So many at once; the next ones wait in line, at most so long. `refused` is told of others."""
 
-    def __init__(self, limit: int, seconds: float) -> None:
+    def __init__(self, limit: int, seconds: float, refused: Callable[[], None]) -> None:
         self._places = asyncio.Semaphore(limit)
         self._seconds = seconds
+        self._refused = refused
 
     async def enter(self) -> Callable[[], None]:
         """Take a place, to be given back by calling what is returned (once or more often).
@@ -27,6 +28,7 @@ class Throttle:
             async with asyncio.timeout(self._seconds if self._places.locked() else None):
                 await self._places.acquire()
         except TimeoutError as error:
+            self._refused()
             message = f"no place for the request has come free within {self._seconds:g} s"
             raise ServiceUnavailable(
                 message, code="too_many_requests_at_once", headers={"Retry-After": "1"}

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import itertools
 import re
+import time
 from collections.abc import AsyncIterator, Coroutine
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -14,9 +16,12 @@ from aiohttp import web
 from .caching import vary
 from .connections import SERVER, ConnectedRequest, Connections, new_id
 from .content import Body
+from .context import Context
 from .dispatch import Dispatch
 from .errors import BodyTimeout, ClientError
+from .incoming import Socket
 from .inflating import inflated
+from .meter import Meter
 from .negotiation import EVENTS
 from .rendering import Reply
 from .request import Request
@@ -30,14 +35,23 @@ _KEEPALIVE = b": keepalive\n\n"
 
 
 class Wire:
-    """Serves one port's dispatch. `trusted` marks the local socket."""
+    """Serves one port's dispatch. `trusted` marks the local socket; a `meter` counts."""
 
-    def __init__(self, dispatch: Dispatch, http: HttpConfig, *, trusted: bool = False) -> None:
+    def __init__(
+        self,
+        dispatch: Dispatch,
+        http: HttpConfig,
+        *,
+        trusted: bool = False,
+        meter: Meter | None = None,
+    ) -> None:
         self._dispatch = dispatch
         self._http = http
         self._max_body = http.max_body_size
         self._body_seconds = http.timeout_seconds
         self._trusted = trusted
+        self._meter = meter
+        self._sockets = 0
         self._prefix = new_id("req_")
         self._count = itertools.count(1)
         self._connections: Connections | None = None
@@ -49,8 +63,15 @@ class Wire:
 
     def server(self) -> web.Server:
         """The aiohttp server that calls this wire."""
-        self._connections = Connections(self.handle, self._http)
-        return self._connections
+        meter = self._meter
+        if meter is None:
+            self._connections = Connections(self.handle, self._http)
+            return self._connections
+        handler = partial(self._metered, meter)
+        connections = Connections(handler, self._http, meter.connected)
+        meter.watch(lambda: len(connections.connections), lambda: self._sockets)
+        self._connections = connections
+        return connections
 
     async def handle(self, raw: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
@@ -61,13 +82,31 @@ class Wire:
         try:
             reply = await self._dispatch.answer(context, outgoing.begin)
             if reply.socket is not None:
-                return await converse(raw, reply, reply.socket, context, self._max_body)
+                return await self._converse(raw, reply, reply.socket, context)
             if isinstance(reply.body, bytes) and not reply.committed:
                 return self._whole(reply, raw)
             return await outgoing.send(reply)
         except (asyncio.CancelledError, ConnectionError):
             context.abort(DISCONNECTED)
             raise
+
+    async def _metered(self, meter: Meter, raw: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request, and measure it."""
+        response = None
+        try:
+            response = await self.handle(raw)
+            return response
+        finally:
+            _measure(meter, raw, response)
+
+    async def _converse(
+        self, raw: web.BaseRequest, reply: Reply, socket: Socket, context: Context
+    ) -> web.StreamResponse:
+        self._sockets += 1
+        try:
+            return await converse(raw, reply, socket, context, self._max_body)
+        finally:
+            self._sockets -= 1
 
     def _whole(self, reply: Reply, raw: web.BaseRequest) -> web.Response:
         headers = reply.headers
@@ -135,6 +174,31 @@ class Wire:
         return f"{self._prefix}{next(self._count):06x}"
 
 
+class _Streamed(web.StreamResponse):
+    """A response that knows when its head went out, and how much of its body has."""
+
+    begun = 0.0
+    sent = 0
+
+
+def _measure(meter: Meter, raw: web.BaseRequest, response: web.StreamResponse | None) -> None:
+    context = raw.context if isinstance(raw, ConnectedRequest) else None
+    if context is None:
+        return
+    path, method, now = context.app, context.method, time.perf_counter()
+    received = raw.content.total_bytes
+    if isinstance(response, web.Response):
+        body, ms = response.body, (now - context.started) * 1000
+        sent = len(body) if isinstance(body, bytes) else 0
+        meter.answered(path, method, response.status, ms, sent, received)
+    elif isinstance(response, _Streamed):
+        ms = (response.begun - context.started) * 1000
+        meter.answered(path, method, response.status, ms, response.sent, received)
+        meter.transferred(path, method, (now - response.begun) * 1000)
+    elif response is None:
+        meter.lost(path, method)
+
+
 def _takes_gzip(accept_encoding: str) -> bool:
     """Whether a client asks for gzip by name, and not with a quality of 0."""
     wanted = (part.partition(";") for part in accept_encoding.lower().split(","))
@@ -149,7 +213,7 @@ class _Outgoing:
 
     def __init__(self, raw: web.BaseRequest) -> None:
         self._raw = raw
-        self._response: web.StreamResponse | None = None
+        self._response: _Streamed | None = None
         self._beginning: asyncio.Task[None] | None = None
         self._quiet: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -188,7 +252,8 @@ class _Outgoing:
 
     async def _prepare(self, reply: Reply) -> None:
         reply.headers["Server"] = SERVER
-        self._response = web.StreamResponse(status=reply.status, headers=reply.headers)
+        self._response = _Streamed(status=reply.status, headers=reply.headers)
+        self._response.begun = time.perf_counter()
         self._interval = reply.keepalive
         await self._response.prepare(self._raw)
         self._listen()
@@ -197,6 +262,7 @@ class _Outgoing:
         if self._response is not None:
             # A reader that is behind needs no comment that we are alive.
             self._hush()
+            self._response.sent += len(data)
             await self._response.write(data)
             self._listen()
 

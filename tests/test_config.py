@@ -66,6 +66,8 @@ def at(config: object, path: str) -> object:
         ("logging.audit_retention", 3 * 86_400_000),
         ("accounting.durability", "process"),
         ("accounting.retention_seconds", 90 * 86_400.0),
+        ("analytics.aggregate_period", 60.0),
+        ("analytics.retention", 365 * 86_400_000),
         ("database.url", None),
         ("database.busy_timeout", 5_000),
         ("database.transaction_timeout", 30_000),
@@ -131,6 +133,10 @@ def test_defaults(path: str, expected: object) -> None:
         ("database: {transactionTimeout: 1m}", "database.transaction_timeout", 60_000),
         ("accounting: {durability: fsync}", "accounting.durability", "fsync"),
         ("accounting: {retention: 7d}", "accounting.retention", 604_800_000),
+        ("analytics: {aggregatePeriod: 0.5}", "analytics.aggregate_period", 0.5),
+        ("analytics: {aggregatePeriod: false}", "analytics.aggregate_period", 0),
+        ("analytics: {aggregatePeriod: -1}", "analytics.aggregate_period", -1),
+        ("analytics: {retention: 30d}", "analytics.retention", 2_592_000_000),
         ("database: {url: 'sqlite:///a/b.db'}", "database.url", "sqlite:///a/b.db"),
     ],
 )
@@ -260,6 +266,7 @@ def test_unknown_keys(text: str, expected: str) -> None:
 
 
 PORT = "expected an integer between 0 and 65535"
+PERIOD = "expected a number of seconds from 0.1 to 86400 (0, less or false is off)"
 DURATION = "expected a duration such as '30m', '12h' or '1d', or a number of milliseconds"
 SIZE = "expected a size such as '10MB', or a number of bytes above 0"
 SQLITE = "expected an SQLite URL such as sqlite:///data/system.db (no other database works yet)"
@@ -307,6 +314,10 @@ SQLITE = "expected an SQLite URL such as sqlite:///data/system.db (no other data
         ("http: {maxBodySize: 10 apples}", f'http.maxBodySize: {SIZE}, got "10 apples"'),
         ("http: {timeout: soon}", f'http.timeout: {DURATION} (0 is off), got "soon"'),
         ("accounting: {retention: 0}", f"accounting.retention: {DURATION}, got 0"),
+        ("analytics: {aggregatePeriod: true}", f"analytics.aggregatePeriod: {PERIOD}, got true"),
+        ("analytics: {aggregatePeriod: 0.01}", f"analytics.aggregatePeriod: {PERIOD}, got 0.01"),
+        ("analytics: {aggregatePeriod: 1d}", f'analytics.aggregatePeriod: {PERIOD}, got "1d"'),
+        ("analytics: {aggregatePeriod: 86401}", f"analytics.aggregatePeriod: {PERIOD}, got 86401"),
         (
             "authentication: {operationTokenTimeout: 1y}",
             f'authentication.operationTokenTimeout: {DURATION}, got "1y"',

@@ -20,7 +20,7 @@ from harperpy.testing import ECHO, RunningServer, running
 from helpers import basic, error_of, operation
 
 TABLES = {"hdb_role", "hdb_user", "hdb_token", "hdb_audit"}
-TABLES |= {"hdb_model_calls", "hdb_model_calls_daily"}
+TABLES |= {"hdb_analytics", "hdb_model_calls", "hdb_model_calls_daily"}
 
 
 class Open(Resource):

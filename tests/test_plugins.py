@@ -32,6 +32,7 @@ BUILT_IN = {
     "operations_api",
     "openapi",
     "model_calls",
+    "analytics",
     "audit",
     "limits",
     "prices",
