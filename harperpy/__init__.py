@@ -11,6 +11,7 @@ from .context import Context, get_context
 from .contracts import Contract, FieldError, Problem
 from .daily import count_calls, recount_days
 from .database import Database
+from .doors import caller_address
 from .entries import FileEntry
 from .errors import (
     Aborted,
@@ -81,7 +82,15 @@ from .parts import (
     RefusalPart,
     TextPart,
 )
-from .permission import Grants, Permission, TableRights, document_of, read_permission
+from .permission import (
+    Grants,
+    Permission,
+    PermissionErrors,
+    TableRights,
+    document_of,
+    pattern_errors,
+    read_permission,
+)
 from .prompts import paired
 from .reconciling import Difference, Served, Unequal, difference
 from .registry import Entry, Resources
@@ -189,6 +198,7 @@ __all__ = [
     "Part",
     "Parts",
     "Permission",
+    "PermissionErrors",
     "PreconditionFailed",
     "PriceUnknown",
     "Problem",
@@ -233,6 +243,7 @@ __all__ = [
     "UpstreamRejected",
     "User",
     "Verified",
+    "caller_address",
     "completion_id",
     "count_calls",
     "decode_json",
@@ -254,6 +265,7 @@ __all__ = [
     "openai_tool_call",
     "openai_usage",
     "paired",
+    "pattern_errors",
     "read_permission",
     "recount_days",
     "redacted",

@@ -84,6 +84,7 @@ class Deed:
 def _by(caller: Caller) -> dict[str, str | None]:
     return {
         "user_name": caller.user.username if caller.user else None,
+        "key_id": caller.user.key_id if caller.user else None,
         "source": caller.source,
         "request_id": caller.request_id,
     }

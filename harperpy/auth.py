@@ -58,10 +58,14 @@ class Bearer(msgspec.Struct, frozen=True):
 
 
 class Basic(msgspec.Struct, frozen=True):
-    """`Authorization: Basic base64(username:password)`."""
+    """`Authorization: Basic base64(username:password)`, and where it came from.
+
+    No address is the server's own local socket.
+    """
 
     username: str
     password: str
+    address: str = ""
 
 
 Credential: TypeAlias = Bearer | Basic
@@ -80,19 +84,19 @@ Authenticator: TypeAlias = Callable[[Credential], Awaitable[Verified | None]]
 `InvalidCredentials` if it is of its kind and wrong: what is said if no other vouches."""
 
 
-def read_credential(header: str) -> Credential:
+def read_credential(header: str, address: str = "") -> Credential:
     """Parse an `Authorization` header. Raises `InvalidCredentials` for what is not one."""
     scheme, _, value = header.strip().partition(" ")
     value = value.strip()
     if scheme.lower() == "bearer" and value and value.isascii():
         return Bearer(value)
     if scheme.lower() == "basic" and value.isascii():
-        return _read_basic(value)
+        return _read_basic(value, address)
     message = "Authorization: expected 'Bearer TOKEN' or 'Basic CREDENTIALS'."
     raise InvalidCredentials(message)
 
 
-def _read_basic(value: str) -> Basic:
+def _read_basic(value: str, address: str) -> Basic:
     try:
         username, colon, password = base64.b64decode(value, validate=True).decode().partition(":")
     except (binascii.Error, UnicodeDecodeError) as error:
@@ -101,7 +105,7 @@ def _read_basic(value: str) -> Basic:
     if not colon or not username:
         message = "Authorization: the Basic credential has no username or no colon."
         raise InvalidCredentials(message)
-    return Basic(username, password)
+    return Basic(username, password, address)
 
 
 class Authenticators:
@@ -117,7 +121,7 @@ class Authenticators:
         self._list: list[Authenticator] = []
         self._epoch = epoch or Epoch()
         self._secret = os.urandom(32)
-        self._cache: dict[bytes, tuple[bytes, float, User]] = {}
+        self._cache: dict[bytes, tuple[bytes, float, User, str | None]] = {}
 
     def append(self, authenticator: Authenticator) -> None:
         """Ask this one too, after those that are there."""
@@ -128,20 +132,32 @@ class Authenticators:
         self._epoch.move()
         self._cache.clear()
 
-    async def identify(self, header: str) -> User:
-        """The user behind an `Authorization` header. Raises `InvalidCredentials`."""
+    def forget(self, username: str) -> None:
+        """Let no password of this user count that was verified before."""
+        for key in [key for key, one in self._cache.items() if one[2].username == username]:
+            if self._cache[key][3] is not None:
+                del self._cache[key]
+
+    async def identify(self, header: str, address: str = "") -> User:
+        """The user behind an `Authorization` header. Raises `InvalidCredentials`.
+
+        A password counts as verified only for the address that it came from.
+        """
         sent = header.encode(errors="surrogateescape")
         key = hashlib.blake2b(sent, key=self._secret, digest_size=32).digest()
         epoch = self._epoch.now()
-        if (known := self._cache.get(key)) and known[0] == epoch and known[1] > time.time():
-            return known[2]
-        verified = await self._ask(read_credential(header))
+        if (known := self._cache.get(key)) and known[0] == epoch and known[1] > time.time():  # noqa: SIM102
+            if known[3] is None or known[3] == address:
+                return known[2]
+        credential = read_credential(header, address)
+        verified = await self._ask(credential)
         expires = time.time() + self._ttl
         if verified.expires is not None:
             expires = min(expires, verified.expires)
         if len(self._cache) >= _CACHED_CREDENTIALS:
             self._cache.pop(next(iter(self._cache)))
-        self._cache[key] = (epoch, expires, verified.user)
+        bound = address if isinstance(credential, Basic) else None
+        self._cache[key] = (epoch, expires, verified.user, bound)
         return verified.user
 
     async def _ask(self, credential: Credential) -> Verified:

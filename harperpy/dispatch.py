@@ -18,8 +18,8 @@ from .content import EventStream, Response, ResponseError
 from .context import Context
 from .cors import Cors
 from .deadlines import Deadline, Deadlines
+from .doors import AuthLog, authorise, caller_address
 from .errors import (
-    AccessViolation,
     AnswerTimeout,
     BodyTimeout,
     ClientError,
@@ -79,6 +79,7 @@ class Dispatch:
         background: Background,
         source: str = "rest",
         types: ContentTypes,
+        auth_log: AuthLog,
     ) -> None:
         self.types = types
         self._resources = resources
@@ -96,6 +97,7 @@ class Dispatch:
         self._begin = begin
         self._source = source
         self._background = background
+        self._auth_log = auth_log
 
     def open(self, request: Request) -> Context:
         """The context of a request, current from now on in the running task."""
@@ -211,8 +213,7 @@ class Dispatch:
         given: Any,
         context: Context,
     ) -> Any:
-        if not await entry.permits(permission, target, context):
-            raise context.rejection or AccessViolation(context.user)
+        await authorise(entry, permission, target, context)
         if verb in entry.plain:
             context.check_accept()
         if context.request.websocket:
@@ -251,10 +252,12 @@ class Dispatch:
     async def authenticate(self, context: Context, found: Found | None) -> None:
         """Who is asking; a refused credential ends it here unless the resource settles it."""
         request = context.request
-        header = credential_of(request)
         try:
+            header = _credential(context, found)
             if header is not None:
-                context.user = await self._authenticators.identify(header)
+                address = caller_address(context)
+                context.user = await self._authenticators.identify(header, address)
+                self._auth_log.succeeded(context)
             elif request.trusted or (self._authorize_local and _is_local(request)):
                 context.user = await self._local_user()
         except InvalidCredentials as error:
@@ -264,15 +267,14 @@ class Dispatch:
 
     async def _check(self, context: Context, found: Found) -> None:
         """Ask anew whether what was allowed when it began still is. Raises what refuses it now."""
-        header = credential_of(context.request)
+        header = _credential(context, found)
         if header is not None and context.rejection is None:
-            user = await self._authenticators.identify(header)
+            user = await self._authenticators.identify(header, caller_address(context))
             # A middleware may have put another in their place.
             if context.user is not None and user.username == context.user.username:
                 context.user = user
         entry, target = found
-        if not await entry.permits("read", target, context):
-            raise AccessViolation(context.user)
+        await authorise(entry, "read", target, context)
 
     async def _report_health(self, context: Context) -> Reply:
         try:
@@ -288,6 +290,8 @@ class Dispatch:
     def refusal(self, error: Exception, found: Found | None, context: Context) -> Reply:
         """The error as its resource words it; the default wording if that fails too."""
         log_error(error)
+        if isinstance(error, InvalidCredentials):
+            self._auth_log.failed(error, context)
         refusal = as_harper_error(error)
         resource = found[0].resource if found else Resource
         try:
@@ -303,6 +307,11 @@ class Dispatch:
         if refusal.status == 401:
             _challenge(headers, context)
         return Reply(response.status, headers, error_body(response, headers))
+
+
+def _credential(context: Context, found: Found | None) -> str | None:
+    headers = found[0].resource.api_key_headers if found else ()
+    return credential_of(context.request, headers)
 
 
 class _Way:

@@ -4,6 +4,7 @@ HarperError                      500  any refusal; `status`, `code`, `param`, `t
 ├── ClientError                  400  the caller can mend it
 │   ├── InvalidBody              400  a body or value that does not decode; `param` is its path
 │   ├── InvalidCredentials       401  a credential was sent and is wrong, expired or malformed
+│   │   └── TooManyAttempts      429  so many were wrong that the next one is not looked at yet
 │   ├── AccessViolation      401/403  nobody is logged in, or this user may not
 │   ├── NotFound                 404
 │   │   └── ModelNotFound        404  no backend answers to that model name
@@ -98,11 +99,21 @@ class InvalidBody(ClientError):
 
 
 class InvalidCredentials(ClientError):
-    """A credential was sent and is wrong, expired or malformed."""
+    """A credential was sent and is wrong, expired or malformed; `username` is whom it names."""
+
+    username: str | None = None
 
     status = 401
     code = "invalid_api_key"
     title = "The credential is wrong or expired."
+
+
+class TooManyAttempts(InvalidCredentials):
+    """After many wrong passwords not even a right one is looked at until `Retry-After`."""
+
+    status = 429
+    code = "too_many_attempts"
+    title = "Too many wrong passwords; try again later."
 
 
 class AccessViolation(ClientError):

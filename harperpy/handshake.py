@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from .errors import ClientError
+from .errors import ClientError, InvalidCredentials
 from .request import Request
 
 SUBPROTOCOL = "harperpy"
@@ -34,18 +34,31 @@ def check_handshake(headers: Mapping[str, str]) -> None:
         raise ClientError(message)
 
 
-def credential_of(request: Request) -> str | None:
-    """The `Authorization` of a request.
+def credential_of(request: Request, headers: Collection[str] = ()) -> str | None:
+    """The `Authorization` of a request; a key in one of these headers too.
 
+    Raises `InvalidCredentials` where they do not agree: nobody guesses which one is meant.
     A page cannot set it for a WebSocket: it offers `harperpy` and `bearer.KEY` as subprotocols, of
     which the answer names the first.
     """
     header = request.headers.get("authorization")
+    keys = {f"Bearer {key}" for name in headers if (key := request.headers.get(name))}
+    if keys:
+        told = {_plain(one) for one in (*keys, *([] if header is None else [header]))}
+        if len(told) > 1:
+            message = f"Authorization, {', '.join(headers)}: expected one credential, got several."
+            raise InvalidCredentials(message)
+        header = header or keys.pop()
     if header is not None or not request.websocket:
         return header
     keys = (name for name in _offered(request.headers) if name.startswith(_BEARER))
     key = next(keys, None)
     return None if key is None else f"Bearer {key.removeprefix(_BEARER)}"
+
+
+def _plain(header: str) -> str:
+    scheme, _, value = header.strip().partition(" ")
+    return f"{scheme.lower()} {value.strip()}"
 
 
 def _offered(headers: Mapping[str, str]) -> list[str]:

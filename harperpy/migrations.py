@@ -72,6 +72,7 @@ _MIGRATIONS: tuple[tuple[Callable[[sa.Connection], None], str], ...] = (
     (_add_grants_and_families, "PRAGMA user_version = 5"),
     (_add_limits, "PRAGMA user_version = 6"),
     (partial(hdb_analytics.create, checkfirst=True), "PRAGMA user_version = 7"),
+    (partial(_add_columns, table=hdb_audit), "PRAGMA user_version = 8"),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -12,9 +12,11 @@ import msgspec
 from .backend import positional, settled
 from .content import refused
 from .context import Context
+from .doors import authorise
 from .errors import AccessViolation, ClientError, NotFound, RegistrationError
-from .permission import READ_ONLY, STANDARD_USER
-from .spelling import closest
+from .permission import READ_ONLY, STANDARD_USER, Permission, Verb
+from .request import RequestTarget
+from .spelling import closest, nearest
 
 # What the command line calls its own; a plugin's command of such a name could never be reached.
 COMMAND_LINE = frozenset(
@@ -43,6 +45,20 @@ class Operation(msgspec.Struct, frozen=True):
     parameters: int
     help: str | None = None
     reads: bool = False
+
+    @property
+    def refusal(self) -> str:
+        """What is said to who may not run it."""
+        if self.open_to == "super_user":
+            return f"Operation '{self.name}' is restricted to 'super_user' roles"
+        return f"Operation '{self.name}' is not among those of this role or key"
+
+    async def permits(self, permission: Verb, target: RequestTarget, context: Context) -> bool:
+        """Whether the context's user may run it."""
+        user = context.user
+        return self.open_to == "anyone" or (
+            user is not None and user.role.permission.runs(self.names)
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,7 +126,7 @@ class Operations:
         if operation is None:
             raise self._unknown(name)
         context.app = name
-        self._authorise(operation, context)
+        await authorise(operation, "create", RequestTarget(), context)
         parameters = _named(body, operation.request_type)
         try:
             request = msgspec.convert(parameters, operation.request_type)
@@ -119,16 +135,17 @@ class Operations:
         given = (request, context)[: operation.parameters]
         return await settled(operation.function(*given))
 
-    def _authorise(self, operation: Operation, context: Context) -> None:
-        user = context.user
-        if operation.open_to == "anyone":
-            return
-        if user is not None and user.role.permission.runs(operation.names):
-            return
-        message = f"Operation '{operation.name}' is restricted to 'super_user' roles"
-        if operation.open_to == "user":
-            message = f"Operation '{operation.name}' is not among those of this role or key"
-        raise AccessViolation(user, message)
+    def check_names(self, names: Iterable[str]) -> list[str]:
+        """What is wrong with the names of operations and groups in a permission."""
+        known = [*self._operations, STANDARD_USER, READ_ONLY]
+        wrong = [name for name in names if name not in known]
+        return [
+            f"operations: no operation '{it}'; {nearest(it, known, 'operations')}" for it in wrong
+        ]
+
+    def exceeds(self, one: Permission, other: Permission) -> bool:
+        """Whether one permission runs an operation that another does not."""
+        return any(one.runs(it.names) and not other.runs(it.names) for it in self)
 
     def _unknown(self, name: str) -> NotFound:
         near = closest(name, self._operations)

@@ -10,10 +10,11 @@ from typing import Any
 import argon2
 import sqlalchemy as sa
 
+from .attempts import Attempts
 from .audit import Deed
 from .auth import Role, User
 from .database import Database
-from .errors import ClientError, ConfigError, Conflict, NotFound
+from .errors import ClientError, ConfigError, Conflict, InvalidCredentials, NotFound
 from .permission import Permission, document_of, stored_permission
 from .system import CREATED, UPDATED, hdb_role, hdb_token, hdb_user, now_ms
 
@@ -28,9 +29,10 @@ _AT_ONCE = 2
 class People:
     """Users and roles. `changed` is called after each change that may take a right away."""
 
-    def __init__(self, database: Database, changed: Any) -> None:
+    def __init__(self, database: Database, changed: Any, attempts: Attempts) -> None:
         self._database = database
         self._changed = changed
+        self._attempts = attempts
         self._hashing = asyncio.Semaphore(_AT_ONCE)
         # Verified in place of an unknown user's, so that both take the same time.
         self._nobody: str | None = None
@@ -174,30 +176,104 @@ class People:
         deed = Deed(hdb_role)
 
         def work(connection: sa.Connection) -> None:
-            taken = (("name", hdb_role.c.role, role.role), ("id", hdb_role.c.id, role.id))
-            for what, column, value in taken:
-                if connection.scalar(sa.select(1).where(column == value)):
-                    message = f"A role with {what} '{value}' already exists"
-                    raise Conflict(message)
+            _check_free(connection, hdb_role.c.role, role.role)
+            _check_free(connection, hdb_role.c.id, role.id)
             row = _role_row(role)
             connection.execute(sa.insert(hdb_role).values(row))
             deed.note(connection, "insert", role.id, after=_told(row))
 
         await self._database.run(work)
 
-    async def verify_password(self, username: str, password: str) -> User | None:
-        """The user if the password is right; unknown users take as long as wrong passwords."""
+    async def alter_role(
+        self, role_id: str, permission: Permission, name: str | None = None
+    ) -> Role:
+        """Change a role's permission, and its name if one is given.
 
-        def work(connection: sa.Connection) -> str | None:
-            select = sa.select(hdb_user.c.password).where(hdb_user.c.username == username)
-            return connection.scalar(select)
+        Raises `ClientError` for an unknown id, and `Conflict` for a taken name or where it would
+        leave no active super user.
+        """
+        deed = Deed(hdb_role)
 
-        hashed = await self._database.read(work)
+        def work(connection: sa.Connection) -> Role:
+            before = _super_users(connection)
+            if (known := _role(connection, role_id)) is None:
+                message = "Invalid role id"
+                raise ClientError(message, param="id")
+            role = Role(role_id, name or known.role, permission)
+            _check_free(connection, hdb_role.c.role, role.role, but=role_id)
+            changed = {"role": role.role, "permission": document_of(permission), UPDATED: now_ms()}
+            connection.execute(sa.update(hdb_role).where(hdb_role.c.id == role_id).values(changed))
+            old = {"role": known.role, "permission": document_of(known.permission)}
+            deed.note(connection, "update", role_id, after=_told(changed), before=old)
+            _keep_a_super_user(connection, before)
+            return role
+
+        role = await self._database.run(work)
+        self._changed()
+        return role
+
+    async def drop_role(self, role_id: str) -> Role:
+        """Remove a role that nobody has. Raises `NotFound`, or `Conflict` where someone has it."""
+        deed = Deed(hdb_role)
+
+        def work(connection: sa.Connection) -> Role:
+            if (known := _role(connection, role_id)) is None:
+                message = "Role not found"
+                raise NotFound(message, param="id")
+            held = sa.select(hdb_user.c.active).where(hdb_user.c.role == role_id)
+            if holders := set(connection.scalars(held)):
+                state = "active" if True in holders else "inactive"
+                message = (
+                    f"Cannot drop role {known.role} as it has {state} user(s) tied to this role"
+                )
+                raise Conflict(message)
+            connection.execute(sa.delete(hdb_role).where(hdb_role.c.id == role_id))
+            old = {"id": role_id, "role": known.role, "permission": document_of(known.permission)}
+            deed.note(connection, "delete", role_id, before=old)
+            return known
+
+        role = await self._database.run(work)
+        self._changed()
+        return role
+
+    async def role(self, *, name: str | None = None, role_id: str | None = None) -> Role | None:
+        """The role of that name, or of that id."""
+        return await self._database.read(lambda one: _role(one, role_id, name))
+
+    async def active_user(self, username: str) -> User:
+        """The user of that name. Raises `InvalidCredentials` if there is none, or not any more."""
+        user = await self.user(username)
+        if user is None or not user.active:
+            message = "This user does not exist any more or is inactive."
+            raise InvalidCredentials(message)
+        return user
+
+    def expect(self, connection: sa.Connection, username: str) -> None:
+        """Raises `NotFound` in the caller's transaction if there is no user of that name."""
+        _known(connection, username)
+
+    async def verify_password(self, username: str, password: str, address: str = "") -> User | None:
+        """The user, if they are active and this is their password.
+
+        Whoever is unknown or inactive takes as long as a wrong password. `address` is where it came
+        from, empty for the local socket. Raises `TooManyAttempts` after too many wrong ones.
+        """
+        columns = (*_JOINED, hdb_user.c.password)
+        joined = sa.select(*columns).join_from(hdb_user, hdb_role)
+        asked = joined.where(hdb_user.c.username == username)
         if self._nobody is None:
             self._nobody = await self._hash(secrets.token_urlsafe(15))
         async with self._hashing:
-            right = await asyncio.to_thread(_matches, hashed or self._nobody, password)
-        return await self.user(username) if right and hashed else None
+            # Asked when its turn has come: whoever sends many at once gains nothing.
+            self._attempts.check(username, address)
+            row = await self._database.read(lambda connection: connection.execute(asked).first())
+            hashed = self._nobody if row is None else row.password
+            right = await asyncio.to_thread(_matches, hashed, password)
+            if right and row is not None and row.active:
+                self._attempts.succeeded(username, address)
+                return _user(row)
+            self._attempts.failed(username, address)
+            return None
 
     async def _hash(self, password: str) -> str:
         async with self._hashing:
@@ -232,6 +308,22 @@ def _role_row(role: Role) -> dict[str, Any]:
     now = now_ms()
     row = {"id": role.id, "role": role.role, "permission": permission}
     return {**row, CREATED: now, UPDATED: now}
+
+
+def _role(connection: sa.Connection, role_id: str | None, name: str | None = None) -> Role | None:
+    of_it = hdb_role.c.role == name if role_id is None else hdb_role.c.id == role_id
+    row = connection.execute(sa.select(hdb_role).where(of_it)).first()
+    return None if row is None else Role(row.id, row.role, stored_permission(row.permission))
+
+
+def _check_free(
+    connection: sa.Connection, column: sa.Column[Any], value: str, but: str | None = None
+) -> None:
+    """Raises `Conflict` where another role has this name or id."""
+    if connection.scalar(sa.select(1).where(column == value, hdb_role.c.id != (but or ""))):
+        what = "name" if column.name == "role" else "id"
+        message = f"A role with {what} '{value}' already exists"
+        raise Conflict(message)
 
 
 def _role_id(connection: sa.Connection, role: str) -> str:

@@ -136,6 +136,16 @@ class Permission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             limited_to=grants.operations,
         )
 
+    def asked(self, grants: Grants) -> Permission:
+        """What a key with these grants asks for, whether there is so much or not."""
+        own = _EVERY if self.super_user else self
+        return msgspec.structs.replace(
+            own,
+            resources=own.resources if grants.resources is None else grants.resources,
+            models=own.models if grants.models is None else grants.models,
+            operations=grants.operations,
+        )
+
     def exceeds(self, other: Permission) -> str | None:
         """Which of these (`resources`, `models`, a database) another has not; operations aside."""
         if other.super_user:

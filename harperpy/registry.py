@@ -113,6 +113,11 @@ class Entry:
         """The verbs it defines."""
         return tuple(self.handlers)
 
+    @property
+    def refusal(self) -> str | None:
+        """What is said to who may not call it: what everyone is told."""
+        return None
+
     async def permits(self, permission: Verb, target: RequestTarget, context: Context) -> bool:
         """Whether it is open to the context's user; a hook that fails denies."""
         if permission in self.public:

@@ -74,6 +74,8 @@ class Resource:
     client is asked whether it is there, and whether its user may go on."""
     settles_credentials: ClassVar[bool] = False
     """Whether a refused credential reaches the verb, as `context.rejection`."""
+    api_key_headers: ClassVar[Collection[str]] = ()
+    """Headers that may hold an API key too, as other clients than OpenAI's send it."""
     schemas: ClassVar[Mapping[str, Contract]] = {}
     """By verb, what it takes and answers, where its annotations do not say it."""
     error_type: ClassVar[Any] = Problem

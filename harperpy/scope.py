@@ -20,6 +20,7 @@ from .database import Database
 from .entries import EVENTS, EntryHandler, FileEntry, Wanted, wanted
 from .errors import ConfigError, RegistrationError
 from .health import Health
+from .keys import Keys
 from .middleware import Middlewares, PluginServer
 from .models import Models
 from .negotiation import ContentTypes
@@ -96,6 +97,7 @@ class Core(msgspec.Struct):
     ledger: Ledger
     database: Database
     people: People
+    keys: Keys
     tokens: Tokens
     billing: Billing
     health: Health
@@ -140,8 +142,10 @@ class Scope:
     """To make one's tables: `await database.run(metadata.create_all)`."""
     people: People
     """Users and roles."""
+    keys: Keys
+    """API keys."""
     tokens: Tokens
-    """API keys and tokens."""
+    """Operation tokens and refresh tokens."""
     billing: Billing
     """What calls cost, and what callers may take."""
     logger: logging.Logger
@@ -164,6 +168,7 @@ class Scope:
         self.analytics = core.analytics
         self.database = core.database
         self.people = core.people
+        self.keys = core.keys
         self.tokens = core.tokens
         self.billing = core.billing
         self.logger = logging.getLogger(f"harperpy.plugins.{name}")

@@ -132,11 +132,19 @@ class AuthenticationConfig(Section, frozen=True, kw_only=True):
         return self.refresh_token_timeout / 1000
 
 
+class AuthEventsConfig(Section, frozen=True, kw_only=True):
+    """Which logins leave a line in the log: who, from where, at what; never the secret."""
+
+    log_failed: Flag = True
+    log_successful: Flag = False
+
+
 class LoggingConfig(Section, frozen=True, kw_only=True):
     """What is logged (by default `dev` from info on, `run` from warn), and which writes audited."""
 
     level: Level | None = None
     std_streams: Flag = True
+    audit_auth_events: AuthEventsConfig = AuthEventsConfig()
     audit_log: Flag = True
     audit_retention: Duration = 3 * 86_400_000
 

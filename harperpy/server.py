@@ -14,15 +14,15 @@ from typing import Any, TextIO
 import msgspec
 from aiohttp import web
 
-from .accounting import Ledger, current_caller
-from .analytics import Analytics
-from .auth import Authenticators, User
+from .accounting import current_caller
+from .auth import User
 from .background import Background
-from .billing import Billing
 from .context import Context
 from .cors import Cors
-from .database import Database, read_secret
+from .database import read_secret
 from .dispatch import Dispatch
+from .doors import AuthLog
+from .founding import put_together
 from .health import Health
 from .held import (
     BACKLOG,
@@ -40,18 +40,12 @@ from .held import (
 )
 from .loader import Loader
 from .meter import Meter
-from .middleware import Middlewares
-from .models import Models
-from .negotiation import ContentTypes
-from .operations import Operations
-from .people import SUPER_USER, People
-from .registry import Resources
+from .people import SUPER_USER
 from .request import Request
 from .routing import Routes
-from .scope import Core, Scope
+from .scope import Scope
 from .sections import Config
 from .throttle import Throttle
-from .tokens import Tokens
 from .transactions import Transaction
 from .wire import Wire
 
@@ -206,7 +200,18 @@ class Server:
     async def _open(self) -> None:
         self._lock = self._held.lock if self._held else lock_root(self.root)
         secret = read_secret(self.root)
-        core = self._put_together(secret, int((self.root / "secret.key").stat().st_mtime))
+        self.routes = Routes(int((self.root / "secret.key").stat().st_mtime))
+        core = put_together(
+            self.config,
+            self.routes,
+            secret,
+            directory=self.directory,
+            root=self.root,
+            dev=self.dev,
+            health=self.health,
+            environ=self._environ,
+            worker=self._worker,
+        )
         await core.database.open()
         await core.people.open()
         self.core = core
@@ -224,62 +229,8 @@ class Server:
         core = self.core
         password = await core.people.first_start(self._environ, dev=self.dev)
         if password is not None:
-            _, key = await core.tokens.add_key("HDB_ADMIN", "first")
+            _, key = await core.keys.add("HDB_ADMIN", "first")
             self.first_start = FirstStart("HDB_ADMIN", password, key)
-
-    def _put_together(self, secret: bytes, created: int) -> Core:
-        authentication = self.config.authentication
-        epoch = self._worker.epoch()
-        authenticators = Authenticators(authentication.cache_seconds, epoch)
-        url = self.config.database.url
-        path = Path(url.removeprefix("sqlite:///")) if url else self.root / "system.db"
-        fsync = self.config.accounting.durability == "fsync"
-        database = Database(
-            path,
-            fsync=fsync,
-            busy_seconds=self.config.database.busy_timeout / 1000,
-            transaction_seconds=self.config.database.transaction_timeout / 1000,
-            audited=self.config.logging.audit_log,
-        )
-        people = People(database, authenticators.revoke)
-        ledger = Ledger(self._worker.index, self._worker.of)
-        self.routes = Routes(created)
-        return Core(
-            config=self.config,
-            directory=self.directory,
-            root=self.root,
-            dev=self.dev,
-            resources=Resources(),
-            operations_resources=Resources(),
-            content_types=ContentTypes(),
-            middlewares={"rest": Middlewares(), "operations": Middlewares()},
-            models=Models(self.routes, ledger),
-            operations=Operations(),
-            authenticators=authenticators,
-            ledger=ledger,
-            health=self.health,
-            environ=self._environ,
-            billing=Billing.of(
-                self.config, database, ledger, epoch, index=self._worker.index, of=self._worker.of
-            ),
-            analytics=self._analytics(),
-            database=database,
-            people=people,
-            tokens=Tokens(
-                database,
-                people,
-                secret,
-                authenticators.revoke,
-                operation_seconds=authentication.operation_token_seconds,
-                refresh_seconds=authentication.refresh_token_seconds,
-            ),
-        )
-
-    def _analytics(self) -> Analytics | None:
-        """What is measured, where somebody reports it."""
-        period = self.config.analytics.aggregate_period
-        reported = period > 0 and self.config.plugins.get("analytics") is not False
-        return Analytics(period, self._worker.index, self._worker.of) if reported else None
 
     async def _apply(self) -> None:
         """Find and start the plugins, then freeze what they filled."""
@@ -321,7 +272,7 @@ class Server:
                     await asyncio.sleep(_TAKEN_SECONDS)
 
     def _wire(self, port: str, origins: tuple[str, ...], *, trusted: bool = False) -> Wire:
-        core = self.core
+        core, events = self.core, self.config.logging.audit_auth_events
         dispatch = Dispatch(
             core.resources if port == "rest" else core.operations_resources,
             core.authenticators,
@@ -337,6 +288,7 @@ class Server:
             source="rest" if port == "rest" else "ops",
             types=core.content_types,
             background=self._background,
+            auth_log=AuthLog(failed=events.log_failed, successful=events.log_successful),
         )
         name, kind = (port, None) if port == "rest" else ("local" if trusted else port, "operation")
         meter = None if core.analytics is None else Meter(core.analytics, name, kind)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import time
 from typing import Any
 
@@ -154,6 +156,7 @@ hdb_audit = sa.Table(
     sa.Column("database", sa.String, nullable=False),
     sa.Column("table", sa.String, nullable=False),
     sa.Column("user_name", sa.String),
+    sa.Column("key_id", sa.String),
     sa.Column("source", sa.String, nullable=False),
     sa.Column("request_id", sa.String),
     sa.Column("hash_values", sa.JSON(none_as_null=True)),
@@ -188,6 +191,16 @@ hdb_analytics = sa.Table(
     sa.Index("hdb_analytics_metric", "metric", "time"),
     sa.Index("hdb_analytics_time", "time"),
 )
+
+
+def purpose_key(secret: bytes, purpose: str) -> bytes:
+    """A key for one purpose alone (HKDF-Expand of RFC 5869 for one block)."""
+    return hmac.new(secret, purpose.encode() + b"\x01", hashlib.sha256).digest()
+
+
+def iso(ms: float | None) -> str | None:
+    """A time in ms since 1970 as it is shown: ISO 8601 in UTC, to the second."""
+    return None if ms is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ms / 1000))
 
 
 def now_ms() -> float:

@@ -1,4 +1,4 @@
-"""Tokens: API keys, operation tokens and refresh tokens, and the authenticators for them."""
+"""Tokens: operation tokens, and the refresh tokens that follow each other in a family."""
 
 from __future__ import annotations
 
@@ -6,46 +6,38 @@ import hashlib
 import hmac
 import secrets
 import time
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import jwt
-import msgspec
 import sqlalchemy as sa
 
 from .audit import Deed
-from .auth import Basic, Bearer, Credential, Role, User, Verified
+from .auth import Basic, Bearer, Credential, User, Verified
 from .database import Database
-from .errors import InvalidCredentials, NotFound
+from .errors import InvalidBody, InvalidCredentials
 from .people import People
-from .permission import Grants
-from .system import CREATED, hdb_token, now_ms
+from .system import CREATED, hdb_token, now_ms, purpose_key
 
-KEY_PREFIX = "hk_"
-# What the audit may show of a new one.
-_TOLD = ("user", "kind", "name", "expires")
 Subject: TypeAlias = Literal["operation", "refresh"]
 
-
-class APIKey(msgspec.Struct, frozen=True):
-    """An API key as it may be shown: its first letters. Times are ISO 8601 in UTC."""
-
-    id: str
-    name: str | None
-    user: str
-    prefix: str
-    created: str
-    last_used: str | None
+_REFRESH = hdb_token.c.kind == "refresh"
 
 
 class Tokens:
-    """Makes, checks and ends credentials; only keyed hashes of them are stored."""
+    """Makes, checks and ends tokens; only keyed hashes of refresh tokens are stored.
+
+    All that came from one login are a family: an operation token is good while the family is there.
+    A refresh token is good once; the second time it is shown, someone has a copy, and the family
+    ends. `changed` is called when one does.
+    """
 
     def __init__(
         self,
         database: Database,
         people: People,
         secret: bytes,
-        changed: Any,
+        changed: Callable[[], None],
         *,
         operation_seconds: float,
         refresh_seconds: float,
@@ -55,165 +47,137 @@ class Tokens:
         self._changed = changed
         self._hash_key = purpose_key(secret, "token hashes")
         self._sign_key = purpose_key(secret, "token signatures")
-        self._seconds: dict[Subject, float] = {
-            "operation": operation_seconds,
-            "refresh": refresh_seconds,
-        }
+        self._operation_seconds = operation_seconds
+        self._refresh_seconds = refresh_seconds
 
-    async def add_key(self, username: str, name: str) -> tuple[str, str]:
-        """A new API key: its id and the key itself, which nobody can read again."""
-        key = KEY_PREFIX + secrets.token_urlsafe(32)
-        key_id = secrets.token_hex(8)
-        await self._store(key_id, username, "api_key", key, name=name, prefix=key[:8])
-        return key_id, key
+    async def create(self, user: User, seconds: float | None = None) -> tuple[str, str]:
+        """An operation token and a refresh token for a user; the first lives so many seconds.
 
-    async def list_keys(self, username: str | None = None) -> list[APIKey]:
-        """The API keys, of one user or of all."""
-        select = sa.select(hdb_token).where(hdb_token.c.kind == "api_key")
-        if username is not None:
-            select = select.where(hdb_token.c.user == username)
-
-        def work(connection: sa.Connection) -> list[APIKey]:
-            rows = connection.execute(select.order_by(hdb_token.c[CREATED])).mappings()
-            return [_shown(row) for row in rows]
-
-        return await self._database.run(work)
-
-    async def drop_key(self, key_id: str, username: str | None = None) -> None:
-        """End a key at once; of one user only if named. Raises `NotFound`."""
-        delete = sa.delete(hdb_token).where(hdb_token.c.id == key_id, hdb_token.c.kind == "api_key")
-        if username is not None:
-            delete = delete.where(hdb_token.c.user == username)
-        deed = Deed(hdb_token)
+        Raises `InvalidBody` where that is longer than a refresh token lives, and `NotFound` where
+        the user has been dropped.
+        """
+        if seconds is not None and seconds > self._refresh_seconds:
+            message = f"expires_in: expected at most {self._refresh_seconds:g} seconds"
+            raise InvalidBody(message, param="expires_in")
+        family = secrets.token_hex(8)
+        refresh, row = self._refresh_token(user, family)
+        deed = Deed(hdb_token, subject=user.username)
 
         def work(connection: sa.Connection) -> None:
-            told = delete.returning(hdb_token.c.user, hdb_token.c.kind, hdb_token.c.name)
-            if (row := connection.execute(told).mappings().first()) is None:
-                message = f"API key {key_id} does not exist"
-                raise NotFound(message)
-            deed.note(connection, "delete", key_id, before=_of_text(row))
+            self._people.expect(connection, user.username)
+            connection.execute(sa.insert(hdb_token).values(row))
+            told = {name: row[name] for name in ("user", "kind", "expires")}
+            deed.note(connection, "insert", row["id"], after=told)
 
         await self._database.run(work)
-        self._changed()
+        lives = self._operation_seconds if seconds is None else seconds
+        return self._sign(user, "operation", family, lives), refresh
 
-    async def create_tokens(self, user: User) -> tuple[str, str]:
-        """An operation token and a refresh token for a user."""
-        refresh_id = secrets.token_hex(8)
-        refresh = self._sign(user, "refresh", refresh_id)
-        expires = now_ms() + self._seconds["refresh"] * 1000
-        await self._store(refresh_id, user.username, "refresh", refresh, expires=expires)
-        return self._sign(user, "operation", refresh_id), refresh
+    async def refresh(self, refresh_token: str) -> tuple[str, str]:
+        """A new operation token and a new refresh token; the old one is good no more.
 
-    async def refresh(self, refresh_token: str) -> str:
-        """A new operation token. Raises `InvalidCredentials` for a token that is not current."""
+        Raises `InvalidCredentials` for a token that is not current.
+        """
         claims = self._read(refresh_token, "refresh")
-        deed = Deed(hdb_token, subject=claims["username"])
-        if not await self._touch(refresh_token, deed):
+        family = claims["sid"]
+        user = await self._people.active_user(claims["username"])
+        following, row = self._refresh_token(user, family)
+        shown = hdb_token.c.hash == self._hash(refresh_token)
+        deed = Deed(hdb_token, subject=user.username)
+
+        def work(connection: sa.Connection) -> Literal["unknown", "spent", "good"]:
+            select = sa.select(hdb_token.c.id, hdb_token.c.spent).where(
+                shown, _REFRESH, hdb_token.c.user == user.username
+            )
+            if (known := connection.execute(select).first()) is None:
+                return "unknown"
+            if known.spent is not None:
+                self._end_family(connection, deed, family, user.username)
+                return "spent"
+            now = now_ms()
+            spend = sa.update(hdb_token).where(shown).values(spent=now, last_used=now)
+            connection.execute(spend)
+            connection.execute(sa.insert(hdb_token).values(row))
+            told = {"user": user.username, "kind": "refresh"}
+            deed.note(connection, "refresh", known.id, row["id"], after=told)
+            return "good"
+
+        found = await self._database.run(work)
+        if found != "good":
+            if found == "spent":
+                self._changed()
             message = "invalid token"
             raise InvalidCredentials(message)
-        user = await self._active_user(claims["username"])
-        return self._sign(user, "operation", claims["sid"])
+        return self._sign(user, "operation", family, self._operation_seconds), following
 
-    async def authenticate_key(self, credential: Credential) -> Verified | None:
-        """Vouches for `Bearer hk_…`."""
-        if not isinstance(credential, Bearer) or not credential.token.startswith(KEY_PREFIX):
-            return None
-        key = await self._key(credential.token)
-        if key is None or (key.expires is not None and key.expires <= now_ms()):
-            message = "Incorrect API key provided."
-            raise InvalidCredentials(message)
-        user = _with_key(await self._active_user(key.user), key)
-        return Verified(user, None if key.expires is None else key.expires / 1000)
+    async def forget_expired(self) -> None:
+        """Remove the refresh tokens whose time is over."""
+        old = sa.delete(hdb_token).where(_REFRESH, hdb_token.c.expires <= now_ms())
+        await self._database.run(lambda connection: connection.execute(old))
 
-    async def authenticate_token(self, credential: Credential) -> Verified | None:
+    async def authenticate(self, credential: Credential) -> Verified | None:
         """Vouches for `Bearer` operation tokens."""
         if not isinstance(credential, Bearer):
             return None
         claims = self._read(credential.token, "operation")
-        user = await self._active_user(claims["username"])
-        await self._check_session(claims["sid"], user)
+        user = await self._people.active_user(claims["username"])
+        await self._check_family(claims["sid"], user)
         return Verified(user, claims["exp"])
 
     async def authenticate_password(self, credential: Credential) -> Verified | None:
         """Vouches for `Basic` usernames and passwords."""
         if not isinstance(credential, Basic):
             return None
-        user = await self._people.verify_password(credential.username, credential.password)
+        user = await self._people.verify_password(
+            credential.username, credential.password, credential.address
+        )
         if user is None:
             message = "Login failed"
             raise InvalidCredentials(message)
         return Verified(user)
 
-    async def _active_user(self, username: str) -> User:
-        user = await self._people.user(username)
-        if user is None or not user.active:
-            message = "This user does not exist any more or is inactive."
-            raise InvalidCredentials(message)
-        return user
-
-    async def _check_session(self, session: str, user: User) -> None:
-        """An operation token ends with the refresh token that it came with."""
-        of_user = (hdb_token.c.id == session) & (hdb_token.c.user == user.username)
-        select = sa.select(1).where(of_user, hdb_token.c.kind == "refresh")
+    async def _check_family(self, family: str, user: User) -> None:
+        of_user = (hdb_token.c.family == family) & (hdb_token.c.user == user.username)
+        select = sa.select(1).where(of_user, _REFRESH).limit(1)
         if not await self._database.read(lambda connection: connection.scalar(select)):
             message = "token revoked"
             raise InvalidCredentials(message)
 
-    async def _store(self, key_id: str, user: str, kind: str, token: str, **more: Any) -> None:
-        row = {"id": key_id, "user": user, "kind": kind, "hash": self._hash(token), **more}
-        row[CREATED] = now_ms()
-        told = {name: value for name, value in row.items() if name in _TOLD}
-        deed = Deed(hdb_token, subject=user)
+    def _end_family(
+        self, connection: sa.Connection, deed: Deed, family: str, username: str
+    ) -> None:
+        of_user = (hdb_token.c.family == family) & (hdb_token.c.user == username)
+        ended = sa.delete(hdb_token).where(of_user, _REFRESH).returning(hdb_token.c.id)
+        ids = list(connection.scalars(ended))
+        deed.note(connection, "delete", *ids, before={"user": username, "kind": "refresh"})
 
-        def work(connection: sa.Connection) -> None:
-            connection.execute(sa.insert(hdb_token).values(row))
-            deed.note(connection, "insert", key_id, after=told)
-
-        await self._database.run(work)
-
-    async def _key(self, key: str) -> sa.Row[*tuple[Any, ...]] | None:
-        """A stored key; its use is noted when a writer's turn comes."""
-        stored = hdb_token.c.hash == self._hash(key)
-        select = sa.select(hdb_token).where(stored, hdb_token.c.kind == "api_key")
-        row = await self._database.read(lambda connection: connection.execute(select).first())
-        if row is not None:
-            used = sa.update(hdb_token).where(stored).values(last_used=now_ms())
-            self._database.submit(lambda connection: connection.execute(used))
-        return row
-
-    async def _touch(self, token: str, deed: Deed) -> str | None:
-        """The id of a stored, current token, noting its use."""
+    def _refresh_token(self, user: User, family: str) -> tuple[str, dict[str, Any]]:
+        """A refresh token of a family, and the row that stands for it."""
+        token = self._sign(user, "refresh", family, self._refresh_seconds)
         now = now_ms()
-        current = (hdb_token.c.expires.is_(None)) | (hdb_token.c.expires > now)
-        update = (
-            sa.update(hdb_token)
-            .where(hdb_token.c.hash == self._hash(token), current)
-            .values(last_used=now)
-            .returning(hdb_token.c.id, hdb_token.c.user)
-        )
-
-        def work(connection: sa.Connection) -> str | None:
-            if (row := connection.execute(update).first()) is None:
-                return None
-            found: str = row.id
-            deed.note(connection, "refresh", found, after={"user": row.user, "kind": "refresh"})
-            return found
-
-        return await self._database.run(work)
+        return token, {
+            "id": secrets.token_hex(8),
+            "user": user.username,
+            "kind": "refresh",
+            "hash": self._hash(token),
+            "family": family,
+            "expires": now + self._refresh_seconds * 1000,
+            CREATED: now,
+        }
 
     def _hash(self, token: str) -> str:
         return hmac.new(self._hash_key, token.encode(), hashlib.sha256).hexdigest()
 
-    def _sign(self, user: User, subject: Subject, session: str) -> str:
+    def _sign(self, user: User, subject: Subject, family: str, seconds: float) -> str:
         now = time.time()
         claims = {
             "sub": subject,
             "username": user.username,
             "super_user": user.is_super_user,
-            "sid": session,
+            "sid": family,
             "jti": secrets.token_hex(8),
             "iat": int(now),
-            "exp": now + self._seconds[subject],
+            "exp": now + seconds,
         }
         return jwt.encode(  # pyright: ignore[reportUnknownMemberType]  # names cryptography's keys
             claims, self._sign_key, algorithm="HS256"
@@ -234,40 +198,8 @@ class Tokens:
         except jwt.InvalidTokenError as error:
             message = "invalid token"
             raise InvalidCredentials(message) from error
+        # A role is the user's: a token that names another is none of ours.
+        if "role" in claims or not all(isinstance(claims[it], str) for it in ("username", "sid")):
+            message = "invalid token"
+            raise InvalidCredentials(message)
         return claims
-
-
-def purpose_key(secret: bytes, purpose: str) -> bytes:
-    """A key for one purpose alone (HKDF-Expand of RFC 5869 for one block)."""
-    return hmac.new(secret, purpose.encode() + b"\x01", hashlib.sha256).digest()
-
-
-def _with_key(user: User, key: sa.Row[*tuple[Any, ...]]) -> User:
-    """The owner of a key as whoever holds the key: with its tenant, and what its grants leave."""
-    role, grants = user.role, key.grants
-    if grants is not None:
-        permission = role.permission.narrowed(msgspec.convert(grants, Grants))
-        role = Role(role.id, role.role, permission)
-    tenant = key.tenant or user.tenant
-    return msgspec.structs.replace(user, role=role, tenant=tenant, key_id=key.id)
-
-
-def _of_text(row: sa.RowMapping) -> dict[str, Any]:
-    return {str(name): value for name, value in row.items()}
-
-
-def _shown(row: sa.RowMapping) -> APIKey:
-    return APIKey(
-        id=row["id"],
-        name=row["name"],
-        user=row["user"],
-        prefix=row["prefix"],
-        created=_iso(row[CREATED]) or "",
-        last_used=_iso(row["last_used"]),
-    )
-
-
-def _iso(ms: float | None) -> str | None:
-    if ms is None:
-        return None
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ms / 1000))

@@ -22,6 +22,7 @@ _SHOWN = (
     "database",
     "table",
     "user_name",
+    "key_id",
     "source",
     "request_id",
     "timestamp",

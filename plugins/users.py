@@ -1,4 +1,4 @@
-"""People: the authenticators, and the operations on users, roles, keys and tokens."""
+"""People: the authenticators, and the operations on users and roles."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from harperpy import (
     AccessViolation,
     ClientError,
     Context,
-    InvalidCredentials,
     NoParameters,
-    NotFound,
+    Permission,
+    PermissionErrors,
     Role,
     Scope,
     User,
     document_of,
     read_permission,
 )
+
+from .api_keys import add_key_operations, calling
 
 Text = Annotated[str, Meta(min_length=1)]
 
@@ -31,7 +33,7 @@ class AddUser(msgspec.Struct, forbid_unknown_fields=True):
     password: Text
     role: Text
     active: bool = True
-    tenant: Text = "default"
+    tenant: Text | None = None
 
 
 class AlterUser(msgspec.Struct, forbid_unknown_fields=True):
@@ -58,78 +60,72 @@ class AddRole(msgspec.Struct, forbid_unknown_fields=True):
     id: Text | None = None
 
 
-class AddApiKey(msgspec.Struct, forbid_unknown_fields=True):
-    """A key for the caller, or for `username` where a super user asks."""
-
-    name: Text
-    username: Text | None = None
-
-
-class DropApiKey(msgspec.Struct, forbid_unknown_fields=True):
-    """The key to end, by its id."""
+class AlterRole(msgspec.Struct, forbid_unknown_fields=True):
+    """The role to change, by its id; `role` is a new name."""
 
     id: Text
+    permission: dict[str, Any]
+    role: Text | None = None
 
 
-class CreateTokens(msgspec.Struct, forbid_unknown_fields=True):
-    """Username and password; neither for the caller's own tokens."""
+class DropRole(msgspec.Struct, forbid_unknown_fields=True):
+    """The role to remove, by its id."""
 
-    username: Text | None = None
-    password: Text | None = None
-
-
-class RefreshToken(msgspec.Struct, forbid_unknown_fields=True):
-    """The refresh token, unless it comes as the request's Bearer."""
-
-    refresh_token: Text | None = None
+    id: Text
 
 
 def handle_application(scope: Scope) -> None:
     """Register the authenticators and the operations."""
     for authenticator in (
-        scope.tokens.authenticate_key,
-        scope.tokens.authenticate_token,
+        scope.keys.authenticate,
+        scope.tokens.authenticate,
         scope.tokens.authenticate_password,
     ):
         scope.authenticators.append(authenticator)
-    people, keys = PeopleOperations(scope), KeyOperations(scope)
-    add = scope.operations.add
+    people, add = PeopleOperations(scope), scope.operations.add
     add("user_info", people.user_info, NoParameters, open_to="user", reads=True)
     add("add_user", people.add_user, AddUser)
     add("alter_user", people.alter_user, AlterUser)
     add("drop_user", people.drop_user, DropUser)
     add("list_users", people.list_users, NoParameters)
     add("add_role", people.add_role, AddRole)
+    add("alter_role", people.alter_role, AlterRole)
+    add("drop_role", people.drop_role, DropRole)
     add("list_roles", people.list_roles, NoParameters)
-    add("add_api_key", keys.add_api_key, AddApiKey, open_to="user")
-    add("list_api_keys", keys.list_api_keys, NoParameters, open_to="user", reads=True)
-    add("drop_api_key", keys.drop_api_key, DropApiKey, open_to="user")
-    add("create_authentication_tokens", keys.create_tokens, CreateTokens, open_to="anyone")
-    add("refresh_operation_token", keys.refresh_token, RefreshToken, open_to="anyone")
+    add_key_operations(scope)
 
 
 class PeopleOperations:
-    """Operations on users and roles."""
+    """Operations on users and roles.
+
+    A role may lend them to others than super users, who then give and change no more than they have
+    themselves, and nothing of another tenant.
+    """
 
     def __init__(self, scope: Scope) -> None:
         self._people = scope.people
+        self._operations = scope.operations
 
     async def user_info(self, _: NoParameters, context: Context) -> dict[str, Any]:
         """The calling user."""
-        return _shown(_caller(context))
+        return _shown(calling(context))
 
-    async def add_user(self, request: AddUser) -> str:
+    async def add_user(self, request: AddUser, context: Context) -> str:
         """Add a user."""
+        caller = calling(context)
+        tenant = request.tenant or ("default" if caller.is_super_user else caller.tenant)
+        self._check_tenant(tenant, caller)
+        self._check_role(await self._people.role(name=request.role), caller)
         await self._people.add_user(
             request.username,
             request.password,
             request.role,
             active=request.active,
-            tenant=request.tenant,
+            tenant=tenant,
         )
         return f"{request.username} successfully added"
 
-    async def alter_user(self, request: AlterUser) -> dict[str, Any]:
+    async def alter_user(self, request: AlterUser, context: Context) -> dict[str, Any]:
         """Change a user's password, role, active or tenant."""
         changes = {
             field: value
@@ -139,11 +135,17 @@ class PeopleOperations:
         if not changes:
             message = "nothing to update: give one of password, role, active, tenant"
             raise ClientError(message)
+        caller = calling(context)
+        await self._check_user(request.username, caller)
+        self._check_tenant(changes.get("tenant", caller.tenant), caller)
+        if "role" in changes:
+            self._check_role(await self._people.role(name=changes["role"]), caller)
         await self._people.alter_user(request.username, changes)
         return {"message": "updated 1 of 1 records", "update_hashes": [request.username]}
 
-    async def drop_user(self, request: DropUser) -> str:
+    async def drop_user(self, request: DropUser, context: Context) -> str:
         """Remove a user with its keys and tokens."""
+        await self._check_user(request.username, calling(context))
         await self._people.drop_user(request.username)
         return f"{request.username} successfully deleted"
 
@@ -151,81 +153,56 @@ class PeopleOperations:
         """All users."""
         return [_shown(user) for user in await self._people.list_users()]
 
-    async def add_role(self, request: AddRole) -> dict[str, Any]:
+    async def add_role(self, request: AddRole, context: Context) -> dict[str, Any]:
         """Add a role."""
-        permission = read_permission(request.permission)
+        permission = self._read(request.permission)
         role = Role(request.id or request.role, request.role, permission)
+        self._check_role(role, calling(context))
         await self._people.add_role(role)
         return _role(role)
+
+    async def alter_role(self, request: AlterRole, context: Context) -> dict[str, Any]:
+        """Change a role's permission, or its name too; it counts at once."""
+        caller, permission = calling(context), self._read(request.permission)
+        self._check_role(await self._people.role(role_id=request.id), caller)
+        self._check_role(Role(request.id, request.id, permission), caller)
+        return _role(await self._people.alter_role(request.id, permission, request.role))
+
+    async def drop_role(self, request: DropRole, context: Context) -> str:
+        """Remove a role that nobody has."""
+        self._check_role(await self._people.role(role_id=request.id), calling(context))
+        role = await self._people.drop_role(request.id)
+        return f"{role.role} successfully deleted"
 
     async def list_roles(self) -> list[dict[str, Any]]:
         """All roles."""
         return [_role(role) for role in await self._people.list_roles()]
 
+    def _read(self, document: dict[str, Any]) -> Permission:
+        permission = read_permission(document)
+        if wrong := self._operations.check_names(permission.operations or ()):
+            raise PermissionErrors(wrong, {})
+        return permission
 
-class KeyOperations:
-    """Operations on API keys and tokens."""
-
-    def __init__(self, scope: Scope) -> None:
-        self._people = scope.people
-        self._tokens = scope.tokens
-
-    async def add_api_key(self, request: AddApiKey, context: Context) -> dict[str, Any]:
-        """Make an API key; it is shown this once."""
-        caller = _caller(context)
-        username = request.username or caller.username
-        if username != caller.username and not caller.is_super_user:
-            message = "username: only super users make keys for others"
+    def _check_role(self, role: Role | None, caller: User) -> None:
+        """Raises `AccessViolation` for a role that has more than the caller."""
+        own = caller.role.permission
+        if role is None or own.super_user:
+            return
+        if role.permission.exceeds(own) or self._operations.exceeds(role.permission, own):
+            message = "role: it has more than the role or the key of whoever asks"
             raise AccessViolation(caller, message)
-        if await self._people.user(username) is None:
-            message = f"User {username} does not exist"
-            raise NotFound(message, param="username")
-        key_id, key = await self._tokens.add_key(username, request.name)
-        return {"id": key_id, "name": request.name, "api_key": key}
 
-    async def list_api_keys(self, _: NoParameters, context: Context) -> list[Any]:
-        """API keys by their first letters: all for super users, else the caller's own."""
-        return [*await self._tokens.list_keys(_own(context))]
+    def _check_tenant(self, tenant: str, caller: User) -> None:
+        if tenant != caller.tenant and not caller.is_super_user:
+            message = "tenant: only super users have to do with another tenant"
+            raise AccessViolation(caller, message)
 
-    async def drop_api_key(self, request: DropApiKey, context: Context) -> str:
-        """End an API key at once."""
-        await self._tokens.drop_key(request.id, _own(context))
-        return f"API key {request.id} successfully deleted"
-
-    async def create_tokens(self, request: CreateTokens, context: Context) -> dict[str, Any]:
-        """An operation token and a refresh token, for username and password or the caller."""
-        user = context.user
-        if request.username is not None or request.password is not None:
-            user = await self._people.verify_password(
-                request.username or "", request.password or ""
-            )
-            if user is None or not user.active:
-                message = "Login failed"
-                raise InvalidCredentials(message)
-        elif user is None:
-            raise context.rejection or AccessViolation(None)
-        operation, refresh = await self._tokens.create_tokens(user)
-        return {"operation_token": operation, "refresh_token": refresh}
-
-    async def refresh_token(self, request: RefreshToken, context: Context) -> dict[str, Any]:
-        """A new operation token for a refresh token."""
-        bearer = context.headers.get("authorization", "").partition(" ")[2].strip()
-        if not (token := request.refresh_token or bearer):
-            message = "refresh_token: expected in the body or as the request's Bearer"
-            raise ClientError(message, param="refresh_token")
-        return {"operation_token": await self._tokens.refresh(token)}
-
-
-def _caller(context: Context) -> User:
-    if context.user is None:
-        raise AccessViolation(None)
-    return context.user
-
-
-def _own(context: Context) -> str | None:
-    """Whose keys a caller may see and end: its own; everyone's for super users."""
-    caller = _caller(context)
-    return None if caller.is_super_user else caller.username
+    async def _check_user(self, username: str, caller: User) -> None:
+        """Raises `AccessViolation` for a user who has more than the caller, or another tenant."""
+        if (user := await self._people.user(username)) is not None:
+            self._check_tenant(user.tenant, caller)
+            self._check_role(user.role, caller)
 
 
 def _shown(user: User) -> dict[str, Any]:

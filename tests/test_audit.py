@@ -16,7 +16,7 @@ from harperpy.testing import ECHO, RunningServer, on_free_ports, running
 from helpers import ask, operation
 
 FIELDS = {
-    "operation", "database", "table", "user_name", "source", "request_id", "timestamp",
+    "operation", "database", "table", "user_name", "key_id", "source", "request_id", "timestamp",
     "hash_values", "records", "original_records",
 }  # fmt: skip
 
@@ -82,15 +82,17 @@ async def test_each_change_leaves_a_row_that_says_who_and_what(server: RunningSe
     api_key = {"user": ada, "kind": "api_key", "name": "k"}
     left = {**ADA, "role": "r", "active": False}
     assert expires > rows[4]["timestamp"]
+    family = [*session, rows[5]["hash_values"][1]]
+    rows[7]["hash_values"].sort()
     assert [told(row) for row in rows] == [
         ("insert", "hdb_role", ["r"], [new_role], None),
         ("insert", "hdb_user", [ada], [{**ADA, "password": "changed"}], None),
         ("update", "hdb_user", [ada], [changed], [{"role": "model_user"}]),
         ("insert", "hdb_token", [key["id"]], [api_key], None),
         ("insert", "hdb_token", session, [token], None),
-        ("refresh", "hdb_token", session, [token], None),
+        ("refresh", "hdb_token", family, [token], None),
         ("update", "hdb_user", [ada], [{"active": False}], [{"active": True}]),
-        ("delete", "hdb_token", session, None, [{"user": ada}]),
+        ("delete", "hdb_token", sorted(family), None, [{"user": ada}]),
         ("delete", "hdb_token", [key["id"]], None, [api_key]),
         ("delete", "hdb_user", [ada], None, [left]),
     ]

@@ -63,6 +63,8 @@ def at(config: object, path: str) -> object:
         ("logging.level", None),
         ("logging.std_streams", True),
         ("logging.audit_log", True),
+        ("logging.audit_auth_events.log_failed", True),
+        ("logging.audit_auth_events.log_successful", False),
         ("logging.audit_retention", 3 * 86_400_000),
         ("accounting.durability", "process"),
         ("accounting.retention_seconds", 90 * 86_400.0),

@@ -173,3 +173,108 @@ async def test_operations_are_those_listed_or_those_open_to_all(
     got = [(await operation(server, body, f"Bearer {key}"))[0] for body in bodies]
 
     assert expected == got
+
+
+# How a role changes, and ends
+
+
+def admin(server: RunningServer) -> str:
+    """The first super user's header."""
+    return f"Bearer {server.api_key}"
+
+
+async def test_a_changed_role_counts_at_once(server: RunningServer) -> None:
+    """For keys that are remembered too; it may get another name, and keeps its id."""
+    await server.operate("add_role", role="clerk", permission={"operations": ["user_info"]})
+    key = f"Bearer {await server.key_for('ada', role='clerk')}"
+    body = {"operation": "list_users"}
+    assert 403 == (await operation(server, body, key))[0]
+
+    permission = {"operations": ["list_users"], "super_user": False, "resources": {}}
+    changed = {"operation": "alter_role", "id": "clerk", "permission": permission, "role": "lister"}
+    told = await operation(server, changed, admin(server))
+
+    assert (200, {"id": "clerk", "role": "lister", "permission": permission}) == told
+    assert 200 == (await operation(server, body, key))[0]
+    assert 403 == (await operation(server, {"operation": "user_info"}, key))[0]
+
+
+REFUSED: list[tuple[dict[str, Any], tuple[int, str]]] = [
+    ({"operation": "alter_role", "id": "none", "permission": {}}, (400, "Invalid role id")),
+    (
+        {"operation": "alter_role", "id": "clerk", "permission": {}, "role": "super_user"},
+        (409, "A role with name 'super_user' already exists"),
+    ),
+    (
+        {"operation": "alter_role", "id": "super_user", "permission": {}},
+        (409, "Cannot drop, demote or deactivate the last active super user"),
+    ),
+    (
+        {"operation": "alter_role", "id": "clerk", "permission": {"operations": ["sqll"]}},
+        (400, "Errors in the role permissions JSON provided"),
+    ),
+    ({"operation": "drop_role", "id": "none"}, (404, "Role not found")),
+    (
+        {"operation": "drop_role", "id": "super_user"},
+        (409, "Cannot drop role super_user as it has active user(s) tied to this role"),
+    ),
+    (
+        {"operation": "drop_role", "id": "clerk"},
+        (409, "Cannot drop role clerk as it has active user(s) tied to this role"),
+    ),
+    (
+        {"operation": "drop_role", "id": "retired"},
+        (409, "Cannot drop role retired as it has inactive user(s) tied to this role"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "expected"), REFUSED)
+async def test_what_cannot_be_done_to_a_role_is_refused(
+    server: RunningServer, body: dict[str, Any], expected: tuple[int, str]
+) -> None:
+    """A role of somebody's stays, and there is a super user at all times."""
+    for role, active in (("clerk", True), ("retired", False)):
+        await server.operate("add_role", role=role, permission={})
+        await server.operate(
+            "add_user", username=f"a {role}", password="pw", role=role, active=active
+        )
+    before = await server.operate("list_roles")
+
+    status, told = await operation(server, body, admin(server))
+
+    assert expected == (status, told["error"])
+    assert before == await server.operate("list_roles")
+
+
+async def test_a_role_that_nobody_has_is_dropped(server: RunningServer) -> None:
+    """Its id and its name are free again."""
+    await server.operate("add_role", role="clerk", permission={})
+
+    dropped = await operation(server, {"operation": "drop_role", "id": "clerk"}, admin(server))
+
+    assert (200, {"message": "clerk successfully deleted"}) == dropped
+    await server.operate("add_role", role="clerk", permission={})
+
+
+async def test_changes_of_roles_leave_rows_in_the_audit(server: RunningServer) -> None:
+    """From what to what, by whom and with which key."""
+    await server.operate("add_role", role="clerk", permission={})
+    for body in (
+        {"operation": "alter_role", "id": "clerk", "permission": {"models": ["local"]}},
+        {"operation": "drop_role", "id": "clerk"},
+    ):
+        await operation(server, body, admin(server))
+
+    rows = (await server.operate("read_audit_log", table="hdb_role"))[:2]
+
+    old = {"super_user": False, "resources": {}}
+    new = {**old, "models": ["local"]}
+    keys = {key.id for key in await server.operate("list_api_keys")}
+    assert {row["key_id"] for row in rows} == keys
+    assert [("HDB_ADMIN", "delete", ["clerk"]), ("HDB_ADMIN", "update", ["clerk"])] == [
+        (row["user_name"], row["operation"], row["hash_values"]) for row in rows
+    ]
+    assert rows[0]["original_records"] == [{"id": "clerk", "role": "clerk", "permission": new}]
+    assert rows[1]["original_records"] == [{"role": "clerk", "permission": old}]
+    assert rows[1]["records"] == [{"role": "clerk", "permission": new}]

@@ -32,6 +32,8 @@ class OpenAIError(msgspec.Struct):
 class OpenAIResource(Resource):
     """A Resource whose refusals OpenAI clients understand."""
 
+    # Anthropic's clients and Azure's.
+    api_key_headers = ("x-api-key", "api-key")
     # Longer than a provider may take for its first byte, so that its silence is still a status.
     first_item_wait = 70.0
     error_type = OpenAIError

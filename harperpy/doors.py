@@ -1,0 +1,91 @@
+"""Doors: the one place where who may is decided, and what the log says of who logs in."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+from .auth import Basic, read_credential
+from .context import Context
+from .errors import AccessViolation, InvalidCredentials
+from .handshake import credential_of
+from .permission import Verb
+from .request import RequestTarget
+
+logger = logging.getLogger("harperpy.auth")
+
+
+class Door(Protocol):
+    """What leads to a handler: a mounted resource, an operation."""
+
+    @property
+    def refusal(self) -> str | None:
+        """What is said to a user who may not pass."""
+        ...
+
+    async def permits(self, permission: Verb, target: RequestTarget, context: Context) -> bool:
+        """Whether it is open to the context's user; a door that fails is shut."""
+        ...
+
+
+async def authorise(door: Door, permission: Verb, target: RequestTarget, context: Context) -> None:
+    """Let the context's user pass. Raises `AccessViolation`, or what was wrong with a credential.
+
+    Every way to a handler leads through here: verbs, event streams, WebSockets, the operations of
+    the port, of the local socket and of the command line.
+    """
+    if await door.permits(permission, target, context) is not True:
+        raise context.rejection or AccessViolation(context.user, door.refusal)
+
+
+def caller_address(context: Context) -> str:
+    """Where a request came from; empty for the local socket, which is trusted."""
+    request = context.request
+    return "" if request.trusted else request.peer or "unknown"
+
+
+class AuthLog:
+    """A line in the log for each failed login, and for each successful one; never a secret."""
+
+    def __init__(self, *, failed: bool = True, successful: bool = False) -> None:
+        self._failed = failed
+        self._successful = successful
+
+    def failed(self, error: InvalidCredentials, context: Context) -> None:
+        """A credential was refused."""
+        if self._failed:
+            self._write(logging.WARNING, "failed", error.status, error.username, context)
+
+    def succeeded(self, context: Context) -> None:
+        """A credential was accepted."""
+        if self._successful and context.user is not None:
+            self._write(logging.INFO, "succeeded", 200, context.user.username, context)
+
+    def _write(
+        self, level: int, what: str, status: int, username: str | None, context: Context
+    ) -> None:
+        kind, named = _told(context)
+        logger.log(
+            level,
+            "login %s: username=%r status=%d type=%s address=%r method=%r path=%r request_id=%s",
+            what,
+            username or named,
+            status,
+            kind,
+            caller_address(context) or "local socket",
+            context.method,
+            context.path,
+            context.request_id,
+        )
+
+
+def _told(context: Context) -> tuple[str, str | None]:
+    """The kind of the credential that was sent, and whom it names."""
+    try:
+        header = credential_of(context.request)
+        credential = None if header is None else read_credential(header)
+    except InvalidCredentials:
+        return "malformed", None
+    if isinstance(credential, Basic):
+        return "Basic", credential.username
+    return "body" if credential is None else "Bearer", None

@@ -1,0 +1,94 @@
+"""What all parts of a server share, put together from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from .accounting import Ledger
+from .analytics import Analytics
+from .attempts import Attempts
+from .auth import Authenticators
+from .billing import Billing
+from .database import Database
+from .health import Health
+from .held import Worker
+from .keys import Keys
+from .middleware import Middlewares
+from .models import Models
+from .negotiation import ContentTypes
+from .operations import Operations
+from .people import People
+from .registry import Resources
+from .routing import Routes
+from .scope import Core
+from .sections import Config
+from .tokens import Tokens
+
+
+def put_together(
+    config: Config,
+    routes: Routes,
+    secret: bytes,
+    *,
+    directory: Path,
+    root: Path,
+    dev: bool,
+    health: Health,
+    environ: Mapping[str, str],
+    worker: Worker,
+) -> Core:
+    """A server's core, nothing of it open yet."""
+    authentication = config.authentication
+    epoch = worker.epoch()
+    authenticators = Authenticators(authentication.cache_seconds, epoch)
+    database = _database(config, root)
+    people = People(database, authenticators.revoke, Attempts(authenticators.forget))
+    ledger = Ledger(worker.index, worker.of)
+    return Core(
+        config=config,
+        directory=directory,
+        root=root,
+        dev=dev,
+        resources=Resources(),
+        operations_resources=Resources(),
+        content_types=ContentTypes(),
+        middlewares={"rest": Middlewares(), "operations": Middlewares()},
+        models=Models(routes, ledger),
+        operations=Operations(),
+        authenticators=authenticators,
+        ledger=ledger,
+        health=health,
+        environ=environ,
+        billing=Billing.of(config, database, ledger, epoch, index=worker.index, of=worker.of),
+        analytics=_analytics(config, worker),
+        database=database,
+        people=people,
+        keys=Keys(database, people, secret, authenticators.revoke),
+        tokens=Tokens(
+            database,
+            people,
+            secret,
+            authenticators.revoke,
+            operation_seconds=authentication.operation_token_seconds,
+            refresh_seconds=authentication.refresh_token_seconds,
+        ),
+    )
+
+
+def _database(config: Config, root: Path) -> Database:
+    url = config.database.url
+    return Database(
+        Path(url.removeprefix("sqlite:///")) if url else root / "system.db",
+        fsync=config.accounting.durability == "fsync",
+        busy_seconds=config.database.busy_timeout / 1000,
+        transaction_seconds=config.database.transaction_timeout / 1000,
+        audited=config.logging.audit_log,
+    )
+
+
+def _analytics(config: Config, worker: Worker) -> Analytics | None:
+    """What is measured, where somebody reports it."""
+    period = config.analytics.aggregate_period
+    reported = period > 0 and config.plugins.get("analytics") is not False
+    return Analytics(period, worker.index, worker.of) if reported else None
