@@ -632,6 +632,18 @@ async def test_too_many_rows_that_wait_are_lost(
     assert [] == left(tmp_path, "SELECT 1 FROM hdb_analytics WHERE metric = 'price'")
 
 
+async def test_rows_that_are_written_wait_no_more(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many periods end, the bound on what waits is for what is not written."""
+    monkeypatch.setattr("harperpy.plugins.analytics._MOST_WAITING", 60)
+    async with asyncio.timeout(20), running(SHORT) as server:
+        while len(await found(server, "utilization")) < 12:  # noqa: ASYNC110  # no event tells
+            await asyncio.sleep(0)
+
+    assert not any("rows of analytics" in one for one in caplog.messages)
+
+
 async def test_each_worker_writes_its_own_rows(tmp_path: Path) -> None:
     """They say whose they are, and what two workers counted adds up."""
     config = ECHO_TWICE + "analytics: {aggregatePeriod: 86400}\n"
