@@ -36,7 +36,8 @@ def _copy(source: Traversable, folder: Path) -> None:
     """All of it but what running the template where it stands has left there."""
     folder.mkdir(parents=True, exist_ok=True)
     for item in source.iterdir():
-        if item.name.startswith(".") or item.name == "__pycache__":
+        hidden = item.name.startswith(".") and item.name != ".gitignore"
+        if hidden or item.name == "__pycache__":
             continue
         if item.is_dir():
             _copy(item, folder / item.name)

@@ -128,6 +128,18 @@ async def test_a_template_does_what_its_readme_says(name: str, tmp_path: Path) -
     assert ("sh", "pytest\n") in others
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+async def test_what_a_project_makes_stays_out_of_git(name: str, tmp_path: Path) -> None:
+    """A new repository of it ignores the server's data, secrets and what Python leaves."""
+    follower = Follower(tmp_path)
+    await follower.run("harperpy", "init", "demo", "--template", name)
+    follower.folder = tmp_path / "demo"
+    await follower.run("git", "init", "--quiet")
+    made = [".harperpy/system.db", ".env", "plugins/__pycache__/one.pyc"]
+
+    assert made == (await follower.run("git", "check-ignore", *made)).split()
+
+
 MEANT = {
     "When do I have to be at the station?": "Trains",
     "What do my kitchen herbs want?": "Plants",
@@ -161,7 +173,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(path): (folder / path).read_bytes()
         for path in found
-        if not any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+        if path.name == ".gitignore"
+        or not any(part.startswith(".") or part == "__pycache__" for part in path.parts)
     }
 
 
