@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Callable, Coroutine
@@ -20,6 +21,8 @@ from .sections import Config
 from .server import Server
 
 T = TypeVar("T")
+
+logger = logging.getLogger("harperpy.target")
 
 
 class Target(msgspec.Struct):
@@ -62,6 +65,12 @@ class Target(msgspec.Struct):
         await server.open()
         try:
             return await server.operate(body)
+        except HarperError:
+            raise
+        except Exception as error:
+            logger.debug("the operation %s failed", body["operation"], exc_info=True)
+            message = f"the operation {body['operation']} failed with {type(error).__name__}"
+            raise SetupError(message) from error
         finally:
             await server.stop()
 
