@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from typing import Any, cast
 
 import msgspec
@@ -17,7 +18,29 @@ _LINE_ENDS = re.compile(r"\r\n|\r|\n")
 _EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 _BOM = b"\xef\xbb\xbf"
 
-encode_json = msgspec.json.Encoder(decimal_format="number").encode
+_encode = msgspec.json.Encoder(decimal_format="number").encode
+
+
+def encode_json(value: Any) -> bytes:
+    """JSON; what is a number in Python but none in JSON (NaN, Infinity) is null."""
+    data = _encode(value)
+    # msgspec writes such a Decimal as Python calls it.
+    if b"NaN" in data or b"Infinity" in data:
+        return _encode(_finite(msgspec.to_builtins(value, builtin_types=(Decimal,))))
+    return data
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case Decimal() if not value.is_finite():
+            return None
+        case dict():
+            plain = cast("dict[object, object]", value)
+            return {key: _finite(item) for key, item in plain.items()}
+        case list() | tuple():
+            return [_finite(item) for item in cast("list[object]", value)]
+        case _:
+            return value
 
 
 class SSE(msgspec.Struct, kw_only=True, gc=False):

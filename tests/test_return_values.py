@@ -118,6 +118,20 @@ RETURNED: dict[str, tuple[Callable[..., Any], int, str, bytes]] = {
     "text": (returns("hi"), 200, JSON, b'"hi"'),
     "number": (returns(1.5), 200, JSON, b"1.5"),
     "decimal": (returns(Decimal("1.10")), 200, JSON, b"1.10"),
+    "float NaN": (returns([float("nan"), float("inf")]), 200, JSON, b"[null,null]"),
+    "Decimal NaN": (returns(Decimal("NaN")), 200, JSON, b"null"),
+    "Decimals that are no numbers": (
+        returns({"a": [Decimal("sNaN"), Decimal("Infinity"), Decimal("-Infinity")], "b": "NaN"}),
+        200,
+        JSON,
+        b'{"a":[null,null,null],"b":"NaN"}',
+    ),
+    "Decimal NaN in a dataclass": (
+        returns(Pair(1, Decimal("NaN"))),  # type: ignore[arg-type]
+        200,
+        JSON,
+        b'{"left":1,"right":null}',
+    ),
     "bool": (returns(True), 200, JSON, b"true"),  # noqa: FBT003
     "Struct": (returns(Point(1)), 200, JSON, b'{"x":1,"y":null}'),
     "dataclass": (returns(Pair(1, 2)), 200, JSON, b'{"left":1,"right":2}'),
