@@ -102,7 +102,7 @@ class Live:
 
     def run(self, work: Coroutine[Any, Any, Answer]) -> Answer:
         """What a coroutine answers that belongs to the gateway's loop."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(20)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
 
     async def until_left(self) -> None:
         """Return once the provider has seen its client leave before the end of an answer.
@@ -125,7 +125,7 @@ class Live:
 
 
 async def _bounded(event: asyncio.Event) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await event.wait()
 
 

@@ -14,7 +14,7 @@ import aiohttp
 import msgspec
 import pytest
 
-SECONDS = 30
+SECONDS = 60
 FREE = "http: {port: 0}\noperationsApi: {network: {port: 0}}\n"
 ECHO = "models: {generative: {default: {backend: echo}}, embedding: {default: {backend: echo}}}\n"
 ADMIN = {"HDB_ADMIN_USERNAME": "root", "HDB_ADMIN_PASSWORD": "s3cret-enough"}

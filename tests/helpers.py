@@ -119,8 +119,8 @@ def finished_calls(server: RunningServer) -> asyncio.Queue[ModelCall]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what tells nobody when it happens; ten seconds at most."""
-    async with asyncio.timeout(10):
+    """Wait for what tells nobody when it happens; half a minute at most."""
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 

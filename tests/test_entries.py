@@ -45,8 +45,8 @@ def lay(folder: Path, *names: str) -> None:
 
 
 async def soon(told: "asyncio.Queue[FileEntry]") -> Told:
-    """What happens next, within ten seconds, and the URL path of the file."""
-    async with asyncio.timeout(10):
+    """What happens next, within half a minute, and the URL path of the file."""
+    async with asyncio.timeout(30):
         entry = await told.get()
     return entry.event, entry.url_path
 

@@ -20,7 +20,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 FILES = {str(file.relative_to(EXAMPLES)): file for file in sorted(EXAMPLES.rglob("*.py"))}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FREE = "http: {port: 0}\noperationsApi: {network: {port: 0}}\n"
-SECONDS = 60
+SECONDS = 120
 
 
 class Follower:

@@ -88,7 +88,7 @@ def started() -> Iterator[Worker]:
             worker.hear()
             yield worker
         finally:
-            process.communicate(timeout=10)  # closes stdin, which ends the worker
+            process.communicate(timeout=30)  # closes stdin, which ends the worker
 
 
 @pytest.fixture(scope="module")

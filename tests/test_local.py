@@ -215,7 +215,7 @@ async def test_who_leaves_frees_the_slot(
     await until(lambda: runner(local).slots.locked() and runner(local).transport is not None)
     for call in left:
         call.cancel()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(15):
         await asyncio.gather(*(ask(client, "Hello", max_tokens=2) for _ in range(4)))
     rows = await local.rows("error_code = 'aborted'")
     assert 4 == len(rows)

@@ -40,7 +40,7 @@ def names_of(server: RunningServer, name: str = "gpt-*") -> ServedNames:
 
 async def fetched(server: RunningServer) -> None:
     """Wait for the fetch that is under way, however it ends."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         task = names_of(server)._task
         assert task
         await asyncio.wait([task])
@@ -60,7 +60,7 @@ def under_way() -> int:
 
 async def listed(server: RunningServer) -> list[str]:
     """The ids that GET /v1/models answers with."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         return [model["id"] for model in (await ask(server, "GET", MODELS)).json["data"]]
 
 
@@ -196,7 +196,7 @@ async def test_nobody_waits_for_an_upstream_that_hangs(
         assert EXACT == await listed(server)
         assert 1 == under_way()
         await until(lambda: upstream.listed != [])
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await upstream.left.wait()
 
     assert 0 == under_way()

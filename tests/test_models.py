@@ -1220,7 +1220,7 @@ async def test_one_of_n_that_ends_in_any_way_keeps_nobody_waiting(
                 raise kind
 
     backend = define_backend("m", generate_stream=Stream)
-    async with serving(backends={"m": backend}) as (_, models), asyncio.timeout(10):
+    async with serving(backends={"m": backend}) as (_, models), asyncio.timeout(30):
         with pytest.raises(kind):
             _ = [chunk async for chunk in models.generate_stream("hi", model="m", n=2)]
 

@@ -676,6 +676,6 @@ async def test_rows_older_than_the_retention_go(tmp_path: Path) -> None:
         )
     config = f"{ECHO}\naccounting: {{retention: 1d}}"
     async with running(config, root=tmp_path) as server:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while [newest["id"]] != [row["id"] for row in await server.rows()]:  # noqa: ASYNC110  # no event tells
                 await asyncio.sleep(0)

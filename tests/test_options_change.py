@@ -55,8 +55,8 @@ def hears(scope: Scope) -> "asyncio.Queue[Change]":
 
 
 async def soon(told: "asyncio.Queue[Any]") -> Any:
-    """What comes next, within ten seconds."""
-    async with asyncio.timeout(10):
+    """What comes next, within half a minute."""
+    async with asyncio.timeout(30):
         return await told.get()
 
 

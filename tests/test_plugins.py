@@ -683,7 +683,7 @@ async def test_nothing_is_served_before_all_plugins_are_up(tmp_path: Path) -> No
     server = Server(config, directory=tmp_path, dev=True, environ={}, plugins=plugins)
     starting = asyncio.create_task(server.start())
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await waiting.wait()
             early = RunningServer(server, "")
             for url in (early.url, early.operations_url):

@@ -55,7 +55,7 @@ class Newcomer:
     def run(self, command: list[str]) -> str:
         """Run to the end, which must be a good one."""
         done = subprocess.run(  # noqa: PLW1510  # the code is asserted with what was said
-            command, cwd=self.folder, env=self.environ, capture_output=True, text=True, timeout=60
+            command, cwd=self.folder, env=self.environ, capture_output=True, text=True, timeout=120
         )
         assert 0 == done.returncode, f"{command}\n{done.stdout}{done.stderr}"
         assert '"error"' not in done.stdout, done.stdout
@@ -89,7 +89,7 @@ class Newcomer:
         if self.server is not None:
             # To the server itself, whatever started it.
             os.kill(int((self.data / "harperpy.lock").read_text()), signal.SIGTERM)
-            self.server.communicate(timeout=20)
+            self.server.communicate(timeout=60)
             assert 0 == self.server.returncode
             self.server = None
 
