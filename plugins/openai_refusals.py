@@ -42,12 +42,14 @@ def refusal(
     if status in _PASSED_ON:
         told = _told(body)
         message = _masked(told.message or f"The model provider answered {status}.", secret)
+        words = (told.type, told.param, told.code)
+        type_, param, code = (word and _masked(word, secret) for word in words)
         error: HarperError = UpstreamRejected(
             message[:_LONGEST_MESSAGE],
             upstream_status=status,
-            type=told.type,
-            param=told.param,
-            code=told.code,
+            type=type_,
+            param=param,
+            code=code,
             headers=passing,
         )
     elif status == 408:
