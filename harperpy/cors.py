@@ -24,6 +24,8 @@ _EXPOSED = ", ".join(
     )
 )
 _PREFLIGHT_SECONDS = "600"
+# What a page of any origin may post without a preflight.
+_UNASKED = ("", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data")
 
 
 class Cors:
@@ -46,19 +48,22 @@ class Cors:
         }
 
     def admits(self, request: Request) -> bool:
-        """Whether the page that a request comes from, if any, may open a WebSocket.
+        """Whether the page that a request comes from, if any, may open a WebSocket or post this.
 
         Browsers ask nobody before they do. What a page cannot send by itself, a name and password
-        that the browser remembers, counts for pages of this very host only.
+        that the browser remembers, counts for pages of this very host only; in a form, or a body
+        without a type, for those too that the list names.
         """
         origin = request.headers.get("origin")
-        if origin is None:
+        if origin is None or not (request.websocket or request.method == "POST"):
             return True
         host = origin.partition("://")[2].lower()
         if host and host == request.headers.get("host", "").lower():
             return True
         basic = request.headers.get("authorization", "").lower().startswith("basic")
-        return not basic and bool({"*", origin} & self._origins)
+        if request.websocket:
+            return not basic and bool({"*", origin} & self._origins)
+        return not basic or origin in self._origins or request.body.content_type not in _UNASKED
 
     def preflight(self, request: Request) -> dict[str, str] | None:
         """The headers that answer a preflight; None if the request is not one, or not for us."""

@@ -152,8 +152,9 @@ class Dispatch:
 
     async def _answer(self, context: Context, found: Found | None, early: Early) -> Reply:
         request = context.request
-        if request.websocket and not self._cors.admits(request):
-            message = "Origin: pages of this origin may not open a WebSocket here"
+        if not self._cors.admits(request):
+            what = "open a WebSocket here" if request.websocket else "post this with a password"
+            message = f"Origin: pages of this origin may not {what}"
             raise ClientError(message, status=403, code="origin_not_allowed")
         if (preflight := self._cors.preflight(request)) is not None:
             return Reply(204, CIMultiDict(preflight))
