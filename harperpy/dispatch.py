@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
@@ -49,6 +50,8 @@ logger = logging.getLogger("harperpy.dispatch")
 
 _HEALTH = "/health"
 _LOOPBACK = ("127.0.0.1", "::1")
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_PORT = re.compile(r":\d+$")
 _PROXY_HEADERS = (
     "forwarded",
     "via",
@@ -370,9 +373,14 @@ def _own_headers(resource: type[Resource], context: Context) -> Mapping[str, str
 
 
 def _is_local(request: Request) -> bool:
-    """From this machine, not through a proxy on it, and not by a page in a browser on it."""
+    """From this machine, not through a proxy on it, and not by a page in a browser on it.
+
+    A page's own name may lead here too: only names that are always this machine's count.
+    """
     for_others = any(name in request.headers for name in (*_PROXY_HEADERS, "origin"))
-    return request.peer in _LOOPBACK and not for_others
+    name = _PORT.sub("", request.headers.get("host", "").lower())
+    named = name in _LOCAL_NAMES or name.endswith(".localhost")
+    return request.peer in _LOOPBACK and named and not for_others
 
 
 def _challenge(headers: CIMultiDict[str], context: Context) -> None:
