@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -28,6 +29,7 @@ from .server import Server
 READY, TAKEN, RESTART = b"r", b"t", b"n"
 HAND_OVER, CONFIG = b"h", b"c"
 STOPS = (signal.SIGINT, signal.SIGTERM)
+_CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class Inherited(msgspec.Struct):
@@ -160,7 +162,11 @@ class _WithRequestId(logging.Filter):
 
 
 class _Masked(logging.Formatter):
-    """Keeps keys out of the log, whoever's exception they stand in."""
+    """Keeps keys out of the log, whoever's exception they stand in, and a message on its line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        # What a client sends stands in messages, too: it begins no line and moves no cursor.
+        return _CONTROL.sub(lambda found: repr(found[0])[1:-1], super().formatMessage(record))
 
     def format(self, record: logging.LogRecord) -> str:
         return mask_bare(super().format(record))
