@@ -65,8 +65,6 @@ class Own(Resource):
         user = context.user
         return {"user": user and user.username, "tenant": user and user.tenant}
 
-    post = get
-
 
 class Broken(Resource):
     """A plugin that fails with a secret in its mouth."""
@@ -134,6 +132,7 @@ class Victim:
     ids: dict[str, Any] = field(default_factory=dict[str, Any])
     tokens: dict[str, str] = field(default_factory=dict[str, str])
     secrets: set[str] = field(default_factory=set[str])
+    first: dict[str, Any] = field(default_factory=dict[str, Any])
 
     async def rest(self, method: str, path: str, who: str = "", **options: Any) -> Seen:
         """A request of the REST port, its path as it is written."""
@@ -307,15 +306,18 @@ FULL = {"read": True, "insert": True, "update": True, "delete": True}
 
 
 @asynccontextmanager
-async def attacked() -> AsyncGenerator[Victim]:
+async def attacked(more: str = "") -> AsyncGenerator[Victim]:
     """The server: ada of one tenant, mallory of another, and what both have."""
     async with scripted_upstream() as upstream, trap() as trapped:
-        config = CONFIG.format(url=upstream.url.removesuffix("/v1"), key=PROVIDER_KEY)
+        config = CONFIG.format(url=upstream.url.removesuffix("/v1"), key=PROVIDER_KEY) + more
         with logged() as log:
             async with running(config, handle_application=plugin) as server:
+                faults = [one.error for one in server.server.health.plugins.values() if one.error]
+                assert not faults
                 victim = Victim(server, upstream, trapped, log)
                 await _people(victim)
                 await _things(victim)
+                victim.first = await victim.state()
                 yield victim
 
 
