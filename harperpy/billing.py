@@ -58,7 +58,8 @@ class Billing(msgspec.Struct):
         quotas = Quotas(database, ledger.flush, epoch.move)
         store = _store(config, database, quotas, index, of)
         limits = Limits(config.limits.rules, prices, store, epoch=epoch, stored=quotas.rules)
-        ledger.price = prices.price
+        if config.prices:
+            ledger.price = prices.price
         ledger.admission = limits
         return Billing(prices, limits, quotas, ledger, database)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
@@ -12,6 +13,8 @@ from .meters import MINUTE, Claim, Granted, Meter, Reading, Refused, Store
 from .pricing import PER, UNIT, Price, Prices
 from .rules import Bound, bind
 from .sections import LimitConfig
+
+logger = logging.getLogger("harperpy.limits")
 
 DEFAULT_ANSWER = 4096
 """How many tokens an answer may have under a budget, where neither caller nor prices say it."""
@@ -94,7 +97,14 @@ class Limits:
 
     async def _refresh(self) -> None:
         seen = self._epoch.now()
-        stored = await self._stored()
+        try:
+            stored = await self._stored()
+        except Exception as error:
+            if self._seen is None:
+                raise
+            # While nobody can read them, nobody can have changed them either.
+            logger.warning("the stored limits cannot be read, those known stay: %s", error)
+            return
         self._rules = (*self.configured, *stored)
         self._found.clear()
         self.store.forget()

@@ -6,11 +6,12 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 import sqlalchemy as sa
+from sqlalchemy import exc
 from sqlalchemy.dialects.sqlite import insert
 
 from .audit import Deed
 from .database import Database
-from .errors import NotFound
+from .errors import NotFound, ServiceUnavailable
 from .meters import Spending
 from .pricing import UNIT
 from .rules import about
@@ -80,7 +81,16 @@ class Quotas:
     async def spent(self, spending: Spending) -> int:
         """What the ledger says was spent, all calls that have ended included."""
         await self._flush()
-        return await self._database.read(lambda connection: spent(connection, spending))
+        try:
+            return await self._database.read(lambda connection: spent(connection, spending))
+        except exc.DBAPIError as error:
+            raise away(error) from error
+
+
+def away(error: Exception) -> ServiceUnavailable:
+    """What a caller is told whose limits nobody can read: nothing is admitted unseen."""
+    message = f"the database of the limits is away: {error}"
+    return ServiceUnavailable(message, headers={"Retry-After": "1"})
 
 
 def spent(connection: sa.Connection, spending: Spending) -> int:

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import sqlalchemy as sa
+from sqlalchemy import exc
 from sqlalchemy.dialects.sqlite import insert
 
 from .database import Database
 from .meters import MINUTE, Claim, Granted, Reading, give_back, grant
-from .quotas import spent
+from .quotas import away, spent
 from .system import hdb_limit_hold, hdb_limit_rate, hdb_model_calls
 
 logger = logging.getLogger("harperpy.limits")
@@ -62,6 +63,8 @@ class SharedMeters:
         taking = asyncio.wrap_future(self._database.submit(work))
         try:
             return await asyncio.shield(taking)
+        except exc.DBAPIError as error:
+            raise away(error) from error
         except asyncio.CancelledError:
             # It is taken all the same, for nobody.
             taking.add_done_callback(lambda _: self._submit(lambda one: _release(one, call)))

@@ -3,6 +3,7 @@
 import asyncio
 import calendar
 import re
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from harperpy import ConfigError, HarperError
 from harperpy.limits import duration
@@ -421,6 +423,56 @@ async def test_whom_a_rule_is_about(upstream: ScriptedUpstream, rule: str, *, co
 
         assert [200, 429 if counts else 200] == [answer.status for answer in answers]
         assert counts == ("x-ratelimit-limit-requests" in answers[0].headers)
+
+
+async def test_a_key_has_limits_of_its_own(upstream: ScriptedUpstream) -> None:
+    """By its id: another key of the same user is another one."""
+    async with serving(upstream) as (server, first):
+        made = await server.operate("add_api_key", name="second", username="alice")
+        limits = {"requests_per_minute": 1, "budget": {"tokens": 100}}
+        await server.operate("set_limits", scope="key", name=made["id"], **limits)
+
+        keys = (first, first, made["api_key"], made["api_key"])
+        assert [200, 200, 200, 429] == [(await chat(server, key)).status for key in keys]
+
+
+@STORES
+async def test_nothing_is_admitted_that_nobody_can_count(
+    upstream: ScriptedUpstream, store: str
+) -> None:
+    """A budget that cannot be read is 503, and the provider hears nothing; others are answered."""
+    rule = "{per: user, match: alice, budget: {tokens: 100}}"
+    async with serving(upstream, rule, store=store) as (server, key):
+        statement = text("ALTER TABLE hdb_model_calls_daily RENAME TO away")
+        await server.server.core.database.run(lambda connection: connection.execute(statement))
+        refused = await chat(server, key)
+        assert (503, "1") == (refused.status, refused.headers["Retry-After"])
+        assert "daily" not in refused.text
+        assert [] == upstream.requests
+
+
+@STORES
+async def test_who_leaves_while_it_is_admitted_holds_nothing(
+    upstream: ScriptedUpstream, store: str
+) -> None:
+    """What was taken for nobody is given back."""
+    rule = "{per: model, concurrent: 1, budget: {tokens: 1000}}"
+    async with serving(upstream, rule, store=store) as (server, _):
+        core = server.server.core
+        go_on = threading.Event()
+        busy = core.database.submit(lambda _: go_on.wait(10))
+        asking = asyncio.ensure_future(core.models.generate("hello"))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        go_on.set()
+        await asyncio.wrap_future(busy)
+        async with asyncio.timeout(10):
+            while 200 != (await chat(server)).status:
+                pass
+        assert 1 == len(upstream.requests)
 
 
 async def test_each_name_has_a_limit_for_itself(upstream: ScriptedUpstream) -> None:
