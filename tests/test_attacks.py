@@ -826,7 +826,7 @@ FORBIDDEN = {
     "text that grows": (403, "SELECT replace(hex('aaaaaaaa'), '6', 'aaaaaaaa')"),
     "a join of the same seventeen times": (
         400,
-        f"SELECT count(*) FROM hdb_role a{', hdb_role' * 16}",
+        f"SELECT count(*) FROM hdb_role a{', hdb_role' * 16}",  # noqa: S608
     ),
     "parentheses without end": (400, "SELECT " + "(" * 900 + "1" + ")" * 900),
     "a text of a hundred thousand letters": (400, f"SELECT '{'a' * 90_000}'"),
@@ -1448,6 +1448,27 @@ def told(**error: Any) -> dict[str, Any]:
     return {"error": {"message": f"Incorrect API key provided: {PROVIDER_KEY}", **error}}
 
 
+async def described(victim: Victim, who: str) -> Seen:
+    """The document of what is open to such a caller: nothing that is not."""
+    seen = await victim.rest("GET", "/openapi.json", who)
+    assert not {"/notes", "/own", CHAT} & {*seen.json["paths"]}
+    return seen
+
+
+async def healthy(victim: Victim, who: str) -> Seen:
+    """The state of the server, and no more."""
+    seen = await victim.rest("GET", "/health", who)
+    assert {"status"} == {*seen.json}
+    return seen
+
+
+async def undescribed(victim: Victim) -> Seen:
+    """A description without what is hidden."""
+    seen = await victim.op("root", "describe_table", database="system", table="hdb_user")
+    assert "password" not in {one["attribute"] for one in seen.json["attributes"]}
+    return seen
+
+
 SECRETS: dict[str, Row] = {
     "a provider that repeats the key, 400": (
         400,
@@ -1574,27 +1595,6 @@ SECRETS: dict[str, Row] = {
         lambda v: v.op("clerk", "search_by_id", table="x\nERROR harperpy: forged line", ids=[1]),
     ),
 }
-
-
-async def described(victim: Victim, who: str) -> Seen:
-    """The document of what is open to such a caller: nothing that is not."""
-    seen = await victim.rest("GET", "/openapi.json", who)
-    assert not {"/notes", "/own", CHAT} & {*seen.json["paths"]}
-    return seen
-
-
-async def healthy(victim: Victim, who: str) -> Seen:
-    """The state of the server, and no more."""
-    seen = await victim.rest("GET", "/health", who)
-    assert {"status"} == {*seen.json}
-    return seen
-
-
-async def undescribed(victim: Victim) -> Seen:
-    """A description without what is hidden."""
-    seen = await victim.op("root", "describe_table", database="system", table="hdb_user")
-    assert "password" not in {one["attribute"] for one in seen.json["attributes"]}
-    return seen
 
 
 # --- what a page of another's may
