@@ -34,14 +34,18 @@ class Attempts:
     second, then for two, four, and so on up to a minute: a right one neither. A quarter of an hour
     without a wrong one forgets them, a right one those of its user. Whoever has logged in from an
     address before is counted by both together, so that no stranger's guesses lock them out.
-    `blocked` is told whose passwords are not looked at, `clock` gives seconds.
+    `blocked` is told whose passwords are not looked at, `clock` gives seconds. Not `slow`: nobody
+    waits.
     """
 
     def __init__(
         self,
         blocked: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        slow: bool = True,
     ) -> None:
+        self._slow = slow
         self._blocked = blocked
         self._clock = clock
         self._failures: OrderedDict[_Key, _Failures] = OrderedDict()
@@ -86,7 +90,7 @@ class Attempts:
             self._known.popitem(last=False)
 
     def _keys(self, username: str, address: str) -> tuple[_Key, ...]:
-        if not address:
+        if not (address and self._slow):
             return ()
         both = _both(username, address)
         return (both,) if both in self._known else (_of_user(username), ("address", "", address))

@@ -43,7 +43,8 @@ def put_together(
     epoch = worker.epoch()
     authenticators = Authenticators(authentication.cache_seconds, epoch)
     database = _database(config, root)
-    people = People(database, authenticators.revoke, Attempts(authenticators.forget))
+    attempts = Attempts(authenticators.forget, slow=authentication.slow_guesses)
+    people = People(database, authenticators.revoke, attempts)
     ledger = Ledger(worker.index, worker.of)
     return Core(
         config=config,

@@ -51,9 +51,9 @@ def credential_of(request: Request, headers: Collection[str] = ()) -> str | None
         header = header or keys.pop()
     if header is not None or not request.websocket:
         return header
-    keys = (name for name in _offered(request.headers) if name.startswith(_BEARER))
-    key = next(keys, None)
-    return None if key is None else f"Bearer {key.removeprefix(_BEARER)}"
+    offered = (name for name in _offered(request.headers) if name.startswith(_BEARER))
+    bearer = next(offered, None)
+    return None if bearer is None else f"Bearer {bearer.removeprefix(_BEARER)}"
 
 
 def _plain(header: str) -> str:

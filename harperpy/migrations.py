@@ -31,7 +31,7 @@ def _add_columns(connection: sa.Connection, table: sa.Table) -> None:
     for column in table.columns:
         if column.name not in known:
             defined = str(CreateColumn(column).compile(dialect=connection.dialect))
-            added = sa.DDL("ALTER TABLE %(table)s ADD COLUMN " + defined)
+            added = sa.DDL("ALTER TABLE %(table)s ADD COLUMN " + defined)  # type: ignore[no-untyped-call]  # the library's
             connection.execute(added.against(table))
 
 

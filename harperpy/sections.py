@@ -107,7 +107,8 @@ class AuthenticationConfig(Section, frozen=True, kw_only=True):
     """Who is trusted, and for how long (in milliseconds).
 
     `authorizeLocal` makes a super user of who calls from this machine without a credential;
-    `cacheTTL` is how long a verified one is remembered.
+    `cacheTTL` is how long a verified one is remembered. `slowGuesses` makes who sends wrong
+    passwords wait; without it, something before the server has to.
     """
 
     authorize_local: Flag = False
@@ -115,6 +116,7 @@ class AuthenticationConfig(Section, frozen=True, kw_only=True):
     operation_token_timeout: Duration = 86_400_000
     refresh_token_timeout: Duration = 30 * 86_400_000
     hash_function: HashFunction = "argon2id"
+    slow_guesses: Flag = True
 
     @property
     def cache_seconds(self) -> float:

@@ -60,6 +60,7 @@ def at(config: object, path: str) -> object:
         ("authentication.operation_token_seconds", 86_400.0),
         ("authentication.refresh_token_seconds", 30 * 86_400.0),
         ("authentication.hash_function", "argon2id"),
+        ("authentication.slow_guesses", True),
         ("logging.level", None),
         ("logging.std_streams", True),
         ("logging.audit_log", True),
@@ -678,6 +679,7 @@ def test_redacted_is_the_whole_configuration() -> None:
         "operationTokenTimeout": 86_400_000,
         "refreshTokenTimeout": 2_592_000_000,
         "hashFunction": "argon2id",
+        "slowGuesses": True,
     }
     assert shown["models"]["generative"]["key-1"]["backend"] == "echo"
     assert shown["models"]["embedding"] == {}

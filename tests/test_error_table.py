@@ -264,7 +264,7 @@ OURS: dict[str, tuple[Told, dict[str, Any]]] = {
         {"fields": {"model": "broken"}},
     ),
 }
-SAYS = {"expired token": "expired", "unknown model": "'gpt-9'", "too large": "20000 bytes"}
+SAYS = {"expired token": "expired", "unknown model": "`gpt-9`", "too large": "20000 bytes"}
 ROWS_OF = {
     "unknown model": "backend_not_found",
     "model forbidden by a plugin": "backend_error",

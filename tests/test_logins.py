@@ -83,6 +83,14 @@ async def test_an_inactive_users_password_is_a_wrong_one(ada: RunningServer) -> 
     assert 429 == await guess(ada, "ada", "pw")
 
 
+async def test_where_something_before_the_server_slows_guesses_the_server_need_not() -> None:
+    """With `slowGuesses: false` nobody waits."""
+    async with running(f"{ECHO}\nauthentication: {{slowGuesses: false}}") as server:
+        await server.operate("add_user", username="ada", password="pw", role="model_user")
+        assert [401] * 25 == [await guess(server, "ada") for _ in range(25)]
+        assert 200 == await guess(server, "ada", "pw")
+
+
 class Clock:
     """Seconds that pass when the test says so."""
 

@@ -212,8 +212,9 @@ MOUNTS: dict[str, type[Resource]] = {
 
 @pytest.fixture
 async def described() -> AsyncIterator[RunningServer]:
-    """A server with the mounts above."""
-    async with running(resources=MOUNTS) as server:
+    """A server with the mounts above, at which many wrong passwords may come."""
+    config = f"{ECHO}\nauthentication: {{slowGuesses: false}}"
+    async with running(config, resources=MOUNTS) as server:
         yield server
 
 

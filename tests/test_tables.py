@@ -236,7 +236,7 @@ async def test_a_role_opens_a_table_as_it_opens_any_mount() -> None:
         assert 204 == await status("PATCH", "/notes/1", server.api_key, {"numStars": 1})
         sql = "SELECT * FROM system.hdb_audit WHERE \"table\" = 'Notes'"
         rows = await server.operate("sql", sql=sql)
-    assert [("insert", "ada", "[1]"), ("update", "HDB_ADMIN", "[1]")] == [
+    assert [("insert", "ada", [1]), ("update", "HDB_ADMIN", [1])] == [
         (row["operation"], row["user_name"], row["hash_values"]) for row in rows
     ]
     assert "hers" not in str(rows)
