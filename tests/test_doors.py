@@ -181,11 +181,7 @@ class House(NamedTuple):
 
 async def serve(ready: Future[Any], *, wrapped: bool) -> None:
     """Run the house until it is told to stop."""
-    # Who has to wait for being wrong learns less than others may: nobody does here.
-    config = (
-        f"{ECHO}\nauthentication: "
-        "{operationTokenTimeout: 1ms, refreshTokenTimeout: 1ms, slowGuesses: false}"
-    )
+    config = f"{ECHO}\nauthentication: {{operationTokenTimeout: 1ms, refreshTokenTimeout: 1ms}}"
 
     def apply(scope: Scope) -> None:
         plugin(scope, wrapped=wrapped)
