@@ -156,7 +156,7 @@ EXCESS = [
     ({"models": ["gpt*"]}, "models"),
     ({"models": ["local"]}, "models"),
     ({"operations": ["add_user"]}, "operations"),
-    ({"operations": ["standard_user", "sql"]}, "operations"),
+    ({"operations": ["standard_user", "add_role"]}, "operations"),
 ]
 
 
