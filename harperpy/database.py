@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,10 @@ from .tables import Tables
 T = TypeVar("T")
 
 _READERS = 4
+_LOOK_SECONDS = 0.1
+_PASSING = frozenset(
+    {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
+)
 
 
 class Database:
@@ -35,6 +40,9 @@ class Database:
     Without `fsync` a power cut may take the last transactions; a killed process takes none.
     `busy_seconds` is how long a writer waits for its turn, `transaction_seconds` how long a
     request's transaction may keep the others from theirs. `tables` makes those of plugins.
+
+    The file is made by `open` or not at all. While it is away from its place nothing is written;
+    another one that is there later is opened anew.
     """
 
     model_calls = hdb_model_calls
@@ -68,10 +76,20 @@ class Database:
         settings = {"timeout": self.busy_seconds, "check_same_thread": False, **options}
         # An error goes to the log, and what was written may be what someone asked a model.
         engine = sa.create_engine(
-            f"sqlite:///{self.path}", connect_args=settings, hide_parameters=True
+            sa.URL.create(
+                "sqlite",
+                database=self.path.absolute().as_uri(),
+                # SQLite would make a file that is away, and what is written there would be lost.
+                query={"mode": "rw", "uri": "true"},
+            ),
+            connect_args=settings,
+            hide_parameters=True,
         )
         for listener in (_prepare, *prepare, *([_sync_each_commit] if fsync else [])):
             event.listen(engine, "connect", listener)
+        event.listen(engine, "connect", self._remember_file)
+        event.listen(engine, "checkout", self._leave_other_file)
+        event.listen(engine, "commit", self._check_file)
         return engine
 
     @property
@@ -99,19 +117,29 @@ class Database:
         """The names of the `system` schema's tables."""
         return frozenset(metadata.tables)
 
-    async def open(self) -> None:
+    async def open(self, *, make: bool = True) -> None:
         """Make the file (readable by its owner alone) and bring its schema up to date.
 
-        Raises `ConfigError` for a file that cannot be used.
+        Without `make` it was there before, and is waited for as for a turn to write. Raises
+        `ConfigError` for a file that cannot be used.
         """
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.touch(mode=0o600, exist_ok=True)
+            if make:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.touch(mode=0o600, exist_ok=True)
+            else:
+                await self._back()
             await self.run(migrate)
-        except (OSError, exc.DatabaseError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error.orig
-            message = f"cannot use {self.path} as database: {reason}"
+        except (OSError, exc.DatabaseError, ServiceUnavailable) as error:
+            message = f"cannot use {self.path} as database: {_reason(error)}"
             raise ConfigError(message) from error
+
+    async def _back(self) -> None:
+        """Wait for the file a while. Raises `OSError`."""
+        deadline = time.monotonic() + self.busy_seconds
+        while time.monotonic() < deadline and _file_at(self.path) is None:  # noqa: ASYNC110  # nobody tells of it
+            await asyncio.sleep(_LOOK_SECONDS)
+        self.path.stat()
 
     async def run(self, work: Callable[[sa.Connection], T]) -> T:
         """`work(connection)` in one transaction: committed on return, rolled back on raise.
@@ -149,6 +177,20 @@ class Database:
         self._writer.dispose()
         self._reader.dispose()
 
+    def _remember_file(self, _: sqlite3.Connection, record: Any) -> None:
+        record.info["file"] = _file_at(self.path)
+
+    def _leave_other_file(self, _: sqlite3.Connection, record: Any, __: object) -> None:
+        if (there := _file_at(self.path)) is not None and there != record.info["file"]:
+            message = "another file is there"
+            raise exc.DisconnectionError(message)
+
+    def _check_file(self, connection: sa.Connection) -> None:
+        driver: Any = connection.connection.driver_connection
+        there = _file_at(self.path)
+        if driver.in_transaction and (there is None or there != connection.info["file"]):
+            raise _away()
+
     def _work(self, work: Callable[[sa.Connection], T]) -> T:
         try:
             with self._engine.begin() as connection:
@@ -170,8 +212,12 @@ class Database:
 
 def plain_refusal(error: BaseException) -> ServiceUnavailable | Conflict | None:
     """What a database's error means to who asked; None for one that only a developer can mend."""
+    if isinstance(error, ServiceUnavailable):
+        return error
     cause = error.orig if isinstance(error, exc.DBAPIError) else None
-    if isinstance(cause, sqlite3.OperationalError) and _passing(cause):
+    if isinstance(cause, sqlite3.OperationalError) and _code(cause) == sqlite3.SQLITE_CANTOPEN:
+        return _away()
+    if isinstance(cause, sqlite3.OperationalError) and _code(cause) in _PASSING:
         message = f"the database is busy: {cause}"
         return ServiceUnavailable(message, headers={"Retry-After": "1"})
     if isinstance(cause, sqlite3.IntegrityError) and _doubled(cause):
@@ -187,10 +233,28 @@ def _doubled(error: sqlite3.IntegrityError) -> bool:
     )
 
 
-def _passing(error: sqlite3.OperationalError) -> bool:
-    """Whether waiting may help: a lock, or a full disk."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL)
+def _code(error: sqlite3.Error) -> int:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def _away() -> ServiceUnavailable:
+    message = "the database is away"
+    return ServiceUnavailable(message, headers={"Retry-After": "1"})
+
+
+def _file_at(path: Path) -> tuple[int, int] | None:
+    """Which file is there, whatever its name."""
+    try:
+        found = os.stat(path)  # noqa: PTH116  # before each commit
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _reason(error: Exception) -> object:
+    if isinstance(error, OSError):
+        return error.strerror
+    return error.orig if isinstance(error, exc.DBAPIError) else error
 
 
 def _prepare(connection: sqlite3.Connection, _: object) -> None:

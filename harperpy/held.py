@@ -98,14 +98,20 @@ class Worker(msgspec.Struct, frozen=True):
 
 
 class Held:
-    """The lock and the listening sockets that a parent keeps while its children come and go."""
+    """The lock and the listening sockets that a parent keeps while its children come and go.
+
+    `first` is whether the process may make what the data folder lacks.
+    """
 
     def __init__(
         self,
         lock: TextIO,
         sockets: Mapping[str, list[socket.socket]],
         worker: Worker = Worker(),  # noqa: B008  # frozen
+        *,
+        first: bool = True,
     ) -> None:
+        self.first = first
         self.lock = lock
         self.sockets = dict(sockets)
         self.worker = worker
@@ -184,7 +190,7 @@ def hold(root: Path, wanted: Mapping[str, Place], count: int) -> list[Held]:
     return held
 
 
-def inherit(numbers: Mapping[str, list[int]], worker: Worker) -> Held:
+def inherit(numbers: Mapping[str, list[int]], worker: Worker, *, first: bool) -> Held:
     """What a parent holds, in its child; the child's own children get none of it."""
     memory = [worker.memory] if worker.memory >= 0 else []
     for number in (*memory, *(number for many in numbers.values() for number in many)):
@@ -195,7 +201,7 @@ def inherit(numbers: Mapping[str, list[int]], worker: Worker) -> Held:
         for name, many in numbers.items()
         if name != "lock"
     }
-    return Held(os.fdopen(lock, "a+", encoding="utf-8"), sockets, worker)
+    return Held(os.fdopen(lock, "a+", encoding="utf-8"), sockets, worker, first=first)
 
 
 def listen(place: Place) -> list[socket.socket]:

@@ -212,7 +212,7 @@ class Server:
             environ=self._environ,
             worker=self._worker,
         )
-        await core.database.open()
+        await core.database.open(make=self._held is None or self._held.first)
         await core.people.open()
         self.core = core
         self.loader = Loader(

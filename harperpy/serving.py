@@ -65,13 +65,18 @@ async def serve(what: Serving, inherited: Inherited | None = None) -> None:
     parent = _Parent(inherited.control, stop) if inherited else None
     config = what.config()
     _log(config, dev=what.dev)
+    held = None
+    if inherited is not None:
+        # In dev a changed config.yaml may name another data folder.
+        first = inherited.first or what.dev
+        held = inherit(inherited.numbers, inherited.worker, first=first)
     server = Server(
         config,
         directory=what.directory,
         root=what.root,
         dev=what.dev,
         offline=what.offline,
-        held=inherit(inherited.numbers, inherited.worker) if inherited else None,
+        held=held,
     )
     if not await _before(stop, server.start()):
         return

@@ -246,6 +246,9 @@ def _explain(error: sqlite3.Error, refusal: str | None, seconds: float) -> Harpe
     if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
         message = "The database is locked by a writer."
         return ServiceUnavailable(message, headers={"Retry-After": "1"})
+    if code == sqlite3.SQLITE_CANTOPEN:
+        message = "The database is away."
+        return ServiceUnavailable(message, headers={"Retry-After": "1"})
     if refusal is not None:
         return ClientError(refusal, status=403)
     if code in _CALLERS_FAULTS:
