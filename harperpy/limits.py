@@ -189,10 +189,10 @@ def rate_headers(pairs: Iterable[tuple[Claim, Reading]]) -> dict[str, str]:
             if kind not in left or remaining < left[kind][0]:
                 left[kind] = (remaining, claim.meter, reading)
     found: dict[str, str] = {}
-    for kind, (remaining, meter, reading) in left.items():
-        found[f"x-ratelimit-limit-{kind}"] = str(meter.limit)
-        found[f"x-ratelimit-remaining-{kind}"] = str(remaining)
-        found[f"x-ratelimit-reset-{kind}"] = duration(reading.used * MINUTE / meter.limit)
+    for rate, (remaining, meter, reading) in left.items():
+        found[f"x-ratelimit-limit-{rate}"] = str(meter.limit)
+        found[f"x-ratelimit-remaining-{rate}"] = str(remaining)
+        found[f"x-ratelimit-reset-{rate}"] = duration(reading.used * MINUTE / meter.limit)
     return found
 
 

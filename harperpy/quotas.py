@@ -98,7 +98,7 @@ def spent(connection: sa.Connection, spending: Spending) -> int:
     daily = hdb_model_calls_daily.c
     if spending.unit == "cost":
         # Each sum is rounded to a billionth: so many of them are as whole as one is.
-        amount = sa.func.round((daily.cost + daily.reserved_cost) * UNIT)
+        amount: sa.ColumnElement[float] = sa.func.round((daily.cost + daily.reserved_cost) * UNIT)
     else:
         asked, answered = daily.prompt_tokens, daily.completion_tokens
         amount = asked + answered + daily.embedding_tokens + daily.reserved_tokens
