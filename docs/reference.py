@@ -81,7 +81,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("scope.Secrets", "Secret", "mask", "Operations", "NoParameters", "Middleware", "Next"),
         *("Reply", "Database", "Analytics", "auth.Authenticators", "hookimpl", "Config"),
         *("ModelConfig", "LimitConfig", "BudgetConfig", "Billing", "load_config", "redacted"),
-        *("Server",),
+        *("Server", "Deed"),
     ),
     "Errors": (
         *("HarperError", "ClientError", "InvalidBody", "InvalidCredentials", "AccessViolation"),

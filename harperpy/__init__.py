@@ -2,6 +2,7 @@
 
 from .accounting import Admission, Attempt, Ledger, ModelCall
 from .analytics import Analytics
+from .audit import Deed
 from .auth import Authenticator, Basic, Bearer, Credential, Role, User, Verified, extract_tenant_id
 from .backend import ModelBackend, define_backend
 from .billing import Billing
@@ -151,6 +152,7 @@ __all__ = [
     "Contract",
     "Credential",
     "Database",
+    "Deed",
     "Difference",
     "EmbedInput",
     "EmbedOpts",

@@ -51,11 +51,12 @@ class Author:
 class Deed:
     """A change of who may do what, on behalf of whoever makes it. It is always audited.
 
-    `subject` is who asks where nobody is logged in: who has shown a password or a token.
+    `table` is where, or the name of what else is changed. `subject` is who asks where nobody is
+    logged in: who has shown a password or a token.
     """
 
-    def __init__(self, table: sa.Table, subject: str | None = None) -> None:
-        self._table = table.name
+    def __init__(self, table: sa.Table | str, subject: str | None = None) -> None:
+        self._table = table if isinstance(table, str) else table.name
         self._by = _by(current_caller.get() or Caller(user=None))
         if self._by["source"] == _SYSTEM:
             subject = _SYSTEM

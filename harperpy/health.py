@@ -40,11 +40,12 @@ class Health:
         if error is not None:
             troubles[place] = f"{place}: {error}"
 
-    def ask_restart(self, reason: str) -> None:
-        """Only a new start helps: note the first reason, and tell whoever can do it."""
+    def ask_restart(self, reason: str) -> bool:
+        """Only a new start helps: note the first reason, and tell whoever can do it, if any."""
         self.restart_reason = self.restart_reason or reason
         if self.on_restart is not None:
             self.on_restart()
+        return self.on_restart is not None
 
     def stop(self) -> None:
         """Take no more requests; tell streams without end to end."""

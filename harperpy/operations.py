@@ -112,9 +112,9 @@ class Operations:
     async def call(self, body: Mapping[str, Any], context: Context) -> Any:
         """Run `{"operation": name, …}` for the context's user.
 
-        A request type's `synonyms` map other names of parameters to those of its fields. Raises
-        `AccessViolation`, `NotFound` for an unknown name, `InvalidBody` for parameters that do not
-        fit.
+        A request type's `synonyms` map other names of parameters to those of its fields; one with
+        a `rest` has all of them in the field of that name. Raises `AccessViolation`, `NotFound` for
+        an unknown name, `InvalidBody` for parameters that do not fit.
         """
         name = body.get("operation")
         operation = self._operations.get(name) if isinstance(name, str) else None
@@ -166,7 +166,8 @@ def _named(body: Mapping[str, Any], request_type: type[Any]) -> dict[str, Any]:
             message = f"{key}: {name} is given already, by another of its names"
             raise ClientError(message, param=key)
         parameters[name] = value
-    return parameters
+    rest: str | None = getattr(request_type, "rest", None)
+    return {rest: parameters} if rest is not None else parameters
 
 
 class Commands:

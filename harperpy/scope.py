@@ -196,13 +196,14 @@ class Scope:
         """The name of the application's folder."""
         return self.directory.resolve().name
 
-    def request_restart(self, reason: str) -> None:
+    def request_restart(self, reason: str) -> bool:
         """Only a new start helps: `harperpy dev` makes it, elsewhere `get_status` asks for it.
 
-        While the server starts it is noted, no more: a new start would come back to here.
+        Whether it comes by itself. While the server starts it is noted, no more: a new start would
+        come back to here.
         """
         self.logger.warning("a restart is required: %s", reason)
-        self._health.ask_restart(f"{self.plugin_name}: {reason}")
+        return self._health.ask_restart(f"{self.plugin_name}: {reason}")
 
     def handle_entry(
         self,
