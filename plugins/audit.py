@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import methodcaller
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 import sqlalchemy as sa
 
-from harperpy import HarperError, InvalidBody, Scope
+from harperpy import Deed, HarperError, InvalidBody, Scope
 
 _CLEANING_SECONDS = 3600.0
 _SYSTEM = "system"
@@ -42,9 +42,21 @@ class ReadAuditLog(msgspec.Struct, forbid_unknown_fields=True):
     limit: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1000
 
 
+class DeleteAuditLogsBefore(msgspec.Struct, forbid_unknown_fields=True):
+    """Until when (ms since 1970), and of which table alone."""
+
+    synonyms: ClassVar[Mapping[str, str]] = {"schema": "database"}
+
+    timestamp: float
+    database: Literal["data"] = "data"
+    table: str | None = None
+
+
 def handle_application(scope: Scope) -> None:
-    """Add the operation; remove what is too old, now and then once an hour."""
-    scope.operations.add("read_audit_log", AuditLog(scope).read, ReadAuditLog)
+    """Add the operations; remove what is too old, now and then once an hour."""
+    audit = AuditLog(scope)
+    scope.operations.add("read_audit_log", audit.read, ReadAuditLog)
+    scope.operations.add("delete_audit_logs_before", audit.delete, DeleteAuditLogsBefore)
     scope.create_task(_clean(scope), name="audit retention")
 
 
@@ -72,6 +84,21 @@ class AuditLog:
             return [{name: row[name] for name in _SHOWN} for row in rows]
 
         return await self._database.read(work)
+
+    async def delete(self, request: DeleteAuditLogsBefore) -> dict[str, Any]:
+        """Forget what was written to plugins' tables before a moment; who may do what stays."""
+        audit, deed = self._database.audit, Deed("hdb_audit")
+        old = (audit.c.database == request.database) & (audit.c.timestamp < request.timestamp)
+        if request.table is not None:
+            old &= audit.c.table == request.table
+
+        def work(connection: sa.Connection) -> int:
+            count = connection.execute(sa.delete(audit).where(old)).rowcount
+            deed.note(connection, "delete", before={**msgspec.to_builtins(request), "rows": count})
+            return count
+
+        count = await self._database.run(work)
+        return {"message": f"{count} audit rows deleted", "deleted": count}
 
 
 def _by_key(audit: sa.Table, values: list[Any]) -> sa.ColumnElement[bool]:

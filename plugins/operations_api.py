@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import msgspec
 
@@ -22,7 +22,25 @@ from harperpy import (
     redacted,
 )
 
-from . import describing, recording, searching, sql
+from . import (
+    describing,
+    logs,
+    machine,
+    modelling,
+    recording,
+    searching,
+    settings,
+    sql,
+    usage,
+)
+
+_MORE = (sql, searching, recording, describing, usage, modelling, settings, machine, logs)
+
+
+class RestartService(msgspec.Struct, forbid_unknown_fields=True):
+    """Which part; all of them are one process's."""
+
+    service: Literal["http", "http_workers", "harperdb", "harperpy"]
 
 
 def handle_application(scope: Scope) -> None:
@@ -33,7 +51,10 @@ def handle_application(scope: Scope) -> None:
     scope.operations.add("get_configuration", own.get_configuration, NoParameters)
     scope.operations.add("get_status", own.get_status, NoParameters)
     scope.operations.add("list_commands", own.list_commands, NoParameters)
-    for operations in (sql, searching, recording, describing):
+    scope.operations.add("get_components", own.get_components, NoParameters)
+    scope.operations.add("restart", own.restart, NoParameters)
+    scope.operations.add("restart_service", own.restart_service, RestartService)
+    for operations in _MORE:
         operations.add_operations(scope)
 
 
@@ -77,6 +98,23 @@ class ServerOperations:
     async def get_status(self) -> dict[str, Any]:
         """The state of the server and of each plugin, and what runs."""
         return {**self._scope.status(), "version": importlib.metadata.version("harperpy")}
+
+    async def get_components(self) -> list[dict[str, Any]]:
+        """The plugins, how each is, and its options, secrets redacted."""
+        options = redacted(self._scope.config)["plugins"]
+        known = self._scope.status()["plugins"]
+        return [{"name": name, **one, "options": options.get(name)} for name, one in known.items()]
+
+    async def restart(self, _: NoParameters, context: Context) -> str:
+        """Start the server anew, where somebody watches over it who can."""
+        context.response_headers["Connection"] = "close"
+        if self._scope.request_restart("an operation asks for it"):
+            return "Restarting harperpy."
+        return "A restart is noted in get_status: who runs this server has to make it."
+
+    async def restart_service(self, _: RestartService, context: Context) -> str:
+        """Start a part of the server anew, which is all of it."""
+        return await self.restart(NoParameters(), context)
 
     async def list_commands(self) -> list[dict[str, str]]:
         """What plugins add to the command line: each command, its line of help, its parameters."""

@@ -1,0 +1,169 @@
+"""Settings: `set_configuration` changes config.yaml, for the next start."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import msgspec
+import sqlalchemy as sa
+
+from harperpy import ClientError, Config, ConfigError, Deed, Scope, load_config, redacted
+
+from .yaml_edit import edited
+
+_SECRET = re.compile(r"key$|token$|secret$|password$", re.IGNORECASE)
+_DONE = (
+    "Configuration successfully set. You must restart harperpy for new config settings to take "
+    "effect."
+)
+
+
+class SetConfiguration(msgspec.Struct):
+    """Keys of config.yaml and their values: `logging_level`, `http.maxBodySize`."""
+
+    rest: ClassVar[str] = "keys"
+
+    keys: dict[str, Any]
+
+
+def add_operations(scope: Scope) -> None:
+    """Offer it to super users."""
+    scope.operations.add("set_configuration", Settings(scope).set, SetConfiguration)
+
+
+class Settings:
+    """The file, one change at a time."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+        self._path = scope.config_file_path
+
+    async def set(self, request: SetConfiguration) -> str:
+        """Write these keys to config.yaml, if a server could start with it."""
+        if not request.keys:
+            message = "keys: expected some of config.yaml, such as logging_level"
+            raise ClientError(message)
+        paths = {key: _path(key) for key in request.keys}
+        for key, path in paths.items():
+            _check(key, path, request.keys[key])
+        changes = [(paths[key], value) for key, value in request.keys.items()]
+        deed = Deed("config.yaml")
+
+        def work(connection: sa.Connection) -> None:
+            with (self._scope.root / "config.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._change(connection, deed, changes)
+
+        await self._scope.database.run(work)
+        self._scope.request_restart("config.yaml has changed")
+        return _DONE
+
+    def _change(
+        self, connection: sa.Connection, deed: Deed, changes: list[tuple[tuple[str, ...], Any]]
+    ) -> None:
+        """The audit's row, then the file itself: all of it at once."""
+        path = self._path.resolve()
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        before = redacted(load_config(path, os.environ))
+        for keys, value in changes:
+            text = edited(text, keys, value)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".config-", suffix=".yaml")
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            after = redacted(_checked(temporary))
+            if path.exists():
+                temporary.chmod(path.stat().st_mode)
+            names = [".".join(keys) for keys, _ in changes]
+            deed.note(
+                connection,
+                "update",
+                *names,
+                before={name: _at(before, name) for name in names},
+                after={name: _at(after, name) for name in names},
+            )
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _checked(path: Path) -> Config:
+    try:
+        return load_config(path, os.environ)
+    except ConfigError as error:
+        told = str(error).replace(f"{path}: ", "")
+        message = f"config file validation error: {told}"
+        raise ClientError(message) from error
+
+
+def _path(key: str) -> tuple[str, ...]:
+    """The path of a key: as config.yaml has it, with dots, or in words of any case."""
+    if "." in key:
+        return tuple(key.split("."))
+    known = {_letters("".join(path)): path for path in _paths(Config)}
+    if (found := known.get(_letters(key))) is None:
+        message = f"{key}: no key of config.yaml; expected one such as logging_level or http.port"
+        raise ClientError(message, param=key)
+    return found
+
+
+def _paths(kind: type[msgspec.Struct], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for field in msgspec.structs.fields(kind):
+        path = (*above, field.encode_name)
+        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+            yield from _paths(field.type, path)
+        else:
+            yield path
+
+
+def _letters(name: str) -> str:
+    return re.sub("[-_.]", "", name).lower()
+
+
+def _check(key: str, path: tuple[str, ...], value: Any) -> None:
+    """Refuse what would let an operation run other code, or read the environment."""
+    if not all(path):
+        message = f"{key}: expected names with dots between them"
+        raise ClientError(message, param=key)
+    if path[0] == "plugins" and {"path", "package"} & {*path[2:], *_keys(value)}:
+        message = f"{key}: where a plugin's code lives is said in the file alone"
+        raise ClientError(message, status=403, param=key)
+    secret = _SECRET.search(path[-1]) is not None
+    if not secret and any("${" in text for text in _texts(value)):
+        message = f"{key}: a variable of the environment is for keys that hold a secret"
+        raise ClientError(message, status=403, param=key)
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """All keys within a value."""
+    if isinstance(value, Mapping):
+        for key, one in cast("Mapping[str, Any]", value).items():
+            yield key
+            yield from _keys(one)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts within a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in cast("Mapping[str, Any]", value).values():
+            yield from _texts(one)
+    elif isinstance(value, list):
+        for one in cast("list[Any]", value):
+            yield from _texts(one)
+
+
+def _at(tree: Any, name: str) -> Any:
+    for step in name.split("."):
+        tree = cast("Mapping[str, Any]", tree).get(step) if isinstance(tree, Mapping) else None
+    return tree
