@@ -24,6 +24,7 @@ from harperpy import (
     count_calls,
 )
 
+from . import reconciliation
 from .receipts import GetModelCall, Receipts
 
 _MOVE_SECONDS = 0.1
@@ -42,6 +43,7 @@ async def handle_application(scope: Scope) -> None:
     scope.ledger.keep(mover.journal, mover.flush)
     own = Receipts(scope)
     scope.operations.add("get_model_call", own.get_model_call, GetModelCall, open_to="user")
+    reconciliation.add_operation(scope)
     scope.on_close(mover.close)
     scope.create_task(mover.begin(), name="journal")
     scope.create_task(mover.clean(accounting.retention_seconds), name="retention")

@@ -7,8 +7,8 @@ import msgspec
 import pytest
 
 from harperpy import Served, Unequal, difference
-from harperpy.testing import Answer, ScriptedUpstream, running, streamed, whole
-from helpers import HELLO, ask, finished_calls, provider
+from harperpy.testing import Answer, RunningServer, ScriptedUpstream, running, streamed, whole
+from helpers import HELLO, ask, finished_calls, operation, provider
 
 
 def row(number: int, prompt: int | None = 3, completion: int | None = 2, **more: Any) -> Any:
@@ -151,3 +151,53 @@ async def test_a_scripted_upstream_keeps_its_account(
     assert noted == (account.reached, account.status, *told)
     assert [call.id] == [one["id"] for one in rows]
     assert not difference(rows, upstream.served)
+
+
+def account(upstream: ScriptedUpstream) -> list[dict[str, Any]]:
+    """What it served, as it would send it."""
+    kept = ("id", "prompt_tokens", "completion_tokens")
+    return [{name: getattr(one, name) for name in kept} for one in upstream.served]
+
+
+async def reconciled(server: RunningServer, **asked: Any) -> Any:
+    """What the operation tells."""
+    key = f"Bearer {server.api_key}"
+    status, told = await operation(server, {"operation": "reconcile", **asked}, key)
+    assert 200 == status, told
+    return told
+
+
+async def test_an_account_is_compared_by_an_operation(upstream: ScriptedUpstream) -> None:
+    """Nothing differs; then what is left out, added or changed is told, and whose entry counts."""
+    same = {"missing": [], "unknown": [], "different": []}
+    async with running(provider(upstream.url)) as server:
+        for _ in range(2):
+            await ask(server, "POST", "/v1/chat/completions", json=HELLO)
+        served = account(upstream)
+        first, second = (int(one["id"]) for one in served)
+        asked = {"backend_name": "default", "served": served}
+        assert same == await reconciled(server, **asked)
+
+        stranger = {"id": "1", "prompt_tokens": 1, "completion_tokens": None}
+        wrong = {**served[0], "prompt_tokens": 99}
+        told = await reconciled(server, **{**asked, "served": [stranger, wrong]})
+        prompt = served[0]["prompt_tokens"]
+        assert {
+            "missing": [stranger],
+            "unknown": [second],
+            "different": [{"id": first, "field": "prompt_tokens", "row": prompt, "served": 99}],
+        } == told
+
+        asked["served"] = []
+        assert [first, second] == (await reconciled(server, **asked))["unknown"]
+        for other in ({"backend_name": ["other"]}, {"to": "2026-01-01"}, {"from": "2100-01-01"}):
+            assert same == await reconciled(server, **{**asked, **other})
+
+
+async def test_who_is_no_super_user_compares_nothing(upstream: ScriptedUpstream) -> None:
+    """Even with an empty account."""
+    async with running(provider(upstream.url)) as server:
+        key = await server.key_for("ada")
+        body = {"operation": "reconcile", "served": [], "backend_name": "default"}
+        status, _ = await operation(server, body, f"Bearer {key}")
+    assert 403 == status

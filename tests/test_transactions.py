@@ -908,7 +908,7 @@ CHANGES: list[tuple[str, sa.Executable, Any, dict[str, Any]]] = [
 async def test_each_write_is_audited(
     statement: sa.Executable, parameters: Any, expected: dict[str, Any]
 ) -> None:
-    """Who, with which key, when, by which request, which records; numbers as they are, text never."""
+    """Who, by which key and request, when, which records; numbers as they are, text never."""
 
     async def changes(context: Context) -> None:
         await context.transaction().execute(statement, parameters)
