@@ -281,15 +281,18 @@ def _operation(name: str) -> click.Command:
     @_targeted
     @click.pass_context
     def command(ctx: click.Context, /, words: tuple[str, ...], **where: Any) -> None:
-        """Run an operation of the server; a VALUE is JSON, or else text."""
-        target = Target(**where, seconds=None)
+        """Run an operation of the server; a VALUE is JSON, or else text.
+
+        target=URL asks a remote server, as auth_username=NAME with auth_password=PASSWORD.
+        """
+        try:
+            given = parameters(words)
+            target = Target(**where, seconds=None).aimed(given)
+        except ValueError as error:
+            ctx.fail(str(error))
         if not target.is_project:
             near = nearest(name, main.commands, "commands")
             ctx.fail(f"no such command '{name}', and no project here that may add it; {near}")
-        try:
-            given = parameters(words)
-        except ValueError as error:
-            ctx.fail(str(error))
         _show(target.operate(name.replace("-", "_"), **given))
 
     return command

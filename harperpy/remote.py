@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,10 +14,13 @@ from .errors import ClientError
 from .secret import mask
 
 _SECONDS = 10.0
+_CONNECT_SECONDS = 5.0
 
 
 class Remote:
     """The operations of one running server, by its socket's path or its operations URL.
+
+    Who asks is known by a name and a password, or else by an API key.
 
     An answer may take `seconds`, or any time if that is None.
     """
@@ -27,17 +31,23 @@ class Remote:
         socket: Path | None = None,
         url: str | None = None,
         api_key: str | None = None,
+        login: tuple[str, str] | None = None,
         seconds: float | None = _SECONDS,
     ) -> None:
         self._socket = socket
         self._url = url or "http://localhost/"
         self._seconds = seconds
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers: dict[str, str] = {}
+        if login is not None:
+            pair = base64.b64encode(":".join(login).encode()).decode()
+            self._headers["Authorization"] = f"Basic {pair}"
+        elif api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
 
     async def operate(self, body: Mapping[str, Any]) -> Any:
         """The result. Raises `ClientError` with the server's refusal, or if nobody answers."""
         connector = aiohttp.UnixConnector(str(self._socket)) if self._socket else None
-        timeout = aiohttp.ClientTimeout(total=self._seconds, sock_connect=_SECONDS)
+        timeout = aiohttp.ClientTimeout(total=self._seconds, sock_connect=_CONNECT_SECONDS)
         try:
             async with (
                 aiohttp.ClientSession(connector=connector, timeout=timeout) as session,

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import click
 import msgspec
@@ -24,6 +25,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger("harperpy.target")
 
+_AIM = ("target", "auth_username", "auth_password")
+
 
 class Target(msgspec.Struct):
     """The server an operation goes to, and how many seconds it may take; None is any time."""
@@ -33,11 +36,36 @@ class Target(msgspec.Struct):
     url: str | None
     api_key: str | None
     seconds: float | None = 10.0
+    login: tuple[str, str] | None = None
 
     def operate(self, operation: str, /, **parameters: Any) -> Any:
         """Run one operation where the options say."""
         given = {name: value for name, value in parameters.items() if value is not None}
-        return told(lambda: run_to_end(self._operate({**given, "operation": operation})))
+        body = {**given, "operation": operation}
+        return told(lambda: run_to_end(self._operate(body)), operation)
+
+    def aimed(self, parameters: dict[str, Any]) -> Target:
+        """The server that `target` names, as who `auth_username` and `auth_password` say.
+
+        They are taken out of the parameters. A URL may hold the name and password too. Raises
+        `ValueError`.
+        """
+        url, name, password = (parameters.pop(one, None) for one in _AIM)
+        if (name is None) != (password is None):
+            message = "auth_username and auth_password: expected both, or neither"
+            raise ValueError(message)
+        if url is None and name is not None and not self.url:
+            message = "auth_username: expected a target=URL too"
+            raise ValueError(message)
+        parts = urlsplit(str(url or self.url or ""))
+        if url is not None and (parts.scheme not in ("http", "https") or not parts.hostname):
+            message = "target: expected an http:// or https:// URL"
+            raise ValueError(message)
+        if name is None and parts.username:
+            name, password = unquote(parts.username), unquote(parts.password or "")
+        bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        login = None if name is None else (str(name), str(password))
+        return msgspec.structs.replace(self, url=bare or None, login=login)
 
     @property
     def is_project(self) -> bool:
@@ -48,7 +76,8 @@ class Target(msgspec.Struct):
     async def _operate(self, body: dict[str, Any]) -> Any:
         """Over HTTP, else by the socket, else, where no server runs, on the database itself."""
         if self.url:
-            return await self._remote(url=self.url, api_key=self.api_key).operate(body)
+            known = {"api_key": self.api_key, "login": self.login}
+            return await self._remote(url=self.url, **known).operate(body)
         try:
             config = config_of(self.directory)
         except ConfigError:
@@ -69,7 +98,7 @@ class Target(msgspec.Struct):
             raise
         except Exception as error:
             logger.debug("the operation %s failed", body["operation"], exc_info=True)
-            message = f"the operation {body['operation']} failed with {type(error).__name__}"
+            message = f"it failed with {type(error).__name__}"
             raise SetupError(message) from error
         finally:
             await server.stop()
@@ -78,14 +107,15 @@ class Target(msgspec.Struct):
         return Remote(**where, seconds=self.seconds)
 
 
-def told(work: Callable[[], T]) -> T:
-    """A refusal is one sentence on stderr and exit code 1."""
+def told(work: Callable[[], T], operation: str = "") -> T:
+    """A refusal is one sentence on stderr, which names the operation, and exit code 1."""
+    name = f"harperpy: {operation}" if operation else "harperpy"
     try:
         return work()
     except (SetupError, ClientError) as error:
-        click.echo(f"harperpy: {error}", err=True)
+        click.echo(f"{name}: {error}", err=True)
     except HarperError as error:
-        click.echo(f"harperpy: {type(error).__name__}: {error}", err=True)
+        click.echo(f"{name}: {type(error).__name__}: {error}", err=True)
     sys.exit(1)
 
 

@@ -390,7 +390,9 @@ async def operate(folder: Path, *where: str) -> None:
     select = "SELECT username FROM system.hdb_user WHERE tenant = 'acme'"
     assert [{"username": "ada"}] == await said(folder, "sql", select, *where)
     assert "ada successfully deleted" == await said(folder, "user", "drop", "ada", *where)
-    assert "User ada does not exist" == await refusal(folder, "user", "drop", "ada", *where)
+    assert "drop_user: User ada does not exist" == await refusal(
+        folder, "user", "drop", "ada", *where
+    )
     assert "allowed" in await refusal(folder, "sql", "DELETE FROM hdb_user", *where)
 
 
@@ -424,15 +426,15 @@ async def test_operations_reach_another_machine_by_url(project: Path, tmp_path: 
         assert ["HDB_ADMIN"] == [user["username"] for user in users]
 
         told = await refusal(tmp_path, "user", "list", *where)
-        assert "No credential was sent: must log in." == told
+        assert "list_users: No credential was sent: must log in." == told
         told = await refusal(tmp_path, "user", "list", *where, "--api-key", "hk_wrong")
-        assert "Incorrect API key provided." == told
+        assert "list_users: Incorrect API key provided." == told
         told = await refusal(tmp_path, "user", "list", "--url", server.url, "--api-key", server.key)
         assert told
     told = await refusal(tmp_path, "user", "list", *where)
-    assert told.startswith(f"no harperpy answers at {server.operations_url}: ")
+    assert told.startswith(f"list_users: no harperpy answers at {server.operations_url}: ")
     told = await refusal(tmp_path, "user", "list", "--url", "http://root:hunter2@127.0.0.1:1")
-    assert told.startswith("no harperpy answers at http://")
+    assert told.startswith("list_users: no harperpy answers at http://")
     assert "hunter2" not in told
     assert ["project"] == names(tmp_path)
 

@@ -118,7 +118,7 @@ async def test_a_refusal_is_one_sentence(project: Path, words: str) -> None:
 
 async def test_what_fails_tells_nothing_of_its_inside(project: Path) -> None:
     """A running server answers with its general words, and without one the kind is told."""
-    assert "the operation fails failed with ValueError" == await refusal(project, "fails")
+    assert "fails: it failed with ValueError" == await refusal(project, "fails")
     async with serving(project):
         assert "secret text" not in await refusal(project, "fails")
 
