@@ -22,7 +22,7 @@ from .accounting import current_caller
 from .errors import ConfigError, Conflict, ServiceUnavailable, TransactionError
 from .gate import Gate
 from .migrations import migrate
-from .system import hdb_analytics, hdb_audit, hdb_model_calls, metadata
+from .system import hdb_analytics, hdb_audit, hdb_model_calls, hdb_model_calls_daily, metadata
 from .tables import Tables
 
 T = TypeVar("T")
@@ -46,6 +46,7 @@ class Database:
     """
 
     model_calls = hdb_model_calls
+    model_calls_daily = hdb_model_calls_daily
     audit = hdb_audit
     analytics = hdb_analytics
 

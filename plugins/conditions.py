@@ -117,13 +117,14 @@ def _is_exact(column: sa.Column[Any]) -> bool:
 
 
 def _between(place: Place, column: sa.Column[Any], value: Any, param: str) -> Compared:
-    ends = cast("list[Any]", value) if isinstance(value, list) else []
+    ends = cast("list[object]", value) if isinstance(value, list) else []
     if len(ends) != 2:
         message = f"{param}: expected a list of two values"
         raise InvalidBody(message, param=param)
     made = [place.value(column.name, end, param) for end in ends]
     of, low, high = _numbers(column, *made)
-    return (of >= low) & (of <= high)
+    within: Compared = (of >= low) & (of <= high)
+    return within
 
 
 def _text(column: sa.Column[Any], value: Any, param: str) -> str:

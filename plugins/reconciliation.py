@@ -56,7 +56,9 @@ class Reconciliation:
     def _statement(self, request: Reconcile) -> sa.Select[tuple[object, ...]]:
         calls = self._database.model_calls.c
         names = request.backend_name
-        wanted = [calls.backend_name.in_([names] if isinstance(names, str) else names)]
+        wanted: list[sa.ColumnElement[bool]] = [
+            calls.backend_name.in_([names] if isinstance(names, str) else names)
+        ]
         created = calls["__createdtime__"]
         if request.from_ is not None:
             wanted.append(created >= moment(request.from_, "from"))

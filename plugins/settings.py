@@ -159,7 +159,7 @@ def _texts(value: Any) -> Iterator[str]:
         for one in cast("Mapping[str, Any]", value).values():
             yield from _texts(one)
     elif isinstance(value, list):
-        for one in cast("list[Any]", value):
+        for one in cast("list[object]", value):
             yield from _texts(one)
 
 

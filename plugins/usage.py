@@ -18,7 +18,9 @@ DIMENSIONS = (
     *("tenant", "user", "api_key", "model", "backend", "backend_name", "provider_model"),
     *("method", "app"),
 )
-_TIMES = {"day": "%Y-%m-%d", "month": "%Y-%m"}
+_DAY_MS = 86_400_000
+# Of a cost, as in the roll-up.
+_DIGITS = 9
 _TOKENS = (
     *("prompt_tokens", "completion_tokens", "embedding_tokens"),
     *("cached_tokens", "reasoning_tokens"),
@@ -33,7 +35,7 @@ class GetUsage(msgspec.Struct, forbid_unknown_fields=True):
     """What to group by (a list, or names with commas), from when, until when, and of whom or what.
 
     A moment is `2026-11-21`, `2026-11-21T12:00:00Z` or milliseconds since 1970; `to` is the first
-    one that does not count any more.
+    one that does not count any more. Whole days (UTC) are known longer than their rows are kept.
     """
 
     group_by: str | list[str] = []
@@ -63,7 +65,7 @@ class Usage:
         self._ledger = scope.ledger
 
     async def get(self, request: GetUsage, context: Context) -> list[dict[str, Any]]:
-        """Calls, failures, tokens and cost of each group; `unpriced` calls have no cost at all."""
+        """Calls, failures, tokens and cost of each group; `unpriced` ones have no price."""
         if (user := context.user) is None:
             raise AccessViolation(None)
         asked = _statement(self._database, request, user)
@@ -79,67 +81,103 @@ class Usage:
 
 
 def _statement(database: Database, request: GetUsage, user: User) -> sa.Select[Any]:
-    calls = database.model_calls
-    groups = _groups(calls, request.group_by)
-    asked = sa.select(*groups.values(), *_sums(calls)).where(*_conditions(calls, request))
+    start = None if request.from_ is None else moment(request.from_, "from")
+    end = None if request.to is None else moment(request.to, "to")
+    whole_days = all(one is None or one % _DAY_MS == 0 for one in (start, end))
+    # The days outlive their rows, and are fewer.
+    source = (_days if whole_days else _calls)(database, start, end)
+    groups = _groups(source, request.group_by)
+    counts = ("calls", "failures", *_TOKENS, "unpriced")
+    sums = [
+        *(sa.func.coalesce(sa.func.sum(source.c[one]), 0).label(one) for one in counts),
+        sa.func.round(sa.func.total(source.c.cost), _DIGITS).label("cost"),
+    ]
+    asked = sa.select(*groups.values(), *sums).where(*_conditions(source, request))
     if not user.is_super_user:
-        asked = asked.where(calls.c.user == user.username)
+        asked = asked.where(source.c.user == user.username)
     if groups:
         asked = asked.group_by(*groups.values()).order_by(*groups.values())
     return asked.limit(MOST_ROWS + 1)
 
 
-def _groups(calls: sa.Table, group_by: str | list[str]) -> dict[str, sa.ColumnElement[Any]]:
+def _days(database: Database, start: float | None, end: float | None) -> sa.Subquery:
+    """The roll-up of these days; what a call has none of is null, as in its row."""
+    days = database.model_calls_daily.c
+    within = [
+        *([] if start is None else [days.day >= _day_of(start)]),
+        *([] if end is None else [days.day < _day_of(end)]),
+    ]
+    names = (*_TOKENS, "calls", "failures", "unpriced", "cost")
+    return (
+        sa.select(
+            days.day,
+            *(sa.func.nullif(days[name], "").label(name) for name in DIMENSIONS),
+            *(days[name] for name in names),
+        )
+        .where(*within)
+        .subquery()
+    )
+
+
+def _day_of(moment: float) -> str:
+    return dt.datetime.fromtimestamp(moment / 1000, dt.UTC).date().isoformat()
+
+
+def _calls(database: Database, start: float | None, end: float | None) -> sa.Subquery:
+    """The rows of the calls, each with the columns of a day that has it alone."""
+    calls = database.model_calls.c
+    created = calls[_CREATED]
+    within = [
+        *([] if start is None else [created >= start]),
+        *([] if end is None else [created < end]),
+    ]
+    return (
+        sa.select(
+            sa.func.date(created / 1000, "unixepoch").label("day"),
+            *(calls[name] for name in (*DIMENSIONS, *_TOKENS, "cost")),
+            sa.literal(1).label("calls"),
+            sa.case((calls.success, 0), else_=1).label("failures"),
+            sa.case((calls.success & calls.cost.is_(None), 1), else_=0).label("unpriced"),
+        )
+        .where(*within)
+        .subquery()
+    )
+
+
+def _groups(source: sa.Subquery, group_by: str | list[str]) -> dict[str, sa.ColumnElement[Any]]:
     names = group_by.split(",") if isinstance(group_by, str) else group_by
     groups: dict[str, sa.ColumnElement[Any]] = {}
     for name in filter(None, (name.strip() for name in names)):
-        if name in _TIMES:
-            seconds = calls.c[_CREATED] / 1000
-            groups[name] = sa.func.strftime(_TIMES[name], seconds, "unixepoch").label(name)
-        elif name in DIMENSIONS:
-            groups[name] = calls.c[name]
+        if name == "month":
+            groups[name] = sa.func.substr(source.c.day, 1, len("2026-11")).label(name)
+        elif name in (*DIMENSIONS, "day"):
+            groups[name] = source.c[name]
         else:
-            known = ", ".join((*DIMENSIONS, *_TIMES))
+            known = ", ".join((*DIMENSIONS, "day", "month"))
             message = f"group_by: expected some of {known}, got '{name}'"
             raise InvalidBody(message, param="group_by")
     return groups
 
 
-def _sums(calls: sa.Table) -> list[sa.ColumnElement[Any]]:
-    def total(column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
-        return sa.func.coalesce(sa.func.sum(column), 0)
-
-    return [
-        sa.func.count().label("calls"),
-        total(sa.case((calls.c.success, 0), else_=1)).label("failures"),
-        *(total(calls.c[name]).label(name) for name in _TOKENS),
-        total(calls.c.cost).label("cost"),
-        total(sa.case((calls.c.cost.is_(None), 1), else_=0)).label("unpriced"),
-    ]
-
-
-def _conditions(calls: sa.Table, request: GetUsage) -> list[sa.ColumnElement[bool]]:
+def _conditions(source: sa.Subquery, request: GetUsage) -> list[sa.ColumnElement[bool]]:
     found: list[sa.ColumnElement[bool]] = []
-    if request.from_ is not None:
-        found.append(calls.c[_CREATED] >= moment(request.from_, "from"))
-    if request.to is not None:
-        found.append(calls.c[_CREATED] < moment(request.to, "to"))
     given: Mapping[str, Any] = {name: getattr(request, name) for name in DIMENSIONS}
     for name, value in given.items():
         if value is not None:
             wanted = cast("list[str]", value) if isinstance(value, list) else [str(value)]
-            found.append(calls.c[name].in_(wanted))
+            found.append(source.c[name].in_(wanted))
     return found
 
 
 def moment(given: str | float, param: str) -> float:
-    """Milliseconds since 1970."""
-    if not isinstance(given, str):
-        return given
+    """Milliseconds since 1970. Raises `InvalidBody`."""
     try:
-        moment = dt.datetime.fromisoformat(given)
-        aware = moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)
+        if not isinstance(given, str):
+            dt.datetime.fromtimestamp(given / 1000, dt.UTC)
+            return given
+        found = dt.datetime.fromisoformat(given)
+        aware = found if found.tzinfo else found.replace(tzinfo=dt.UTC)
         return aware.timestamp() * 1000
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, OSError) as error:
         message = f"{param}: expected a date such as 2026-11-21, a time, or milliseconds since 1970"
         raise InvalidBody(message, param=param) from error

@@ -10,7 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 import yaml
+from harperpy.plugins.usage import DIMENSIONS
 from harperpy.plugins.yaml_edit import edited
+from sqlalchemy import delete
 
 from harperpy import ClientError, Scope
 from harperpy.testing import ECHO, Answer, RunningServer, ScriptedUpstream, running
@@ -98,6 +100,25 @@ async def test_usage_has_a_beginning_and_an_end(
     assert 0 == await calls(to="2020-01-01")
 
 
+async def test_whole_days_are_told_as_their_rows_are_and_when_those_are_gone(
+    billed: tuple[RunningServer, dict[str, str]],
+) -> None:
+    """The roll-up says the same of a day, of whomever; and it outlives the rows."""
+    server, _ = billed
+    calls = server.server.core.database.model_calls
+    now = (await server.rows())[0]["__createdtime__"]
+    groups = ("", "user,api_key,app", "day,month,method", [*DIMENSIONS])
+    of_days = [await got(server, "get_usage", group_by=one, **{"from": 0}) for one in groups]
+    of_rows = [await got(server, "get_usage", group_by=one, **{"from": 1}) for one in groups]
+    assert of_days == of_rows
+
+    await server.server.core.database.run(lambda connection: connection.execute(delete(calls)))
+
+    assert of_days == [await got(server, "get_usage", group_by=one) for one in groups]
+    assert 0 == (await got(server, "get_usage", **{"from": 1, "to": now + 1}))[0]["calls"]
+    assert [] == await got(server, "get_usage", group_by="day", **{"from": "2100-01-01"})
+
+
 async def test_a_user_sees_its_own_usage_alone(
     billed: tuple[RunningServer, dict[str, str]],
 ) -> None:
@@ -118,6 +139,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("get_usage", {"group_by": "colour"}, "group_by"),
     ("get_usage", {"from": "yesterday"}, "from"),
     ("get_usage", {"to": "2026-13-01"}, "to"),
+    ("get_usage", {"to": 1e30}, "to"),
     ("get_usage", {"model": 7}, "model"),
     ("test_model", {"max_tokens": 0}, "max_tokens"),
     ("test_model", {"kind": "x"}, "kind"),
