@@ -66,7 +66,8 @@ class Database:
         self.tables = Tables(self.run)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="harperpy-database")
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="harperpy-reader")
-        self._engine = self._make_engine(fsync=fsync)
+        self._engine = self._make_engine(_begin_by_hand, fsync=fsync)
+        event.listen(self._engine, "begin", _begin_to_write)
         self._writer = self._make_engine(_guard, _begin_by_hand, fsync=fsync, cached_statements=0)
         self._reader = self._make_engine(_guard, _read_only, cached_statements=0)
 
@@ -145,6 +146,7 @@ class Database:
     async def run(self, work: Callable[[sa.Connection], T]) -> T:
         """`work(connection)` in one transaction: committed on return, rolled back on raise.
 
+        What it reads stays so until its end: no other process writes meanwhile.
         Raises `ServiceUnavailable` while the file is locked by someone else or the disk is full,
         `Conflict` for a key that is there already, and `TransactionError` in a request whose own
         transaction this would wait for.
@@ -275,6 +277,11 @@ def _guard(connection: sqlite3.Connection, record: Any) -> None:
 
 def _begin_by_hand(connection: sqlite3.Connection, _: object) -> None:
     connection.isolation_level = None
+
+
+def _begin_to_write(connection: sa.Connection) -> None:
+    # Else another process might write between what is read here and what is made of it.
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _read_only(connection: sqlite3.Connection, _: object) -> None:

@@ -169,7 +169,7 @@ class People:
             rows = connection.execute(sa.select(hdb_role).order_by(hdb_role.c.role))
             return [Role(row.id, row.role, stored_permission(row.permission)) for row in rows]
 
-        return await self._database.run(work)
+        return await self._database.read(work)
 
     async def add_role(self, role: Role) -> None:
         """Add a role. Raises `Conflict` for a taken name."""
