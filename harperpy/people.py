@@ -248,9 +248,16 @@ class People:
             raise InvalidCredentials(message)
         return user
 
-    def expect(self, connection: sa.Connection, username: str) -> None:
-        """Raises `NotFound` in the caller's transaction if there is no user of that name."""
+    def expect(self, connection: sa.Connection, username: str, since: float | None = None) -> None:
+        """Raises `NotFound` in the caller's transaction if there is no user of that name.
+
+        With `since`, in ms since 1970, `InvalidCredentials` if they have been changed after it.
+        """
         _known(connection, username)
+        updated = sa.select(hdb_user.c[UPDATED]).where(hdb_user.c.username == username)
+        if since is not None and (connection.scalar(updated) or 0.0) > since:
+            message = "Login failed"
+            raise InvalidCredentials(message)
 
     async def verify_password(self, username: str, password: str, address: str = "") -> User | None:
         """The user, if they are active and this is their password.

@@ -22,6 +22,8 @@ from .system import CREATED, hdb_token, now_ms, purpose_key
 Subject: TypeAlias = Literal["operation", "refresh"]
 
 _REFRESH = hdb_token.c.kind == "refresh"
+# Whoever asks why a key works no more finds it in the list for so long.
+_KEYS_SHOWN_MS = 30 * 86_400_000.0
 
 
 class Tokens:
@@ -50,11 +52,15 @@ class Tokens:
         self._operation_seconds = operation_seconds
         self._refresh_seconds = refresh_seconds
 
-    async def create(self, user: User, seconds: float | None = None) -> tuple[str, str]:
+    async def create(
+        self, user: User, seconds: float | None = None, *, since: float | None = None
+    ) -> tuple[str, str]:
         """An operation token and a refresh token for a user; the first lives so many seconds.
 
-        Raises `InvalidBody` where that is longer than a refresh token lives, and `NotFound` where
-        the user has been dropped.
+        `since` is when they began to say who they are, in ms since 1970: what a new password, or
+        whatever else has changed since, would have ended is not made. Raises `InvalidCredentials`
+        then, `InvalidBody` where `seconds` is longer than a refresh token lives, and `NotFound`
+        where the user has been dropped.
         """
         if seconds is not None and seconds > self._refresh_seconds:
             message = f"expires_in: expected at most {self._refresh_seconds:g} seconds"
@@ -64,7 +70,7 @@ class Tokens:
         deed = Deed(hdb_token, subject=user.username)
 
         def work(connection: sa.Connection) -> None:
-            self._people.expect(connection, user.username)
+            self._people.expect(connection, user.username, since)
             connection.execute(sa.insert(hdb_token).values(row))
             told = {name: row[name] for name in ("user", "kind", "expires")}
             deed.note(connection, "insert", row["id"], after=told)
@@ -111,9 +117,18 @@ class Tokens:
         return self._sign(user, "operation", family, self._operation_seconds), following
 
     async def forget_expired(self) -> None:
-        """Remove the refresh tokens whose time is over."""
-        old = sa.delete(hdb_token).where(_REFRESH, hdb_token.c.expires <= now_ms())
-        await self._database.run(lambda connection: connection.execute(old))
+        """Remove the refresh tokens whose time is over, and keys that ended a month ago."""
+        now, deed = now_ms(), Deed(hdb_token)
+        ends = {"refresh": now, "api_key": now - _KEYS_SHOWN_MS}
+
+        def work(connection: sa.Connection) -> None:
+            for kind, end in ends.items():
+                old = (hdb_token.c.kind == kind) & (hdb_token.c.expires <= end)
+                gone = sa.delete(hdb_token).where(old).returning(hdb_token.c.id)
+                if ids := list(connection.scalars(gone)):
+                    deed.note(connection, "delete", *ids, before={"kind": kind})
+
+        await self._database.run(work)
 
     async def authenticate(self, credential: Credential) -> Verified | None:
         """Vouches for `Bearer` operation tokens."""

@@ -1,15 +1,20 @@
 """Tokens: how they follow each other, what ends them, and what is no token of ours."""
 
+import asyncio
 import base64
 import hmac
 import json
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import jwt
 import pytest
 
+from harperpy import Context, Next, Reply, Scope
 from harperpy.system import purpose_key
 from harperpy.testing import ECHO, RunningServer, running
 from helpers import basic, operation
@@ -172,17 +177,58 @@ async def test_what_is_no_operation_token_is_refused(server: RunningServer, name
     assert 401 == await status(server, {"operation_token": token})
 
 
-async def test_what_has_expired_is_removed_and_the_rest_stays() -> None:
-    """Refresh tokens only: a key that has expired is still listed."""
+async def test_a_login_that_a_new_password_overtakes_is_none() -> None:
+    """What began with the old one ends with it, also where it has been let in already."""
+    arrived, go = asyncio.Event(), asyncio.Event()
+
+    async def wait(context: Context, call_next: Next) -> Reply:
+        if context.user is not None and context.user.username == "ada":
+            arrived.set()
+            await go.wait()
+        return await call_next(context)
+
+    def apply(scope: Scope) -> None:
+        scope.server.http(wait, name="wait", port="operations")
+
+    async with running(handle_application=apply) as server, asyncio.timeout(30):
+        await server.operate("add_user", username="ada", password="pw", role="model_user")
+        body = {"operation": "create_authentication_tokens"}
+        begun = asyncio.create_task(operation(server, body, basic("ada", "pw")))
+        await arrived.wait()
+        await server.operate("alter_user", username="ada", password="new")
+        go.set()
+
+        assert (401, {"error": "Login failed"}) == await begun
+        assert 200 == (await operation(server, body, basic("ada", "new")))[0]
+        kept = "SELECT id FROM system.hdb_token WHERE kind = 'refresh'"
+        assert 1 == len(await server.operate("sql", sql=kept))
+
+
+async def test_what_has_expired_is_removed_and_the_rest_stays(tmp_path: Path) -> None:
+    """Refresh tokens at once, keys a month later: until then the list says why they are refused."""
     config = f"{ECHO}\nauthentication: {{refreshTokenTimeout: 1ms, operationTokenTimeout: 1ms}}"
-    async with running(config) as server:
+    async with running(config, root=tmp_path) as server:
         await server.key_for("ada")
         await login(server)
-        count = "SELECT kind FROM system.hdb_token ORDER BY kind"
-        before = [row["kind"] for row in await server.operate("sql", sql=count)]
+        day = 86_400_000
+        for name, days in (("recent", 29), ("old", 31)):
+            made = await server.operate("add_api_key", name=name, expires_in="1d")
+            ended = time.time() * 1000 - days * day
+            with closing(sqlite3.connect(tmp_path / "system.db")) as database, database:
+                change = "UPDATE hdb_token SET expires = ? WHERE id = ?"
+                database.execute(change, (ended, made["id"]))
+        select = "SELECT id, kind, name FROM system.hdb_token ORDER BY kind"
+        before = {row["id"]: row for row in await server.operate("sql", sql=select)}
 
         await server.server.core.tokens.forget_expired()
+        await server.server.core.tokens.forget_expired()
 
-        after = [row["kind"] for row in await server.operate("sql", sql=count)]
-    assert ["api_key", "api_key", "refresh"] == before
-    assert ["api_key", "api_key"] == after
+        after = {row["id"]: row for row in await server.operate("sql", sql=select)}
+        told = await server.operate("read_audit_log", table="hdb_token", limit=2)
+    assert ["api_key"] * 4 + ["refresh"] == [row["kind"] for row in before.values()]
+    assert {"first", "test", "recent"} == {row["name"] for row in after.values()}
+    gone = {row["kind"]: [key] for key, row in before.items() if key not in after}
+    assert [("system", "delete", gone[kind], [{"kind": kind}]) for kind in sorted(gone)] == [
+        (row["user_name"], row["operation"], row["hash_values"], row["original_records"])
+        for row in told
+    ]
