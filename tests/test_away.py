@@ -3,8 +3,8 @@
 import os
 import signal
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ import sqlalchemy as sa
 
 from asking import children, logged
 from commands import ADMIN, ECHO, get, serving
+from databases import FILES, away
 from harperpy import ConfigError, Database, Resource, ServiceUnavailable, get_context
 from harperpy.testing import RunningServer, running
 from helpers import HELLO, ask, until
 
 AWAY = (503, "1", "the database is away")
-FILES = ("system.db", "system.db-wal", "system.db-shm")
 
 
 class Noted(Resource):
@@ -32,19 +32,6 @@ class Noted(Resource):
         statement = sa.text("INSERT INTO notes VALUES (1)")
         await get_context().transaction().execute(statement)
         return "noted"
-
-
-@contextmanager
-def away(root: Path, *names: str) -> Iterator[None]:
-    """Files of a data folder, somewhere else while the block runs; the database's, if not said."""
-    elsewhere = root / "elsewhere"
-    elsewhere.mkdir()
-    for name in names or FILES[:1]:
-        (root / name).rename(elsewhere / name)
-    yield
-    # The database last: who opens it without its log would make a new one.
-    for name in reversed(names or FILES[:1]):
-        (elsewhere / name).rename(root / name)
 
 
 async def chat(server: RunningServer) -> str:

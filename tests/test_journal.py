@@ -3,9 +3,6 @@
 import asyncio
 import shutil
 import signal
-import sqlite3
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import msgspec
 import pytest
 
 from commands import ADMIN, FREE, Serving, serving
+from databases import DAILY, ROLL_UP, busy, told
 from harperpy import Journal, ModelCall
 from harperpy.testing import ECHO, RunningServer, ScriptedUpstream, running
 from harperpy.upstream import Answer
@@ -21,18 +19,6 @@ from helpers import HELLO, ask, basic, error_of, events, operation, provider
 
 CHAT = "/v1/chat/completions"
 ROOT = basic("root", "s3cret-enough")
-ROLL_UP = """
-SELECT date("__createdtime__" / 1000, 'unixepoch') AS day, coalesce(tenant, '') AS tenant,
-  coalesce(user, '') AS user, coalesce(model, '') AS model, method, count(*) AS calls,
-  sum(NOT success) AS failures, coalesce(sum(prompt_tokens), 0) AS prompt_tokens,
-  coalesce(sum(completion_tokens), 0) AS completion_tokens
-FROM hdb_model_calls GROUP BY 1, 2, 3, 4, 5 ORDER BY 1, 2, 3, 4, 5
-"""
-DAILY = """
-SELECT day, tenant, user, model, method, sum(calls) AS calls, sum(failures) AS failures,
-  sum(prompt_tokens) AS prompt_tokens, sum(completion_tokens) AS completion_tokens
-FROM hdb_model_calls_daily GROUP BY 1, 2, 3, 4, 5 ORDER BY 1, 2, 3, 4, 5
-"""
 
 
 def lines(root: Path) -> list[str]:
@@ -51,21 +37,6 @@ def call(number: int, **fields: Any) -> ModelCall:
     """A call that ended well."""
     both = {"method": "generate", "model": "m", "backend": "echo", "success": True}
     return ModelCall(id=number, **{"created": 1.79e12 + number, **both, **fields})
-
-
-def told(path: Path, sql: str) -> list[tuple[Any, ...]]:
-    """The rows of a SELECT on a database file."""
-    with closing(sqlite3.connect(path)) as database:
-        return database.execute(sql).fetchall()
-
-
-@asynccontextmanager
-async def busy(root: Path) -> AsyncIterator[None]:
-    """Another process writes to the database, and keeps everyone from it."""
-    with closing(sqlite3.connect(root / "system.db", isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        yield
-        other.execute("ROLLBACK")
 
 
 # What is noted when
