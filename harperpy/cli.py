@@ -209,10 +209,24 @@ def key() -> None:
 @key.command("add")
 @click.argument("name")
 @click.option("--user", "username", help="Whose key it is; the first super user's if not given.")
+@click.option("--tenant", help="Whom its calls are billed to; its owner's if not given.")
+@click.option("--expires-in", help="How long it lives, such as 30d; for ever if not given.")
+@click.option(
+    "--grants", help='What it may of its owner\'s rights, such as \'{"models": ["gpt-*"]}\'.'
+)
 @_targeted
-def key_add(name: str, username: str | None, **where: Any) -> None:
+def key_add(
+    name: str,
+    username: str | None,
+    tenant: str | None,
+    expires_in: str | None,
+    grants: str | None,
+    **where: Any,
+) -> None:
     """Make an API key; it is shown this once."""
-    _show(Target(**where).operate("add_api_key", name=name, username=username))
+    limits = parameters([f"grants={grants}"] if grants else [])
+    limits |= {"tenant": tenant, "expires_in": expires_in}
+    _show(Target(**where).operate("add_api_key", name=name, username=username, **limits))
 
 
 @key.command("list")

@@ -386,6 +386,14 @@ async def operate(folder: Path, *where: str) -> None:
     assert ("laptop", "ada") == (keys[made["id"]]["name"], keys[made["id"]]["user"])
     dropped = await said(folder, "key", "drop", made["id"], *where)
     assert f"API key {made['id']} successfully deleted" == dropped
+    limits = ("--tenant", "lent", "--expires-in", "30d", "--grants", '{"models": ["gpt-*"]}')
+    made = await said(folder, "key", "add", "ci", "--user", "ada", *limits, *where)
+    keys = {key["id"]: key for key in await said(folder, "key", "list", *where)}
+    ci = keys[made["id"]]
+    assert ("lent", ["gpt-*"]) == (ci["tenant"], ci["grants"]["models"])
+    assert ci["created"] < ci["expires"]
+    wrong = await refusal(folder, "key", "add", "ci", "--grants", "gpt", *where)
+    assert "grants" in wrong
 
     select = "SELECT username FROM system.hdb_user WHERE tenant = 'acme'"
     assert [{"username": "ada"}] == await said(folder, "sql", select, *where)
