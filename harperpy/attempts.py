@@ -6,6 +6,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from ipaddress import ip_network
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -30,10 +31,12 @@ class _Failures(msgspec.Struct):
 class Attempts:
     """Slows down who guesses passwords; each process counts by itself.
 
-    After five wrong ones for a user, or twenty from an address, the next one is not looked at for a
-    second, then for two, four, and so on up to a minute: a right one neither. A quarter of an hour
-    without a wrong one forgets them, a right one those of its user. Whoever has logged in from an
-    address before is counted by both together, so that no stranger's guesses lock them out.
+    After five wrong ones for a user, or twenty from an address (of IPv6, from its /64), the next
+    one is not looked at for a second, then for two, four, and so on up to a minute: a right one
+    neither. A quarter of an hour without a wrong one forgets them, a right one those of its user.
+    Whoever has logged in from an address before is counted by both together, so that no stranger's
+    guesses lock them out.
+
     `blocked` is told whose passwords are not looked at, `clock` gives seconds. Not `slow`: nobody
     waits.
     """
@@ -81,7 +84,7 @@ class Attempts:
         """A password was right."""
         if not address:
             return
-        both = _both(username, address)
+        both = _both(username, _network(address))
         for key in (_of_user(username), both):
             self._failures.pop(key, None)
         self._known[both] = None
@@ -92,8 +95,18 @@ class Attempts:
     def _keys(self, username: str, address: str) -> tuple[_Key, ...]:
         if not (address and self._slow):
             return ()
-        both = _both(username, address)
-        return (both,) if both in self._known else (_of_user(username), ("address", "", address))
+        network = _network(address)
+        both = _both(username, network)
+        return (both,) if both in self._known else (_of_user(username), ("address", "", network))
+
+
+def _network(address: str) -> str:
+    """An address, of IPv6 its first 64 bits: who has one of these has all."""
+    try:
+        network = ip_network((address.partition("%")[0], 64), strict=False)
+    except ValueError:
+        return address
+    return str(network)
 
 
 def _of_user(username: str) -> _Key:

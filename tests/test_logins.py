@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 
+import argon2
 import pytest
 
 from harperpy.attempts import Attempts
@@ -91,6 +92,33 @@ async def test_where_something_before_the_server_slows_guesses_the_server_need_n
         assert 200 == await guess(server, "ada", "pw")
 
 
+@pytest.mark.parametrize("way", ["Basic", "body"])
+async def test_whoever_it_is_for_a_password_costs_the_same(
+    ada: RunningServer, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is hashed once, with the same effort, so that no clock tells who there is."""
+    await ada.operate("add_user", username="off", password="pw", role="model_user", active=False)
+    efforts: list[tuple[int, int, int]] = []
+    verify = argon2.PasswordHasher.verify
+
+    def watched(hasher: argon2.PasswordHasher, kept: str, given: str) -> bool:
+        asked = argon2.extract_parameters(kept)
+        efforts.append((asked.memory_cost, asked.time_cost, asked.parallelism))
+        return verify(hasher, kept, given)
+
+    monkeypatch.setattr(argon2.PasswordHasher, "verify", watched)
+    costs: list[list[tuple[int, int, int]]] = []
+    for name, password in (("ada", "pw"), ("ada", "no"), ("nobody", "no"), ("off", "pw")):
+        efforts.clear()
+        if way == "body":
+            await guess(ada, name, password)
+        else:
+            await operation(ada, INFO, basic(name, password))
+        costs.append([*efforts])
+
+    assert [[(19 * 1024, 2, 1)]] * 4 == costs
+
+
 class Clock:
     """Seconds that pass when the test says so."""
 
@@ -151,6 +179,18 @@ def test_an_address_that_guesses_for_many_users_waits_too(clock: Clock) -> None:
 
     assert 1 == wait(attempts)
     assert 0 == wait(attempts, address="192.0.2.2")
+
+
+def test_the_addresses_of_one_network_are_one(clock: Clock) -> None:
+    """Of IPv6 whoever has one address has millions; neighbours beyond them are free."""
+    attempts = Attempts(clock=clock)
+    for number in range(20):
+        failures(attempts, 1, username=f"user {number}", address=f"2001:db8:0:1::{number:x}%en0")
+
+    assert 1 == wait(attempts, address="2001:db8:0:1:ffff::1")
+    assert 0 == wait(attempts, address="2001:db8:0:2::1")
+    attempts.succeeded("bob", "2001:db8:0:1::1")
+    assert 0 == wait(attempts, "bob", address="2001:db8:0:1::2")
 
 
 def test_a_strangers_guesses_lock_nobody_out_where_they_have_logged_in(clock: Clock) -> None:
