@@ -140,6 +140,53 @@ async def test_what_is_refused_leaves_no_row(server: RunningServer) -> None:
     assert before == await log(server)
 
 
+CHANGES: dict[str, dict[str, Any]] = {
+    "add_user": {"username": "eve", "password": "pw", "role": "model_user"},
+    "alter_user": {"username": "ada", "password": "new", "active": False},
+    "drop_user": {"username": "ada"},
+    "add_role": {"role": "new", "permission": {}},
+    "alter_role": {"id": "r", "permission": {"operations": ["sql"]}},
+    "drop_role": {"id": "r"},
+    "add_api_key": {"name": "new"},
+    "drop_api_key": {"id": "KEY"},
+    "create_authentication_tokens": {"username": "ada", "password": "pw"},
+    "refresh_operation_token": {"refresh_token": "TOKEN"},
+}
+KEPT = [
+    *("SELECT username, password, role, active, tenant FROM hdb_user ORDER BY 1",),
+    *("SELECT id, role, permission FROM hdb_role ORDER BY 1",),
+    *("SELECT id, user, spent FROM hdb_token ORDER BY 1", "SELECT id FROM hdb_audit ORDER BY 1"),
+]
+
+
+@pytest.mark.parametrize("name", CHANGES)
+async def test_what_cannot_be_audited_does_not_happen(name: str, tmp_path: Path) -> None:
+    """A change and its row are written together, or neither is."""
+    async with running(root=tmp_path) as server:
+        await server.operate("add_role", role="r", permission={})
+        await server.operate("add_user", **ADA, password="pw")
+        key = await server.operate("add_api_key", name="k", username="ada")
+        login = {"username": "ada", "password": "pw"}
+        tokens = await server.operate("create_authentication_tokens", **login)
+        known = {"KEY": key["id"], "TOKEN": tokens["refresh_token"]}
+        body = {what: known.get(str(value), value) for what, value in CHANGES[name].items()}
+        body["operation"] = name
+        with closing(sqlite3.connect(tmp_path / "system.db")) as database:
+            database.execute(
+                "CREATE TRIGGER full BEFORE INSERT ON hdb_audit "
+                "BEGIN SELECT RAISE(ABORT, 'no more rows'); END"
+            )
+            before = [database.execute(select).fetchall() for select in KEPT]
+
+            status, told = await operation(server, body, f"Bearer {server.api_key}")
+
+            assert before == [database.execute(select).fetchall() for select in KEPT]
+            database.execute("DROP TRIGGER full")
+        assert 500 == status
+        assert "rows" not in str(told)
+        assert 200 == (await operation(server, body, f"Bearer {server.api_key}"))[0]
+
+
 @pytest.mark.parametrize("config", [ECHO, f"{ECHO}\nlogging: {{auditLog: false}}"])
 async def test_the_first_start_is_the_systems(config: str) -> None:
     """Roles, administrator and key that a first start makes; `auditLog: false` changes nothing."""

@@ -1,5 +1,6 @@
 """Whatever a request looks like: no handler runs for those who may not call it."""
 
+import ast
 import asyncio
 import re
 import socket
@@ -8,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -16,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import harperpy
 from harperpy import (
     Context,
     EventStream,
@@ -559,6 +562,25 @@ def test_every_mount_is_shut_to_websockets(house: House) -> None:
             check(asked, who, status, text, allowed(who))
 
     assert set(MOUNTS) - {"tool", "feed", "typed", "stream", *LOCKED} == opened - {""}
+
+
+HANDLERS = (".handlers[", "operation.function(")
+"""How verbs and operations are called."""
+
+
+def test_whatever_calls_a_handler_has_asked_authorise_before() -> None:
+    """There is one such place for the verbs, and one for the operations."""
+    folder = Path(harperpy.__file__).parent
+    found: dict[str, bool] = {}
+    for file in [*folder.glob("*.py"), *folder.parent.glob("plugins/*.py")]:
+        for one in ast.walk(ast.parse(file.read_text())):
+            if isinstance(one, ast.AsyncFunctionDef):
+                code = ast.unparse(one)
+                if called := [code.index(handler) for handler in HANDLERS if handler in code]:
+                    asked = "await authorise(" in code[: min(called)]
+                    found[f"{file.stem}.{one.name}"] = asked
+
+    assert {"dispatch._invoke": True, "operations.call": True} == found
 
 
 RAW = {

@@ -71,6 +71,34 @@ async def test_a_role_asks_its_models_by_each_of_their_names(
                 assert ("model_not_found", "model") == (error["code"], error["param"])
 
 
+WAYS: list[tuple[list[str], dict[str, int]]] = [
+    (["large"], {"whole": 200, "stream": 200, "embedding": 404}),
+    (["embed-*"], {"whole": 404, "stream": 404, "embedding": 200}),
+    ([], {"whole": 404, "stream": 404, "embedding": 404}),
+]
+
+
+@pytest.mark.parametrize(("models", "expected"), WAYS)
+async def test_streams_and_embeddings_are_asked_by_the_same_grants(
+    upstream: ScriptedUpstream, models: list[str], expected: dict[str, int]
+) -> None:
+    """Nothing is streamed that is refused whole."""
+    chat = {"messages": HELLO["messages"], "model": "large"}
+    bodies: dict[str, tuple[str, dict[str, Any]]] = {
+        "whole": ("chat/completions", chat),
+        "stream": ("chat/completions", {**chat, "stream": True}),
+        "embedding": ("embeddings", {"model": "embed-1", "input": "hello"}),
+    }
+    async with running(MODELS.format(url=upstream.url)) as server:
+        key = await key_with(server, models)
+        got = {
+            way: (await ask(server, "POST", f"/v1/{path}", key=key, json=body)).status
+            for way, (path, body) in bodies.items()
+        }
+
+    assert expected == got
+
+
 LISTED = [
     (None, {"default", "large", "echo", "gpt-4o-mini", "gpt-5", "embed-1"}),
     (["large"], {"large", "gpt-5"}),

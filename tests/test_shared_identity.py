@@ -1,10 +1,9 @@
 """Who may what, where two workers change it at the same time: one of them comes first."""
 
 import asyncio
-import sqlite3
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import aiohttp
 import pytest
 
 from commands import ADMIN, ECHO, serving
+from databases import busy
 
 WORKERS = (
     "http: {port: 0, host: 127.0.0.1, workers: 2}\noperationsApi: {network: {port: 0}}\n"
@@ -44,20 +44,11 @@ class Both:
 
     async def at_once(self, *bodies: dict[str, Any]) -> list[tuple[int, Any]]:
         """The answers to what comes while nobody can write, so that all have read before."""
-        with locked(self._data / "system.db"):
+        async with busy(self._data):
             asked = [asyncio.create_task(self.ask(**body)) for body in bodies]
             for _ in range(10):
                 await self.get("user_info")
         return await asyncio.gather(*asked)
-
-
-@contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Nobody else writes meanwhile."""
-    with closing(sqlite3.connect(file, isolation_level=None)) as database:
-        database.execute("BEGIN IMMEDIATE")
-        yield
-        database.execute("ROLLBACK")
 
 
 @asynccontextmanager
