@@ -21,7 +21,7 @@ from .sections import Config, DatabaseConfig
 from .server import Server
 from .serving import Inherited, Serving, serve
 from .spelling import nearest
-from .target import Target, config_of, import_from, run_to_end, told
+from .target import Target, config_of, import_from, run_to_end, show, told
 from .words import parameters
 from .workers import Workers
 
@@ -46,6 +46,9 @@ _OFFLINE = click.option(
     show_envvar=True,
     help="Fetch nothing, ever.",
 )
+
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Answer in JSON instead of YAML.")
 
 
 class _Commands(click.Group):
@@ -148,10 +151,13 @@ def check(directory: Path) -> None:
 def _targeted(command: Callable[..., None]) -> Callable[..., None]:
     """The options that say which server an operation goes to."""
     options = (
+        _JSON,
         click.option(
             "--api-key", envvar="HARPERPY_API_KEY", show_envvar=True, help="API key for --url."
         ),
-        click.option("--url", help="Operations URL of a remote server, with --api-key."),
+        click.option(
+            "--url", "--target", "url", help="Operations URL of a remote server, with --api-key."
+        ),
         _ROOT,
         click.option(
             "--dir",
@@ -179,10 +185,8 @@ def user() -> None:
 @_targeted
 def user_add(username: str, role: str, tenant: str | None, password: str, **where: Any) -> None:
     """Add a user."""
-    _show(
-        Target(**where).operate(
-            "add_user", username=username, password=password, role=role, tenant=tenant
-        )
+    Target(**where).operate(
+        "add_user", username=username, password=password, role=role, tenant=tenant
     )
 
 
@@ -190,7 +194,7 @@ def user_add(username: str, role: str, tenant: str | None, password: str, **wher
 @_targeted
 def user_list(**where: Any) -> None:
     """List all users."""
-    _show(Target(**where).operate("list_users"))
+    Target(**where).operate("list_users")
 
 
 @user.command("drop")
@@ -198,7 +202,7 @@ def user_list(**where: Any) -> None:
 @_targeted
 def user_drop(username: str, **where: Any) -> None:
     """Remove a user with its keys and tokens."""
-    _show(Target(**where).operate("drop_user", username=username))
+    Target(**where).operate("drop_user", username=username)
 
 
 @main.group()
@@ -226,14 +230,14 @@ def key_add(
     """Make an API key; it is shown this once."""
     limits = parameters([f"grants={grants}"] if grants else [])
     limits |= {"tenant": tenant, "expires_in": expires_in}
-    _show(Target(**where).operate("add_api_key", name=name, username=username, **limits))
+    Target(**where).operate("add_api_key", name=name, username=username, **limits)
 
 
 @key.command("list")
 @_targeted
 def key_list(**where: Any) -> None:
     """List API keys by their first letters."""
-    _show(Target(**where).operate("list_api_keys"))
+    Target(**where).operate("list_api_keys")
 
 
 @key.command("drop")
@@ -241,7 +245,7 @@ def key_list(**where: Any) -> None:
 @_targeted
 def key_drop(id: str, **where: Any) -> None:  # noqa: A002
     """End an API key at once."""
-    _show(Target(**where).operate("drop_api_key", id=id))
+    Target(**where).operate("drop_api_key", id=id)
 
 
 @main.group()
@@ -257,9 +261,10 @@ def models_pull(name: str | None) -> None:
 
 
 @models.command("list")
-def models_list() -> None:
+@_JSON
+def models_list(*, as_json: bool) -> None:
     """List the model files that can be fetched."""
-    _on_files("list_model_files", None)
+    _on_files("list_model_files", None, as_json=as_json)
 
 
 @models.command("rm")
@@ -274,7 +279,7 @@ def models_rm(name: str | None) -> None:
 @_targeted
 def sql(select: str, **where: Any) -> None:
     """Run one SELECT over the system tables, e.g. "SELECT * FROM system.hdb_model_calls"."""
-    _show(Target(**where).operate("sql", sql=select))
+    Target(**where).operate("sql", sql=select)
 
 
 @main.command(short_help="List what the project's plugins add to these commands.")
@@ -284,7 +289,7 @@ def commands(**where: Any) -> None:
 
     Run one as 'harperpy NAME key=value ...', like any operation.
     """
-    _show(Target(**where).operate("list_commands"))
+    Target(**where).operate("list_commands")
 
 
 def _operation(name: str) -> click.Command:
@@ -298,16 +303,18 @@ def _operation(name: str) -> click.Command:
         """Run an operation of the server; a VALUE is JSON, or else text.
 
         target=URL asks a remote server, as auth_username=NAME with auth_password=PASSWORD.
+        json=true answers in JSON instead of YAML.
         """
         try:
             given = parameters(words)
+            where["as_json"] |= given.pop("json", False) is True
             target = Target(**where, seconds=None).aimed(given)
         except ValueError as error:
             ctx.fail(str(error))
         if not target.is_project:
             near = nearest(name, main.commands, "commands")
             ctx.fail(f"no such command '{name}', and no project here that may add it; {near}")
-        _show(target.operate(name.replace("-", "_"), **given))
+        target.operate(name.replace("-", "_"), **given)
 
     return command
 
@@ -331,7 +338,7 @@ async def _check(directory: Path) -> Health:
         return server.health
 
 
-def _on_files(operation: str, name: str | None) -> None:
+def _on_files(operation: str, name: str | None, *, as_json: bool = False) -> None:
     """An operation on the user's cache: no project and no running server has a part in it."""
 
     async def operate() -> Any:
@@ -344,18 +351,7 @@ def _on_files(operation: str, name: str | None) -> None:
             finally:
                 await server.stop()
 
-    _show(told(lambda: run_to_end(operate())))
-
-
-def _show(result: Any) -> None:
-    match result:
-        case None:
-            pass
-        # Over HTTP a sentence comes as a message.
-        case str(text) | {"message": str(text)}:
-            click.echo(text)
-        case _:
-            click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2).decode())
+    show(told(lambda: run_to_end(operate()), operation), as_json=as_json)
 
 
 def _version() -> str:

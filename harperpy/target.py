@@ -20,6 +20,7 @@ from .held import SOCKET_NAME
 from .remote import Remote
 from .sections import Config
 from .server import Server
+from .words import answer
 
 T = TypeVar("T")
 
@@ -29,7 +30,10 @@ _AIM = ("target", "auth_username", "auth_password")
 
 
 class Target(msgspec.Struct):
-    """The server an operation goes to, and how many seconds it may take; None is any time."""
+    """The server an operation goes to, how it is answered, and how many seconds that may take.
+
+    `seconds` of None is any time.
+    """
 
     directory: Path
     root: Path | None
@@ -37,12 +41,14 @@ class Target(msgspec.Struct):
     api_key: str | None
     seconds: float | None = 10.0
     login: tuple[str, str] | None = None
+    as_json: bool = False
 
-    def operate(self, operation: str, /, **parameters: Any) -> Any:
-        """Run one operation where the options say."""
+    def operate(self, operation: str, /, **parameters: Any) -> None:
+        """Run one operation where the options say, and print what it answers."""
         given = {name: value for name, value in parameters.items() if value is not None}
         body = {**given, "operation": operation}
-        return told(lambda: run_to_end(self._operate(body)), operation)
+        result = told(lambda: run_to_end(self._operate(body)), operation)
+        show(result, as_json=self.as_json)
 
     def aimed(self, parameters: dict[str, Any]) -> Target:
         """The server that `target` names, as who `auth_username` and `auth_password` say.
@@ -117,6 +123,12 @@ def told(work: Callable[[], T], operation: str = "") -> T:
     except HarperError as error:
         click.echo(f"{name}: {type(error).__name__}: {error}", err=True)
     sys.exit(1)
+
+
+def show(result: Any, *, as_json: bool) -> None:
+    """Print what an operation answers, if it answers anything."""
+    if text := answer(result, as_json=as_json):
+        click.echo(text)
 
 
 def run_to_end(work: Coroutine[Any, Any, T]) -> T:

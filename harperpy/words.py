@@ -1,4 +1,4 @@
-"""The words after a command's name, as the parameters of an operation."""
+"""The words of the command line: the parameters of an operation, and how it is answered."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import yaml
 
 
 def parameters(words: Sequence[str]) -> dict[str, Any]:
@@ -30,6 +31,22 @@ def parameters(words: Sequence[str]) -> dict[str, Any]:
             raise ValueError(message)
         found[key] = _value(value)
     return found
+
+
+def answer(result: Any, *, as_json: bool) -> str:
+    """What an operation answers, as YAML or JSON; a message alone is the text that it is."""
+    # Over HTTP a sentence comes as a message.
+    result = {"message": result} if isinstance(result, str) else result
+    encoded = msgspec.json.encode(result)
+    if as_json:
+        return msgspec.json.format(encoded, indent=2).decode()
+    match plain := msgspec.json.decode(encoded):
+        case None:
+            return ""
+        case {"message": str(text)} if len(plain) == 1:
+            return text
+        case _:
+            return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).rstrip("\n")
 
 
 def _value(text: str) -> Any:

@@ -6,18 +6,19 @@ import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiohttp
-import msgspec
 import pytest
+import yaml
 
 SECONDS = 60
 FREE = "http: {port: 0}\noperationsApi: {network: {port: 0}}\n"
 ECHO = "models: {generative: {default: {backend: echo}}, embedding: {default: {backend: echo}}}\n"
 ADMIN = {"HDB_ADMIN_USERNAME": "root", "HDB_ADMIN_PASSWORD": "s3cret-enough"}
+STRUCTURE = re.compile(r"- |\[|\{|[\w.-]+:\s")
 SECRETS = re.compile(r"hk_|password|s3cret")
 FIRST = "no super user exists yet: set HDB_ADMIN_USERNAME and HDB_ADMIN_PASSWORD"
 SLOW = """
@@ -82,12 +83,10 @@ def names(folder: Path) -> list[str]:
 
 
 async def said(folder: Path, *arguments: str, **environ: str) -> Any:
-    """What a command that must succeed prints, decoded where it is JSON."""
+    """What a command that must succeed prints, decoded where it is YAML, or JSON."""
     done = await harperpy(folder, *arguments, **environ)
     assert (0, "") == (done.code, done.err), done
-    with suppress(msgspec.DecodeError):
-        return msgspec.json.decode(done.out)
-    return done.out.strip()
+    return yaml.safe_load(done.out) if STRUCTURE.match(done.out) else done.out.strip()
 
 
 async def refusal(folder: Path, *arguments: str, **environ: str) -> str:
