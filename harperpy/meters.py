@@ -64,7 +64,8 @@ class Reading(msgspec.Struct):
         if meter.kind in ("requests", "tokens"):
             off = max(0.0, now - self.at) * meter.limit / MINUTE
             self.used = max(0.0, self.used - off)
-            self.at = now
+            # What is given back late is given back for then.
+            self.at = max(self.at, now)
 
 
 class Refused(Exception):

@@ -7,17 +7,21 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 
 import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.dialects.sqlite import insert
 
 from .database import Database
+from .errors import ServiceUnavailable
 from .meters import MINUTE, Claim, Granted, Reading, give_back, grant
 from .quotas import away, spent
 from .system import hdb_limit_hold, hdb_limit_rate, hdb_model_calls
 
 logger = logging.getLogger("harperpy.limits")
+
+_RETRY_SECONDS = 1.0
 
 
 class SharedMeters:
@@ -67,7 +71,7 @@ class SharedMeters:
             raise away(error) from error
         except asyncio.CancelledError:
             # It is taken all the same, for nobody.
-            taking.add_done_callback(lambda _: self._submit(lambda one: _release(one, call)))
+            taking.add_done_callback(partial(self._give_back, call))
             raise
 
     def settle(self, granted: Granted, actual: Sequence[int], now: float, *, written: bool) -> None:
@@ -91,9 +95,24 @@ class SharedMeters:
     def forget(self) -> None:
         """Nothing is remembered here."""
 
+    def _give_back(self, call: int, taken: asyncio.Future[Granted]) -> None:
+        if not taken.cancelled() and taken.exception() is None:
+            self._submit(lambda connection: _release(connection, call))
+
     def _submit(self, work: Callable[[sa.Connection], None]) -> None:
+        """Have it done, as often as it takes: what nobody gives back is held for good."""
+        loop = asyncio.get_running_loop()
+
+        def told(done: Future[None]) -> None:
+            if (error := done.exception()) is None:
+                return
+            logger.warning("what a call took of its limits is not settled: %s", error)
+            if isinstance(error, ServiceUnavailable):
+                with contextlib.suppress(RuntimeError):  # it is closed
+                    loop.call_soon_threadsafe(loop.call_later, _RETRY_SECONDS, self._submit, work)
+
         with contextlib.suppress(RuntimeError):  # it is closed
-            self._database.submit(work).add_done_callback(_told)
+            self._database.submit(work).add_done_callback(told)
 
     def _write(
         self, connection: sa.Connection, pairs: Sequence[tuple[Claim, Reading]], call: int
@@ -147,8 +166,3 @@ def _release(connection: sa.Connection, call: int, meter: str | None = None) -> 
     hold = hdb_limit_hold.c
     drop = sa.delete(hdb_limit_hold).where(hold.call == call)
     connection.execute(drop if meter is None else drop.where(hold.meter == meter))
-
-
-def _told(done: Future[None]) -> None:
-    if (error := done.exception()) is not None:
-        logger.warning("what a call took of its limits is not settled: %s", error)
