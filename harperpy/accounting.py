@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
@@ -10,8 +11,10 @@ from typing import Literal, Protocol, TypeAlias
 import msgspec
 
 from .auth import User, extract_tenant_id
-from .errors import TransactionError
+from .errors import HarperError, TransactionError
 from .signal import AbortSignal
+
+logger = logging.getLogger("harperpy.accounting")
 
 Method: TypeAlias = Literal["embed", "generate", "generateStream"]
 
@@ -212,11 +215,18 @@ class Ledger:
         self._subscribers.append(subscriber)
 
     def keep(self, keeper: Keeper, flush: Callable[[], Awaitable[None]]) -> None:
-        """Have each call kept; `flush` brings what is kept to where it is read."""
+        """Have each call kept; `flush` brings all that is kept to where it is read, or raises."""
         self.keeper, self._flush = keeper, flush
 
     async def flush(self) -> None:
         """Give each call that has ended its row, as far as the database takes them now."""
+        try:
+            await self.drain()
+        except HarperError as error:
+            logger.warning("model calls wait in the journal: %s", error)
+
+    async def drain(self) -> None:
+        """Give each call that has ended its row. Raises `ServiceUnavailable` where one has none."""
         if self._flush is not None:
             await self._flush()
 

@@ -33,7 +33,7 @@ class Billing(msgspec.Struct):
     async def open(self) -> None:
         """Admit and price calls from now on. Raises `ServiceUnavailable`."""
         # What processes that are no more held is dropped only after their calls have rows.
-        await self.ledger.flush()
+        await self.ledger.drain()
         await self.limits.open()
 
     async def reprice(self, first: date, last: date, model: str | None = None) -> Repriced:
@@ -42,7 +42,7 @@ class Billing(msgspec.Struct):
         `model` is a name or a pattern of them. What was spent of budgets is read anew. Raises
         `ServiceUnavailable` where the database is away.
         """
-        await self.ledger.flush()
+        await self.ledger.drain()
         try:
             return await Repricing(self.database, self.prices, first, last, model).run()
         finally:
@@ -55,7 +55,7 @@ class Billing(msgspec.Struct):
         """What a configuration asks for, tied to the ledger. Raises `ConfigError`."""
         check_rules(config.limits.rules, "config.yaml: limits.rules")
         prices = Prices(config.prices)
-        quotas = Quotas(database, ledger.flush, epoch.move)
+        quotas = Quotas(database, ledger.drain, epoch.move)
         store = _store(config, database, quotas, index, of)
         limits = Limits(config.limits.rules, prices, store, epoch=epoch, stored=quotas.rules)
         if config.prices:

@@ -23,14 +23,14 @@ from .system import CREATED, UPDATED, hdb_limit, hdb_model_calls_daily, now_ms
 class Quotas:
     """The rules in `system.hdb_limit`, and sums of the ledger.
 
-    `flush` gives all calls that have ended their rows, `changed` lets every process know.
+    `drain` gives all calls that have ended their rows, `changed` lets every process know.
     """
 
     def __init__(
-        self, database: Database, flush: Callable[[], Awaitable[None]], changed: Callable[[], None]
+        self, database: Database, drain: Callable[[], Awaitable[None]], changed: Callable[[], None]
     ) -> None:
         self._database = database
-        self._flush = flush
+        self._drain = drain
         self._changed = changed
 
     async def rules(self) -> list[LimitConfig]:
@@ -79,8 +79,11 @@ class Quotas:
         self._changed()
 
     async def spent(self, spending: Spending) -> int:
-        """What the ledger says was spent, all calls that have ended included."""
-        await self._flush()
+        """What the ledger says was spent, all calls that have ended included.
+
+        Raises `ServiceUnavailable` where nobody knows.
+        """
+        await self._drain()
         try:
             return await self._database.read(lambda connection: spent(connection, spending))
         except exc.DBAPIError as error:

@@ -69,13 +69,13 @@ class Mover:
         journal.told = self._tell
 
     async def flush(self) -> None:
-        """Give each call that has ended its row, other processes' included, if the database can."""
-        try:
-            await self._move_own()
-            await self._database.run(self._move_others)
-            await self.adopt()
-        except HarperError as error:
-            self._logger.warning("model calls wait in the journal: %s", error)
+        """Give each call that has ended its row, other processes' included.
+
+        Raises `ServiceUnavailable` where the database does not take them.
+        """
+        await self._move_own()
+        await self._database.run(self._move_others)
+        await self.adopt()
 
     async def adopt(self) -> None:
         """Give rows to what processes noted that are no more, and remove what they left."""

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
-from databases import FILES
-from harperpy import LimitReached
+from databases import FILES, busy, told
+from harperpy import Journal, LimitReached, ModelCall, ServiceUnavailable
+from harperpy.system import hdb_limit_hold
 from harperpy.testing import ECHO, RunningServer, running
 from helpers import until
 
@@ -116,3 +118,51 @@ async def test_a_place_that_is_given_back_to_a_locked_database_is_free_in_the_en
                     break
                 except LimitReached:
                     await asyncio.sleep(0.05)
+
+
+async def test_what_was_spent_is_never_guessed(tmp_path: Path) -> None:
+    """Read anew while rows wait in the journal, a budget is refused by 503, not taken for whole."""
+    rule = f"budget: {{tokens: {20 * A_CALL}}}"
+    async with running(config(rule, "memory"), root=tmp_path) as server:
+        await ask(server)
+        async with busy(tmp_path):
+            await ask(server)
+            server.server.core.billing.limits.forget()
+            with pytest.raises(ServiceUnavailable):
+                await ask(server)
+        await ask(server)
+    assert [(3,)] == told(tmp_path / FILES[0], "SELECT count(*) FROM hdb_model_calls")
+
+
+def leave(root: Path) -> int:
+    """What a process that was killed in a call left behind; the call."""
+    journal = Journal(root / "journal", most=1 << 22)
+    call = ModelCall(
+        id=7, created=1.79e12, method="generate", model="m", backend="echo", reserved_tokens=9
+    )
+    journal.begin(call)
+    journal._let_go()
+    return call.id
+
+
+async def test_what_the_dead_held_is_kept_until_their_calls_have_rows(tmp_path: Path) -> None:
+    """A worker that cannot write them down does not begin: both would be gone for a moment."""
+    hold = {"meter": "m", "call": 7, "amount": 9, "worker": 0, "life": "before"}
+    async with running(config(ONE), root=tmp_path) as server, somebody(tmp_path) as other:
+        database, billing = server.server.core.database, server.server.core.billing
+        await database.run(lambda one: one.execute(sa.insert(hdb_limit_hold), hold))
+        leave(tmp_path)
+        async with held_up(server):
+            opening = asyncio.ensure_future(billing.open())
+            await queued(server)
+            # Free again just after the journal could not be read into it.
+            lock(other)
+            database.occupy(lambda _: unlock(other))
+        with pytest.raises(ServiceUnavailable):
+            await opening
+        assert [(7,)] == told(tmp_path / FILES[0], "SELECT call FROM hdb_limit_hold")
+        await billing.open()
+        assert [] == told(tmp_path / FILES[0], "SELECT call FROM hdb_limit_hold")
+        rows = [(7, "interrupted", 9)]
+        select = "SELECT id, error_code, reserved_tokens FROM hdb_model_calls"
+        assert rows == told(tmp_path / FILES[0], select)
