@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import time
@@ -175,10 +176,10 @@ class Journal:
 
 def remove(path: Path) -> None:
     """Remove a process's folder; the lock last, so that who dies here leaves one that is found."""
-    names = sorted((file.name for file in path.iterdir()), key=lambda name: name == LOCK)
-    for name in names:
-        (path / name).unlink()
-    path.rmdir()
+    with contextlib.suppress(FileNotFoundError):  # others are at it, too
+        for file in sorted(path.iterdir(), key=lambda file: file.name == LOCK):
+            file.unlink(missing_ok=True)
+        path.rmdir()
 
 
 def _own(path: Path) -> int:

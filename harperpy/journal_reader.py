@@ -87,7 +87,7 @@ class JournalReader:
     @classmethod
     @contextlib.contextmanager
     def orphans(cls, folder: Path) -> Generator[list[JournalReader]]:
-        """What processes noted that are no more; nobody else takes it before the block ends."""
+        """What processes noted that are no more. Others may take it at the same time."""
         held = [(cls(path), lock) for path in _parts(folder) if (lock := _abandoned(path)) >= 0]
         try:
             yield [reader for reader, _ in held]
@@ -163,13 +163,14 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _abandoned(path: Path) -> int:
-    """The lock of the folder of a process that is no more, now ours; -1 for any other."""
+    """The lock of the folder of a process that is no more, now ours as well; -1 for any other."""
     try:
         lock = os.open(path / LOCK, os.O_RDWR)
     except OSError:
         return -1
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Shared: who needs all rows waits for nobody who may be about to write them.
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         os.close(lock)
         return -1

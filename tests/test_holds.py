@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from databases import FILES, busy, told
-from harperpy import Journal, LimitReached, ModelCall, ServiceUnavailable
+from harperpy import Journal, JournalReader, LimitReached, ModelCall, ServiceUnavailable
 from harperpy.system import hdb_limit_hold
 from harperpy.testing import ECHO, RunningServer, running
 from helpers import until
@@ -166,3 +166,13 @@ async def test_what_the_dead_held_is_kept_until_their_calls_have_rows(tmp_path: 
         rows = [(7, "interrupted", 9)]
         select = "SELECT id, error_code, reserved_tokens FROM hdb_model_calls"
         assert rows == told(tmp_path / FILES[0], select)
+
+
+async def test_nobody_waits_for_who_writes_down_what_the_dead_left(tmp_path: Path) -> None:
+    """While one worker is at it, another that needs the rows writes them, too."""
+    async with running(root=tmp_path) as server:
+        leave(tmp_path)
+        with JournalReader.orphans(tmp_path / "journal") as found:
+            assert [7] == [row["id"] for row in await server.rows()]
+            await server.server.core.database.run(lambda _: [one.remove() for one in found])
+        assert [7] == [row["id"] for row in await server.rows()]
