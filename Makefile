@@ -11,7 +11,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help run test test-all lint format docs clean
+.PHONY: help run test test-all chaos lint format docs clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ test: lint ## what a change must pass: lint, types, tests with branch coverage
 
 test-all: lint ## the same with the slow tests, which repeat the others on the wheel
 	$(BIN)/pytest --numprocesses=$(PROCESSES) --cov
+
+chaos: .venv/.dev ## the ledger against all that can go wrong, for some minutes
+	$(BIN)/pytest tests/test_chaos.py -m slow
 
 lint: .venv/.dev ## style and types of the source
 	$(BIN)/ruff check

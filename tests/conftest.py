@@ -16,6 +16,7 @@ from llama import LlamaServer, llama_server
 ONE_AFTER_THE_OTHER = ("test_acceptance", "test_readme")
 # Their tests start processes, take long, and share nothing: they go to whoever is free.
 ONE_BY_ONE = (
+    "test_chaos",
     "test_cli",
     "test_commands",
     "test_detached",
