@@ -268,6 +268,9 @@ def read_permission(document: Mapping[str, Any]) -> Permission:
     for key, value in document.items():
         if key not in _MAIN and isinstance(value, dict):
             databases[key], schema[key] = _database(key, cast("dict[str, Any]", value))
+        elif key == "cluster_user":
+            # Harper's roles say so.
+            main += [] if value is False else ["cluster_user: expected false, there is no cluster"]
         elif key not in _MAIN:
             near = closest(key, _MAIN)
             main.append(f"{key}: no such permission" + (f"; did you mean {near}?" if near else ""))
@@ -298,6 +301,8 @@ def document_of(permission: Permission) -> dict[str, Any]:
     plain: dict[str, Any] = msgspec.to_builtins(permission)
     databases = plain.pop("databases")
     shown = {key: plain[key] for key in _MAIN if plain[key] is not None}
+    if permission.limited_to is not None:
+        shown["operations"] = permission.limited_to
     if not shown["structure_user"]:
         del shown["structure_user"]
     return {**shown, **{key: {"tables": tables} for key, tables in databases.items()}}

@@ -99,7 +99,7 @@ class PeopleOperations:
     """Operations on users and roles.
 
     A role may lend them to others than super users, who then give and change no more than they have
-    themselves, and nothing of another tenant.
+    themselves, and see and change nobody of another tenant.
     """
 
     def __init__(self, scope: Scope) -> None:
@@ -149,9 +149,11 @@ class PeopleOperations:
         await self._people.drop_user(request.username)
         return f"{request.username} successfully deleted"
 
-    async def list_users(self) -> list[dict[str, Any]]:
-        """All users."""
-        return [_shown(user) for user in await self._people.list_users()]
+    async def list_users(self, _: NoParameters, context: Context) -> list[dict[str, Any]]:
+        """All users; those of the caller's tenant, unless a super user asks."""
+        caller, users = calling(context), await self._people.list_users()
+        everyone = caller.is_super_user
+        return [_shown(user) for user in users if everyone or user.tenant == caller.tenant]
 
     async def add_role(self, request: AddRole, context: Context) -> dict[str, Any]:
         """Add a role."""

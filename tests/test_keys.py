@@ -238,6 +238,42 @@ async def test_a_key_makes_nothing_that_has_more_than_it_has(
 
 
 @pytest.mark.usefixtures("ada")
+async def test_who_is_lent_the_operations_on_users_has_a_tenants(server: RunningServer) -> None:
+    """Users of another one are neither shown nor changed, and new ones are of the same."""
+    lent = {"operations": ["list_users", "add_user", "alter_user", "drop_user", "add_role"]}
+    await server.operate("add_role", role="keeper", permission=lent)
+    await server.operate("add_role", role="nothing", permission={"operations": []})
+    key = f"Bearer {await server.key_for('kim', 'keeper', tenant='acme')}"
+    await server.operate("add_user", username="eve", password="pw", role="nothing", tenant="other")
+
+    assert 200 == await runs(server, key, "add_user", username="x", password="x", role="nothing")
+    _, listed = await operation(server, {"operation": "list_users"}, key)
+
+    assert {"ada": "acme", "kim": "acme", "x": "acme"} == {
+        user["username"]: user["tenant"] for user in listed
+    }
+    assert 403 == await runs(server, key, "alter_user", username="eve", password="mine")
+    assert 403 == await runs(server, key, "drop_user", username="eve")
+    assert 403 == await runs(server, key, "drop_user", username="ada")
+    assert 200 == await runs(server, key, "drop_user", username="x")
+
+
+async def test_user_info_of_a_key_is_what_its_grants_leave(server: RunningServer, ada: str) -> None:
+    """Not what its owner may besides."""
+    grants = {"resources": {"v1/models": ["read"]}, "models": ["gpt-4*"]}
+    key = await key_of(server, ada, grants={**grants, "operations": ["user_info", "list_users"]})
+
+    _, info = await operation(server, {"operation": "user_info"}, key)
+
+    assert ("ada", "acme") == (info["username"], info["tenant"])
+    assert info["role"]["permission"] == {
+        **grants,
+        "operations": ["user_info", "list_users"],
+        "super_user": False,
+    }
+
+
+@pytest.mark.usefixtures("ada")
 async def test_a_key_makes_keys_of_its_own_kind(server: RunningServer) -> None:
     """No wider, of the same tenant, and ending no later."""
     grants = {"operations": ["add_api_key", "user_info"]}

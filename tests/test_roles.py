@@ -20,6 +20,7 @@ WRONG: list[tuple[dict[str, Any], list[str], dict[str, list[str]]]] = [
         ["super_user: a super_user role takes no other permissions"],
         {},
     ),
+    ({"cluster_user": True}, ["cluster_user: expected false, there is no cluster"], {}),
     ({"super_user": "yes"}, ["super_user: Expected `bool`, got `str`"], {}),
     (
         {"resources": {"a": ["raed"]}},
@@ -107,7 +108,9 @@ async def test_a_document_is_kept_and_shown_as_it_was_given(server: RunningServe
         "data": {"tables": {"notes": notes}},
     }
 
-    made = await server.operate("add_role", role="clerk", permission=document)
+    # Nothing to manage, and nothing to keep.
+    given = {**document, "cluster_user": False}
+    made = await server.operate("add_role", role="clerk", permission=given)
     listed = await server.operate("list_roles")
 
     assert {"id": "clerk", "role": "clerk", "permission": document} == made
