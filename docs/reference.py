@@ -77,7 +77,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("ToolCallDelta", "ToolType", "JSONSchemaFormat", "TokenLogprob", "TopLogprob", "paired"),
     ),
     "Plugins": (
-        *("Scope", "scope.PluginResources", "middleware.PluginServer", "Options", "FileEntry"),
+        *("Scope", "scope.PluginResources", "ports.PluginServer", "Options", "FileEntry"),
         *("scope.Secrets", "Secret", "mask", "Operations", "NoParameters", "Middleware", "Next"),
         *("Reply", "Database", "Analytics", "auth.Authenticators", "hookimpl", "Config"),
         *("ModelConfig", "LimitConfig", "BudgetConfig", "Billing", "load_config", "redacted"),
@@ -86,6 +86,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Errors": (
         *("HarperError", "ClientError", "InvalidBody", "InvalidCredentials", "AccessViolation"),
         *(
+            "NotAuthorised",
             "NotFound",
             "ModelNotFound",
             "Conflict",

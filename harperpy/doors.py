@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Protocol
 
-from .auth import Basic, read_credential
+from .auth import Basic, User, read_credential
 from .context import Context
 from .errors import AccessViolation, InvalidCredentials
 from .handshake import credential_of
@@ -18,8 +18,7 @@ logger = logging.getLogger("harperpy.auth")
 class Door(Protocol):
     """What leads to a handler: a mounted resource, an operation."""
 
-    @property
-    def refusal(self) -> str | None:
+    def refused(self, user: User) -> AccessViolation:
         """What is said to a user who may not pass."""
         ...
 
@@ -35,7 +34,9 @@ async def authorise(door: Door, permission: Verb, target: RequestTarget, context
     the port, of the local socket and of the command line.
     """
     if await door.permits(permission, target, context) is not True:
-        raise context.rejection or AccessViolation(context.user, door.refusal)
+        if context.user is None:
+            raise context.rejection or AccessViolation(None)
+        raise context.rejection or door.refused(context.user)
 
 
 def caller_address(context: Context) -> str:

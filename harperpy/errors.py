@@ -6,6 +6,7 @@ HarperError                      500  any refusal; `status`, `code`, `param`, `t
 │   ├── InvalidCredentials       401  a credential was sent and is wrong, expired or malformed
 │   │   └── TooManyAttempts      429  so many were wrong that the next one is not looked at yet
 │   ├── AccessViolation      401/403  nobody is logged in, or this user may not
+│   │   └── NotAuthorised        403  the same of an operation, with what is lacking
 │   ├── NotFound                 404
 │   │   └── ModelNotFound        404  no backend answers to that model name
 │   ├── MethodNotAllowed         405  `allow` lists what the resource answers
@@ -38,7 +39,7 @@ HarperError                      500  any refusal; `status`, `code`, `param`, `t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 
@@ -125,6 +126,18 @@ class AccessViolation(ClientError):
         else:
             default = "This user may not do that here."
             super().__init__(message or default, status=403, code="insufficient_permissions")
+
+
+class NotAuthorised(AccessViolation):
+    """403 of an operation: what the caller lacks, and what is not there for them."""
+
+    def __init__(self, user: object | None, lacks: Sequence[Any], unknown: Sequence[str]) -> None:
+        super().__init__(
+            user,
+            "This operation is not authorized due to role restrictions and/or invalid database "
+            "items",
+        )
+        self.report = {"unauthorized_access": [*lacks], "invalid_schema_items": [*unknown]}
 
 
 class NotFound(ClientError):

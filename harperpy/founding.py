@@ -19,6 +19,7 @@ from .models import Models
 from .negotiation import ContentTypes
 from .operations import Operations
 from .people import People
+from .ports import Operate
 from .registry import Resources
 from .routing import Routes
 from .scope import Core
@@ -37,6 +38,7 @@ def put_together(
     health: Health,
     environ: Mapping[str, str],
     worker: Worker,
+    operate: Operate,
 ) -> Core:
     """A server's core, nothing of it open yet."""
     authentication = config.authentication
@@ -57,6 +59,7 @@ def put_together(
         middlewares={"rest": Middlewares(), "operations": Middlewares()},
         models=Models(routes, ledger),
         operations=Operations(),
+        operate=operate,
         authenticators=authenticators,
         ledger=ledger,
         health=health,

@@ -20,8 +20,8 @@ class PluginStatus(msgspec.Struct):
 class Health:
     """`starting` → `ready` → `stopping`, and the state of each plugin.
 
-    `stopping` is the signal that fires with the last of them. `on_restart` is set by who can start
-    the server anew.
+    `stopping` is the signal that fires with the last of them. `on_restart` is set by who starts the
+    server anew as soon as that is needed, `on_order` by who does it when an operator says so.
     """
 
     def __init__(self) -> None:
@@ -31,6 +31,7 @@ class Health:
         self.plugins: dict[str, PluginStatus] = {}
         self.restart_reason: str | None = None
         self.on_restart: Callable[[], None] | None = None
+        self.on_order: Callable[[], None] | None = None
         self._troubles: dict[str, dict[str, str]] = {}
 
     def trouble(self, plugin: str, place: str, error: str | None) -> None:
@@ -40,12 +41,13 @@ class Health:
         if error is not None:
             troubles[place] = f"{place}: {error}"
 
-    def ask_restart(self, reason: str) -> bool:
+    def ask_restart(self, reason: str, *, ordered: bool = False) -> bool:
         """Only a new start helps: note the first reason, and tell whoever can do it, if any."""
         self.restart_reason = self.restart_reason or reason
-        if self.on_restart is not None:
-            self.on_restart()
-        return self.on_restart is not None
+        starter = self.on_restart or (self.on_order if ordered else None)
+        if starter is not None:
+            starter()
+        return starter is not None
 
     def stop(self) -> None:
         """Take no more requests; tell streams without end to end."""

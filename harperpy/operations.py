@@ -9,11 +9,12 @@ from typing import Any
 
 import msgspec
 
+from .auth import User
 from .backend import positional, settled
 from .content import refused
 from .context import Context
 from .doors import authorise
-from .errors import AccessViolation, ClientError, NotFound, RegistrationError
+from .errors import AccessViolation, ClientError, NotAuthorised, NotFound, RegistrationError
 from .permission import READ_ONLY, STANDARD_USER, Permission, Verb
 from .request import RequestTarget
 from .spelling import closest, nearest
@@ -46,12 +47,13 @@ class Operation(msgspec.Struct, frozen=True):
     help: str | None = None
     reads: bool = False
 
-    @property
-    def refusal(self) -> str:
-        """What is said to who may not run it."""
+    def refused(self, user: User) -> AccessViolation:
+        """What is said to a user who may not run it."""
         if self.open_to == "super_user":
-            return f"Operation '{self.name}' is restricted to 'super_user' roles"
-        return f"Operation '{self.name}' is not among those of this role or key"
+            what = f"Operation '{self.name}' is restricted to 'super_user' roles"
+        else:
+            what = f"Operation '{self.name}' is not among those of this role or key"
+        return NotAuthorised(user, [what], [])
 
     async def permits(self, permission: Verb, target: RequestTarget, context: Context) -> bool:
         """Whether the context's user may run it."""

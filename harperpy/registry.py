@@ -11,11 +11,12 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 
 import msgspec
 
+from .auth import User
 from .backend import fitted, positional, required, settled
 from .content import EventStream
 from .context import Context
 from .contracts import Contract, Handler, check_schemas, contract_of, typed
-from .errors import PluginNotStarted, RegistrationError, ResourceConflict
+from .errors import AccessViolation, PluginNotStarted, RegistrationError, ResourceConflict
 from .incoming import Incoming, Read, reader_of
 from .outgoing import awaited
 from .patterns import Pattern, decoded_segment, has_parameters
@@ -113,10 +114,9 @@ class Entry:
         """The verbs it defines."""
         return tuple(self.handlers)
 
-    @property
-    def refusal(self) -> str | None:
-        """What is said to who may not call it: what everyone is told."""
-        return None
+    def refused(self, user: User) -> AccessViolation:
+        """What is said to a user who may not call it: what everyone is told."""
+        return AccessViolation(user)
 
     async def permits(self, permission: Verb, target: RequestTarget, context: Context) -> bool:
         """Whether it is open to the context's user; a hook that fails denies."""

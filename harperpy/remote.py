@@ -71,7 +71,15 @@ def _result(status: int, body: bytes) -> Any:
         message = f"the server answered {status}, and not as an operations port does"
         raise ClientError(message) from error
     if status >= 400:
-        told = cast("dict[str, Any]", answer).get("error") if isinstance(answer, dict) else None
+        told = _told(cast("dict[str, Any]", answer)) if isinstance(answer, dict) else None
         message = told or f"the server answered {status}"
         raise ClientError(message, status=status)
     return answer
+
+
+def _told(refusal: dict[str, Any]) -> str | None:
+    """The sentence of a refusal, and what its report says is lacking."""
+    lacks = [*refusal.get("unauthorized_access", ()), *refusal.get("invalid_schema_items", ())]
+    shown = [one if isinstance(one, str) else msgspec.json.encode(one).decode() for one in lacks]
+    error: str | None = refusal.get("error")
+    return f"{error}: {'; '.join(shown)}" if error and shown else error

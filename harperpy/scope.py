@@ -21,12 +21,13 @@ from .entries import EVENTS, EntryHandler, FileEntry, Wanted, wanted
 from .errors import ConfigError, RegistrationError
 from .health import Health
 from .keys import Keys
-from .middleware import Middlewares, PluginServer
+from .middleware import Middlewares
 from .models import Models
 from .negotiation import ContentTypes
 from .operations import Commands, Operations
 from .options import Change, Options, check_listener
 from .people import People
+from .ports import Operate, PluginServer
 from .registry import Entry, Resources
 from .resource import Resource
 from .secret import Secret
@@ -92,6 +93,7 @@ class Core(msgspec.Struct):
     middlewares: Mapping[str, Middlewares]
     models: Models
     operations: Operations
+    operate: Operate
     content_types: ContentTypes
     authenticators: Authenticators
     ledger: Ledger
@@ -127,7 +129,7 @@ class Scope:
     operations_resources: PluginResources
     """The mounts of the operations port."""
     server: PluginServer
-    """The ports: `server.http(middleware)`; and `server.record_action(value, metric)`."""
+    """The ports: `server.http(middleware)`, `server.operation(body)`, `server.record_action(…)`."""
     models: Models
     """To ask models, and to offer one: `models.register_backend(kind, name, backend)`."""
     operations: Operations
@@ -159,7 +161,14 @@ class Scope:
         self.root = core.root
         self.resources = PluginResources(core.resources, name)
         self.operations_resources = PluginResources(core.operations_resources, name)
-        self.server = PluginServer(core.middlewares, name, core.content_types, core.analytics)
+        self.server = PluginServer(
+            core.middlewares,
+            name,
+            core.content_types,
+            core.analytics,
+            operations=core.operations,
+            operate=core.operate,
+        )
         self.models = core.models
         self.operations = core.operations
         self.commands = Commands(core.operations, name)
@@ -196,14 +205,14 @@ class Scope:
         """The name of the application's folder."""
         return self.directory.resolve().name
 
-    def request_restart(self, reason: str) -> bool:
+    def request_restart(self, reason: str, *, ordered: bool = False) -> bool:
         """Only a new start helps: `harperpy dev` makes it, elsewhere `get_status` asks for it.
 
-        Whether it comes by itself. While the server starts it is noted, no more: a new start would
-        come back to here.
+        One that is `ordered`, by who may, `harperpy run` makes as well. Whether it comes by itself.
+        While the server starts it is noted, no more: a new start would come back to here.
         """
         self.logger.warning("a restart is required: %s", reason)
-        return self._health.ask_restart(f"{self.plugin_name}: {reason}")
+        return self._health.ask_restart(f"{self.plugin_name}: {reason}", ordered=ordered)
 
     def handle_entry(
         self,

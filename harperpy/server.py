@@ -173,14 +173,14 @@ class Server:
             self._lock.close()
             self._lock = None
 
-    async def operate(self, body: Mapping[str, Any]) -> Any:
-        """Run an operation as the local super user."""
+    async def operate(self, body: Mapping[str, Any], user: User | None = None) -> Any:
+        """Run an operation as this user, or else as the local super user."""
         request = Request("POST", "/", headers={}, trusted=True)
         begin = partial(Transaction, self.core.database)
         context = Context(
             request,
             self.core.models,
-            await self.local_user(),
+            user or await self.local_user(),
             begin=begin,
             source="ops",
             types=self.core.content_types,
@@ -211,6 +211,7 @@ class Server:
             health=self.health,
             environ=self._environ,
             worker=self._worker,
+            operate=self.operate,
         )
         await core.database.open(make=self._held is None or self._held.first)
         await core.people.open()

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import msgspec
 import sqlalchemy as sa
 
-from harperpy import AccessViolation, Context, NotFound, Scope, User
+from harperpy import AccessViolation, Context, NotAuthorised, NotFound, Scope, User
 
-from .places import DATA, SYSTEM, NotAuthorised, Place, Places, seen
+from .places import DATA, SYSTEM, Place, Places, seen
 from .searching import OF_A_TABLE, Text
 
 

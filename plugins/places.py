@@ -17,6 +17,7 @@ from harperpy import (
     ClientError,
     Database,
     InvalidBody,
+    NotAuthorised,
     NotFound,
     Table,
     TableRights,
@@ -66,18 +67,6 @@ class Place(msgspec.Struct, frozen=True):
         except (msgspec.ValidationError, InvalidBody) as error:
             message = f"{param}: {attribute}: {error}"
             raise InvalidBody(message, param=param) from error
-
-
-class NotAuthorised(AccessViolation):
-    """What a caller lacks, attribute by attribute, and what is not there for them."""
-
-    def __init__(self, user: User, lacks: list[dict[str, Any]], unknown: list[str]) -> None:
-        super().__init__(
-            user,
-            "This operation is not authorized due to role restrictions and/or invalid database "
-            "items",
-        )
-        self.report = {"unauthorized_access": lacks, "invalid_schema_items": unknown}
 
 
 class _Lack(NamedTuple):

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import sqlalchemy as sa
 
-from harperpy import AccessViolation, ClientError, Context, HarperError, Scope, User
+from harperpy import AccessViolation, ClientError, Context, HarperError, NotAuthorised, Scope, User
 
-from .places import DATA, SYSTEM, NotAuthorised, Place, Places, readable, refusal, rights
+from .places import DATA, SYSTEM, Place, Places, readable, refusal, rights
 from .searching import MOST_ROWS, TRUNCATED
 
 if TYPE_CHECKING:

@@ -89,6 +89,7 @@ ORDER = (
     "rendering",
     "middleware",
     "operations",
+    "ports",
     "health",
     "cors",
     "throttle",

@@ -216,7 +216,12 @@ async def test_plain_users_run_no_operation_of_super_users(
     status, told = await ada.ask(name, **CLOSED[name])
 
     assert 403 == status
-    assert {"error": f"Operation '{name}' is restricted to 'super_user' roles"} == told
+    assert {
+        "error": "This operation is not authorized due to role restrictions and/or invalid "
+        "database items",
+        "unauthorized_access": [f"Operation '{name}' is restricted to 'super_user' roles"],
+        "invalid_schema_items": [],
+    } == told
     assert before == (await admin.get("list_users"), await admin.get("list_roles"))
 
 
