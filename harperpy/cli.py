@@ -19,7 +19,7 @@ from .reload import Parent
 from .scaffold import TEMPLATES, write_project
 from .sections import Config, DatabaseConfig
 from .server import Server
-from .serving import Inherited, Serving, serve
+from .serving import Inherited, Serving, serve, start_again
 from .spelling import nearest
 from .target import Target, config_of, import_from, run_to_end, show, told
 from .words import parameters
@@ -111,7 +111,10 @@ def run(directory: Path, root: Path | None, *, offline: bool, inherited: str | N
         _serve(what, inherited)
         return
     workers = Workers(what, config)
-    sys.exit(told(lambda: asyncio.run(workers.run())))
+    code = told(lambda: asyncio.run(workers.run()))
+    if workers.again:
+        start_again()
+    sys.exit(code)
 
 
 _TEMPLATES = "\n".join(f"{name:<10}{about}" for name, about in TEMPLATES.items())
@@ -322,7 +325,8 @@ def _operation(name: str) -> click.Command:
 def _serve(what: Serving, inherited: str | None) -> None:
     given = msgspec.json.decode(inherited, type=Inherited) if inherited else None
     import_from(what.directory)
-    told(lambda: run_to_end(serve(what, given)))
+    if told(lambda: run_to_end(serve(what, given))):
+        start_again()
 
 
 async def _check(directory: Path) -> Health:

@@ -20,6 +20,7 @@ from .system import (
     hdb_model_calls,
     hdb_model_calls_daily,
     hdb_role,
+    hdb_status,
     hdb_token,
     metadata,
 )
@@ -73,6 +74,7 @@ _MIGRATIONS: tuple[tuple[Callable[[sa.Connection], None], str], ...] = (
     (_add_limits, "PRAGMA user_version = 6"),
     (partial(hdb_analytics.create, checkfirst=True), "PRAGMA user_version = 7"),
     (partial(_add_columns, table=hdb_audit), "PRAGMA user_version = 8"),
+    (partial(hdb_status.create, checkfirst=True), "PRAGMA user_version = 9"),
 )
 
 

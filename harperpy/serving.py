@@ -8,10 +8,11 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import msgspec
@@ -29,6 +30,7 @@ from .server import Server
 READY, TAKEN, RESTART = b"r", b"t", b"n"
 HAND_OVER, CONFIG = b"h", b"c"
 STOPS = (signal.SIGINT, signal.SIGTERM)
+AGAIN = signal.SIGUSR1
 _CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -55,11 +57,14 @@ class Serving(msgspec.Struct, frozen=True):
         return load_config(self.directory / "config.yaml", os.environ)
 
 
-async def serve(what: Serving, inherited: Inherited | None = None) -> None:
-    """Serve until a signal, or a parent, ends it."""
-    stop = asyncio.Event()
+async def serve(what: Serving, inherited: Inherited | None = None) -> bool:
+    """Serve until a signal, or a parent, ends it; whether it is to be started again."""
+    stop, again = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
     for number in STOPS:
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, lambda: (again.clear(), stop.set()))
+    if inherited is None:
+        loop.add_signal_handler(AGAIN, lambda: stop.is_set() or (again.set(), stop.set()))
     # A parent blocks them until somebody is there to hear.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     parent = _Parent(inherited.control, stop) if inherited else None
@@ -79,12 +84,15 @@ async def serve(what: Serving, inherited: Inherited | None = None) -> None:
         held=held,
     )
     if not await _before(stop, server.start()):
-        return
+        return again.is_set()
     try:
         # First of all: who reads the banner may change a file at once, and that is a restart.
         if parent and what.dev:
             parent.ready(lambda: _takes_over(server, what))
             server.health.on_restart = parent.restart
+        else:
+            serving = os.getppid() if parent else os.getpid()
+            server.health.on_order = lambda: os.kill(serving, AGAIN)
         # A configuration that names another data folder may make its first start here.
         if inherited is None or inherited.first or server.first_start:
             click.echo(banner(server, what.version))
@@ -95,6 +103,14 @@ async def serve(what: Serving, inherited: Inherited | None = None) -> None:
         await stop.wait()
     finally:
         await server.stop(hand_over=parent is not None and parent.takes_over)
+    return again.is_set()
+
+
+def start_again() -> NoReturn:
+    """Become the command that was given, anew."""
+    # What a parent blocked for its end would stay blocked.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  # our own command
 
 
 def _takes_over(server: Server, what: Serving) -> bool:

@@ -192,6 +192,14 @@ hdb_analytics = sa.Table(
     sa.Index("hdb_analytics_time", "time"),
 )
 
+hdb_status = sa.Table(
+    "hdb_status",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("status", sa.String, nullable=False),
+    *_times(),
+)
+
 
 def purpose_key(secret: bytes, purpose: str) -> bytes:
     """A key for one purpose alone (HKDF-Expand of RFC 5869 for one block)."""

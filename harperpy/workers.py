@@ -14,7 +14,7 @@ from .child import Child, start
 from .epoch import Epoch
 from .held import SOCKET_NAME, Worker, data_root, hold, places
 from .sections import Config
-from .serving import STOPS, Serving
+from .serving import AGAIN, STOPS, Serving
 
 # Who lived so long is started again at once when it dies.
 _QUICK_SECONDS = 10.0
@@ -35,10 +35,11 @@ class Workers:
         self._root = data_root(config, what.directory, what.root)
         self._children: dict[int, Child] = {}
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
+        self.again = False
 
     async def run(self) -> int:
         """Serve until a signal; the exit code. Raises `ConfigError` if the start is refused."""
-        for number in STOPS:
+        for number in (*STOPS, AGAIN):
             asyncio.get_running_loop().add_signal_handler(number, self._signalled, number)
         count = self._config.http.workers
         self._held = hold(self._root, places(self._config, dev=False), count)
@@ -55,6 +56,8 @@ class Workers:
                 self._held[0].lock.close()
 
     def _signalled(self, number: int) -> None:
+        # Who is told to end does not come back, whatever was said before or is said after.
+        self.again = number == AGAIN and (self.again or not self._stop.is_set())
         if not self._stop.is_set():
             self._stop.set()
             self._stopped = time.monotonic()

@@ -35,6 +35,8 @@ _SHOWN = (
 class ReadAuditLog(msgspec.Struct, forbid_unknown_fields=True):
     """What to look for: records' keys, names of users, or one or two times (ms since 1970)."""
 
+    synonyms: ClassVar[Mapping[str, str]] = {"schema": "database"}
+
     database: str | None = None
     table: str | None = None
     search_type: Literal["hash_value", "timestamp", "username"] | None = None
@@ -55,7 +57,7 @@ class DeleteAuditLogsBefore(msgspec.Struct, forbid_unknown_fields=True):
 def handle_application(scope: Scope) -> None:
     """Add the operations; remove what is too old, now and then once an hour."""
     audit = AuditLog(scope)
-    scope.operations.add("read_audit_log", audit.read, ReadAuditLog)
+    scope.operations.add("read_audit_log", audit.read, ReadAuditLog, reads=True)
     scope.operations.add("delete_audit_logs_before", audit.delete, DeleteAuditLogsBefore)
     scope.create_task(_clean(scope), name="audit retention")
 

@@ -47,7 +47,7 @@ def handle_application(scope: Scope) -> None:
     """Add the operations."""
     operations = LimitOperations(scope)
     scope.operations.add("set_limits", operations.set_limits, SetLimits)
-    scope.operations.add("list_limits", operations.list_limits, NoParameters)
+    scope.operations.add("list_limits", operations.list_limits, NoParameters, reads=True)
     scope.operations.add("drop_limits", operations.drop_limits, DropLimits)
 
 

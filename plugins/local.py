@@ -68,7 +68,7 @@ def register_model_backends(register: Callable[[str, BackendFactory], None]) -> 
 def handle_application(scope: Scope) -> None:
     """Add the operations on the model files in the user's cache."""
     files = ModelFiles(Cache(user_cache(os.environ)))
-    scope.operations.add("list_model_files", files.list, NoParameters)
+    scope.operations.add("list_model_files", files.list, NoParameters, reads=True)
     scope.operations.add("pull_model_file", files.pull, NamedFile)
     scope.operations.add("remove_model_file", files.remove, NamedFile)
 

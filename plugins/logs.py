@@ -39,7 +39,7 @@ def add_operations(scope: Scope) -> None:
     logger = logging.getLogger("harperpy")
     logger.addHandler(ring)
     scope.on_close(lambda: logger.removeHandler(ring))
-    scope.operations.add("read_log", ring.read, ReadLog)
+    scope.operations.add("read_log", ring.read, ReadLog, reads=True)
 
 
 class Ring(logging.Handler):

@@ -30,7 +30,9 @@ class SystemInformation(msgspec.Struct, forbid_unknown_fields=True):
 
 def add_operations(scope: Scope) -> None:
     """Offer it to super users."""
-    scope.operations.add("system_information", Machine(scope).information, SystemInformation)
+    scope.operations.add(
+        "system_information", Machine(scope).information, SystemInformation, reads=True
+    )
 
 
 class Machine:

@@ -42,7 +42,9 @@ async def handle_application(scope: Scope) -> None:
     mover = Mover(scope, folder, Journal(folder, most=accounting.journal_size, fsync=fsync))
     scope.ledger.keep(mover.journal, mover.flush)
     own = Receipts(scope)
-    scope.operations.add("get_model_call", own.get_model_call, GetModelCall, open_to="user")
+    scope.operations.add(
+        "get_model_call", own.get_model_call, GetModelCall, open_to="user", reads=True
+    )
     reconciliation.add_operation(scope)
     scope.on_close(mover.close)
     scope.create_task(mover.begin(), name="journal")

@@ -25,7 +25,7 @@ class TestModel(msgspec.Struct, forbid_unknown_fields=True):
 def add_operations(scope: Scope) -> None:
     """Offer them to super users."""
     models = ModelOperations(scope)
-    scope.operations.add("list_models", models.list, NoParameters)
+    scope.operations.add("list_models", models.list, NoParameters, reads=True)
     scope.operations.add("test_model", models.test, TestModel)
 
 

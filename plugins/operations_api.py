@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import os
 from typing import Any, Literal, cast
 
 import msgspec
@@ -10,7 +10,9 @@ import msgspec
 from harperpy import (
     Body,
     ClientError,
+    ConfigError,
     Context,
+    Deed,
     HarperError,
     NoParameters,
     Operations,
@@ -19,6 +21,7 @@ from harperpy import (
     Response,
     Scope,
     json_response,
+    load_config,
     redacted,
 )
 
@@ -31,10 +34,11 @@ from . import (
     searching,
     settings,
     sql,
+    status,
     usage,
 )
 
-_MORE = (sql, searching, recording, describing, usage, modelling, settings, machine, logs)
+_MORE = (sql, searching, recording, describing, usage, modelling, status, settings, machine, logs)
 
 
 class RestartService(msgspec.Struct, forbid_unknown_fields=True):
@@ -48,10 +52,9 @@ def handle_application(scope: Scope) -> None:
     endpoint = type("OperationsEndpoint", (OperationsResource,), {"operations": scope.operations})
     scope.operations_resources.set("", endpoint)
     own = ServerOperations(scope)
-    scope.operations.add("get_configuration", own.get_configuration, NoParameters)
-    scope.operations.add("get_status", own.get_status, NoParameters)
-    scope.operations.add("list_commands", own.list_commands, NoParameters)
-    scope.operations.add("get_components", own.get_components, NoParameters)
+    scope.operations.add("get_configuration", own.get_configuration, NoParameters, reads=True)
+    scope.operations.add("list_commands", own.list_commands, NoParameters, reads=True)
+    scope.operations.add("get_components", own.get_components, NoParameters, reads=True)
     scope.operations.add("restart", own.restart, NoParameters)
     scope.operations.add("restart_service", own.restart_service, RestartService)
     for operations in _MORE:
@@ -95,10 +98,6 @@ class ServerOperations:
         """The configuration, its secrets redacted."""
         return redacted(self._scope.config)
 
-    async def get_status(self) -> dict[str, Any]:
-        """The state of the server and of each plugin, and what runs."""
-        return {**self._scope.status(), "version": importlib.metadata.version("harperpy")}
-
     async def get_components(self) -> list[dict[str, Any]]:
         """The plugins, how each is, and its options, secrets redacted."""
         options = redacted(self._scope.config)["plugins"]
@@ -106,15 +105,23 @@ class ServerOperations:
         return [{"name": name, **one, "options": options.get(name)} for name, one in known.items()]
 
     async def restart(self, _: NoParameters, context: Context) -> str:
-        """Start the server anew, where somebody watches over it who can."""
+        """Start the server anew, if it could start with the config.yaml that is there."""
+        return await self.restart_service(RestartService("harperpy"), context)
+
+    async def restart_service(self, request: RestartService, context: Context) -> str:
+        """Start a part of the server anew, which is all of it."""
+        path = self._scope.config_file_path
+        try:
+            load_config(path, os.environ)
+        except ConfigError as error:
+            message = f"the server stays as it is: {error}"
+            raise ClientError(message, status=409) from error
+        deed = Deed("server")
+        await self._scope.database.run(lambda made: deed.note(made, "restart", request.service))
         context.response_headers["Connection"] = "close"
-        if self._scope.request_restart("an operation asks for it"):
+        if self._scope.request_restart("an operation asks for it", ordered=True):
             return "Restarting harperpy."
         return "A restart is noted in get_status: who runs this server has to make it."
-
-    async def restart_service(self, _: RestartService, context: Context) -> str:
-        """Start a part of the server anew, which is all of it."""
-        return await self.restart(NoParameters(), context)
 
     async def list_commands(self) -> list[dict[str, str]]:
         """What plugins add to the command line: each command, its line of help, its parameters."""

@@ -21,7 +21,7 @@ class Reprice(msgspec.Struct, forbid_unknown_fields=True):
 def handle_application(scope: Scope) -> None:
     """Add the operations."""
     operations = PriceOperations(scope)
-    scope.operations.add("list_prices", operations.list_prices, NoParameters)
+    scope.operations.add("list_prices", operations.list_prices, NoParameters, reads=True)
     scope.operations.add("reprice", operations.reprice, Reprice)
 
 

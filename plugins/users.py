@@ -11,6 +11,7 @@ from harperpy import (
     AccessViolation,
     ClientError,
     Context,
+    InvalidBody,
     NoParameters,
     Permission,
     PermissionErrors,
@@ -41,7 +42,7 @@ class AlterUser(msgspec.Struct, forbid_unknown_fields=True):
 
     username: Text
     password: Text | UnsetType = UNSET
-    role: Text | UnsetType = UNSET
+    role: str | UnsetType = UNSET
     active: bool | UnsetType = UNSET
     tenant: Text | UnsetType = UNSET
 
@@ -87,11 +88,11 @@ def handle_application(scope: Scope) -> None:
     add("add_user", people.add_user, AddUser)
     add("alter_user", people.alter_user, AlterUser)
     add("drop_user", people.drop_user, DropUser)
-    add("list_users", people.list_users, NoParameters)
+    add("list_users", people.list_users, NoParameters, reads=True)
     add("add_role", people.add_role, AddRole)
     add("alter_role", people.alter_role, AlterRole)
     add("drop_role", people.drop_role, DropRole)
-    add("list_roles", people.list_roles, NoParameters)
+    add("list_roles", people.list_roles, NoParameters, reads=True)
     add_key_operations(scope)
 
 
@@ -135,6 +136,9 @@ class PeopleOperations:
         if not changes:
             message = "nothing to update: give one of password, role, active, tenant"
             raise ClientError(message)
+        if request.role == "":
+            message = "If role is specified, it cannot be empty."
+            raise InvalidBody(message, param="role", errors=[{"path": "/role", "message": message}])
         caller = calling(context)
         await self._check_user(request.username, caller)
         self._check_tenant(changes.get("tenant", caller.tenant), caller)

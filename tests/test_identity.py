@@ -21,7 +21,7 @@ from helpers import basic, error_of, operation
 
 TABLES = {"hdb_role", "hdb_user", "hdb_token", "hdb_audit"}
 TABLES |= {"hdb_analytics", "hdb_model_calls", "hdb_model_calls_daily"}
-TABLES |= {"hdb_limit", "hdb_limit_hold", "hdb_limit_rate"}
+TABLES |= {"hdb_limit", "hdb_limit_hold", "hdb_limit_rate", "hdb_status"}
 
 
 class Open(Resource):

@@ -75,7 +75,9 @@ GIVEN: dict[str, str] = {
     "remove_model_file": "name=no-such-file",
     "get_configuration": "",
     "set_configuration": "logging_level=error",
-    "get_status": "",
+    "set_status": "id=maintenance status=backup",
+    "get_status": "id=maintenance",
+    "clear_status": "id=maintenance",
     "get_components": "",
     "system_information": 'attributes=["cpu"]',
     "read_log": "level=fatal",
@@ -85,8 +87,10 @@ GIVEN: dict[str, str] = {
     "restart_service": "service=http",
     "restart": "",
 }
-# What it says where it is refused: these would need a file that there is not.
+# These would need a file that there is not.
 REFUSED = ("pull_model_file", "remove_model_file")
+# Their row is the model call's own; what changes no price is not written down.
+UNAUDITED = (*REFUSED, "test_model", "reprice")
 
 
 async def _tables(scope: Scope) -> None:
@@ -122,6 +126,15 @@ def words_of(name: str, server: RunningServer, known: dict[str, str]) -> list[st
     return [*given, f"target={server.operations_url}"]
 
 
+def made(name: str, told: str) -> dict[str, str]:
+    """What later operations need of an answer."""
+    if name == "add_api_key":
+        return {"$key": yaml.safe_load(told)["id"]}
+    if name == "create_authentication_tokens":
+        return {"$refresh": yaml.safe_load(told)["refresh_token"]}
+    return {}
+
+
 async def test_every_operation_is_a_command(server: RunningServer) -> None:
     """All of the registry run, and what they answer is YAML, or with `--json` JSON."""
     names = {one.name for one in server.server.core.operations}
@@ -137,15 +150,31 @@ async def test_every_operation_is_a_command(server: RunningServer) -> None:
             continue
         assert 0 == code, f"{name}: {told}"
         answers[name] = yaml.safe_load(told) if told.count("\n") > 1 else told
-        if name == "add_api_key":
-            known["$key"] = answers[name]["id"]
-        if name == "create_authentication_tokens":
-            known["$refresh"] = answers[name]["refresh_token"]
+        known |= made(name, told)
 
     assert "ada successfully added\n" == answers["add_user"]
     assert [{"id": 1, "text": "yes"}, {"id": 2, "text": "1e3:#"}] == answers["search_by_id"]
     assert known["$call"] == str(answers["get_model_call"]["id"])
     assert ["cpu"] == [*answers["system_information"]]
+
+
+async def test_every_change_is_audited(server: RunningServer) -> None:
+    """What does not only read leaves a row that names who asked, and what was changed."""
+    only_read = {one.name for one in server.server.core.operations if one.reads}
+    known, count = {"$call": "1"}, 0
+
+    for name in GIVEN:
+        _, told = await command(server, name, *words_of(name, server, known))
+        known |= made(name, told)
+        rows = await server.operate(
+            "read_audit_log", search_type="username", search_values=["HDB_ADMIN"]
+        )
+        new, count = rows[: len(rows) - count], len(rows)
+        if name in only_read or name in UNAUDITED:
+            assert [] == new, name
+        else:
+            assert 1 == len(new), name
+            assert new[0]["hash_values"] or name == "delete_audit_logs_before"
 
 
 READS = (

@@ -150,6 +150,12 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("system_information", {"attributes": 7}, "attributes"),
     ("restart_service", {}, "service"),
     ("restart_service", {"service": "x"}, "service"),
+    ("set_status", {}, "status"),
+    ("set_status", {"status": ""}, "status"),
+    ("set_status", {"status": "x", "id": "mood"}, "id"),
+    ("set_status", {"status": "Away", "id": "availability"}, "status"),
+    ("clear_status", {}, "id"),
+    ("get_status", {"id": "mood"}, "id"),
     ("delete_audit_logs_before", {}, "timestamp"),
     ("delete_audit_logs_before", {"timestamp": 1, "database": "system"}, "database"),
     ("set_configuration", {}, "keys"),
@@ -176,6 +182,7 @@ async def test_bad_parameters_are_named(
 CLOSED = (
     *("list_models", "test_model", "set_configuration", "system_information", "read_log"),
     *("restart", "restart_service", "get_components", "delete_audit_logs_before"),
+    *("get_status", "set_status", "clear_status"),
 )
 
 
@@ -185,9 +192,9 @@ async def test_the_server_is_the_super_users_affair(server: RunningServer) -> No
 
     for name in CLOSED:
         status, told = await asked(server, key, name)
-        assert (403, f"Operation '{name}' is restricted to 'super_user' roles") == (
+        assert (403, [f"Operation '{name}' is restricted to 'super_user' roles"]) == (
             status,
-            told["error"],
+            told["unauthorized_access"],
         )
 
 
@@ -452,6 +459,32 @@ async def test_components_are_the_plugins() -> None:
     }
     assert {"password": "[redacted]", "word": "x"} == listed["echo"]["options"]
     assert {"users", "operations_api"} <= set(listed)
+
+
+# Status
+
+
+async def test_operators_leave_notes(server: RunningServer) -> None:
+    """Of what is going on; each is read by its id or with all the rest, replaced and cleared."""
+    assert "notes" not in await got(server, "get_status")
+
+    made = await got(server, "set_status", id="maintenance", status="backup")
+    assert ("maintenance", "backup") == (made["id"], made["status"])
+    changed = await got(server, "set_status", id="maintenance", status="over soon")
+    assert made["__createdtime__"] == changed["__createdtime__"] < changed["__updatedtime__"]
+    await got(server, "set_status", id="availability", status="Unavailable")
+    await got(server, "set_status", status="fine")
+
+    assert changed == await got(server, "get_status", id="maintenance")
+    noted = {one["id"]: one["status"] for one in (await got(server, "get_status"))["notes"]}
+    assert {"availability": "Unavailable", "maintenance": "over soon", "primary": "fine"} == noted
+    for told in ("status primary successfully cleared", "status primary is clear"):
+        assert {"message": told} == await got(server, "clear_status", id="primary")
+    status, told = await asked(server, server.api_key, "get_status", id="primary")
+    assert (404, {"error": "id: nothing is noted under 'primary'"}) == (status, told)
+    rows = await got(server, "read_audit_log", table="hdb_status")
+    assert ["delete", *["upsert"] * 4] == [row["operation"] for row in rows]
+    assert ["primary"] == rows[0]["hash_values"]
 
 
 # The audit

@@ -1,0 +1,90 @@
+"""`restart`: `harperpy run` starts anew, with what config.yaml says by then."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from commands import ADMIN, ECHO, FREE, SECONDS, Serving, said, serving, until
+from helpers import basic
+
+ONE = FREE + ECHO
+TWO = ONE.replace("http: {port: 0}", "http: {port: 0, workers: 2}")
+
+
+@pytest.fixture(params=[ONE, TWO], ids=["one process", "two workers"])
+async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Serving]:
+    """`harperpy run`, ready."""
+    (tmp_path / "config.yaml").write_text(request.param)
+    async with serving(tmp_path, "run", environ=ADMIN) as served:
+        yield served
+
+
+async def operate(server: Serving, name: str, **given: Any) -> tuple[int, Any, Any]:
+    """Status, body and headers of an operation."""
+    login = basic(ADMIN["HDB_ADMIN_USERNAME"], ADMIN["HDB_ADMIN_PASSWORD"])
+    body = {"operation": name, **given}
+    async with (
+        aiohttp.ClientSession(headers={"Authorization": login}) as session,
+        session.post(server.operations_url, json=body) as response,
+    ):
+        return response.status, await response.json(), response.headers
+
+
+async def ready(server: Serving) -> Serving:
+    """The server that the same process is by then."""
+    return Serving(server.process, await until(server.process, "Ready on"))
+
+
+async def test_a_restart_brings_what_config_yaml_says_by_then(server: Serving) -> None:
+    """The answer still comes, the process stays the same, and who asked is in the audit."""
+    await operate(server, "set_configuration", http_compressionThreshold=9)
+    assert 0 == (await operate(server, "get_configuration"))[1]["http"]["compressionThreshold"]
+
+    status, told, headers = await operate(server, "restart_service", service="http_workers")
+
+    assert (200, {"message": "Restarting harperpy."}) == (status, told)
+    assert "close" == headers["Connection"]
+    again = await ready(server)
+    assert 9 == (await operate(again, "get_configuration"))[1]["http"]["compressionThreshold"]
+    assert "restart_required" not in (await operate(again, "get_status"))[1]
+    _, (row, *_), _ = await operate(again, "read_audit_log", table="server")
+    assert ("restart", ["http_workers"], "root") == (
+        row["operation"],
+        row["hash_values"],
+        row["user_name"],
+    )
+    assert 0 == await again.end()
+
+
+async def test_a_config_that_cannot_be_read_stops_no_server(
+    server: Serving, tmp_path: Path
+) -> None:
+    """It is refused, what is wrong is said, and the server goes on."""
+    (tmp_path / "config.yaml").write_text("http: {port: none}")
+
+    status, told, _ = await operate(server, "restart")
+
+    assert 409 == status
+    assert "http.port: expected" in told["error"]
+    assert 200 == (await operate(server, "get_status"))[0]
+
+
+async def test_who_is_told_to_end_does_not_come_back(server: Serving) -> None:
+    """Neither by an order before nor by one after."""
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+        server.process.send_signal(number)
+
+    async with asyncio.timeout(SECONDS):
+        assert 0 == await server.process.wait()
+
+
+async def test_the_command_line_restarts_too(server: Serving, tmp_path: Path) -> None:
+    """By the local socket."""
+    assert "Restarting harperpy." == await said(tmp_path, "restart")
+    again = await ready(server)
+    assert 0 == await again.end()
