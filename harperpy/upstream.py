@@ -21,7 +21,7 @@ Reached = Literal["asked", "head", "body", "complete"]
 class Answer(msgspec.Struct, kw_only=True):
     """What to answer. `body` (bytes, or anything as JSON) or `events` (SSE data, in order).
 
-    `hang` waits for ever before the head, before the body, or before the end; `cut` breaks the
+    `hang` waits before the head, before the body, or before the end; `cut` breaks the
     connection off after what was sent, before the head, or after a whole answer, as one does that
     was kept alive too long. Before each piece of the body it waits `pause` seconds.
     """
@@ -59,7 +59,8 @@ class ScriptedUpstream:
     `requests` are those that came; `asked` and `left` are set when one comes, and when a client
     leaves before its answer is complete. `served` is the account of them, for `difference`: each
     by its `X-Client-Request-Id`, with the usage that was sent. GET /models comes when it likes and
-    takes nothing from the script: `models` is its answer, `listed` are those requests.
+    takes nothing from the script: `models` is its answer, `listed` are those requests. What hangs
+    goes on once `released` is set.
     """
 
     def __init__(self) -> None:
@@ -70,6 +71,7 @@ class ScriptedUpstream:
         self.listed: list[Asked] = []
         self.asked = asyncio.Event()
         self.left = asyncio.Event()
+        self.released = asyncio.Event()
         self.usual: Callable[[str, Any], Answer] = usual_answer
         self._script: deque[Answer] = deque()
 
@@ -103,7 +105,7 @@ class ScriptedUpstream:
         self, raw: web.BaseRequest, answer: Answer, served: ServedRequest
     ) -> web.StreamResponse:
         if answer.hang == "head":
-            await asyncio.Event().wait()
+            await self.released.wait()
         kind = "application/json" if answer.events is None else "text/event-stream"
         response = web.StreamResponse(
             status=answer.status, headers={"Content-Type": kind, **answer.headers}
@@ -115,7 +117,7 @@ class ScriptedUpstream:
         await response.write(b"" if answer.events is None else b": hello\n\n")
         served.status, served.reached = answer.status, "head"
         if answer.hang == "body":
-            await asyncio.Event().wait()
+            await self.released.wait()
         for piece in [answer.body] if answer.events is None else answer.events:
             if answer.pause:
                 await asyncio.sleep(answer.pause)
@@ -123,7 +125,7 @@ class ScriptedUpstream:
             served.reached = "body"
             _note(served, piece)
         if answer.hang == "end":
-            await asyncio.Event().wait()
+            await self.released.wait()
         if answer.cut is True:
             _hang_up(raw)
             return response

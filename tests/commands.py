@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,11 +139,19 @@ async def until(process: asyncio.subprocess.Process, start: str) -> str:
 
 @asynccontextmanager
 async def started(
-    folder: Path, *arguments: str, umask: int = -1, environ: Mapping[str, str] = {}
+    folder: Path,
+    *arguments: str,
+    umask: int = -1,
+    environ: Mapping[str, str] = {},
+    within: Sequence[str] = (),
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A `harperpy` process, killed in the end if it still runs; its log is in `log`."""
+    """A `harperpy` process, killed in the end if it still runs; its log is in `log`.
+
+    `within` is the command that becomes it.
+    """
     with (folder / "log").open("ab") as log:
         process = await asyncio.create_subprocess_exec(
+            *within,
             "harperpy",
             *arguments,
             cwd=folder,
@@ -162,11 +170,15 @@ async def started(
 
 @asynccontextmanager
 async def serving(
-    folder: Path, *arguments: str, umask: int = -1, environ: Mapping[str, str] = {}
+    folder: Path,
+    *arguments: str,
+    umask: int = -1,
+    environ: Mapping[str, str] = {},
+    within: Sequence[str] = (),
 ) -> AsyncIterator[Serving]:
     """A server that is ready, ended by SIGTERM unless the test ended it."""
     given = arguments or ("dev",)
-    async with started(folder, *given, umask=umask, environ=environ) as process:
+    async with started(folder, *given, umask=umask, environ=environ, within=within) as process:
         server = Serving(process, await until(process, "Ready on"))
         yield server
         if process.returncode is None:

@@ -1,8 +1,8 @@
 """A server's database file, from outside: read, kept busy, or put somewhere else."""
 
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ def told(path: Path, sql: str) -> list[tuple[Any, ...]]:
         return database.execute(sql).fetchall()
 
 
-@asynccontextmanager
-async def busy(root: Path) -> AsyncIterator[None]:
+@contextmanager
+def busy(root: Path) -> Iterator[None]:
     """Another process writes to the database, and keeps everyone from it."""
     with closing(sqlite3.connect(root / FILES[0], isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")

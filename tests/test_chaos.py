@@ -5,8 +5,8 @@ import os
 import random
 import signal
 import sqlite3
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +76,17 @@ class Scene:
         self._root = root
         self._random = random.Random(seed)  # noqa: S311  # no secret
 
-    @asynccontextmanager
-    async def wrong(self, *faults: str) -> AsyncIterator[None]:
+    @contextmanager
+    def wrong(self, *faults: str) -> Iterator[None]:
         """While the block runs, this is so."""
-        async with AsyncExitStack() as stack:
+        with ExitStack() as stack:
             workers = children(self.server.process.pid)
             self._random.shuffle(workers)
             for fault in faults:
                 if fault == "killed":
                     os.kill(int(workers.pop()), signal.SIGKILL)
                 elif fault == "locked":
-                    await stack.enter_async_context(busy(self._root))
+                    stack.enter_context(busy(self._root))
                 else:
                     stack.enter_context(away(self._root, *FILES))
             yield
@@ -124,7 +124,7 @@ async def play(scene: Scene, callers: Callers) -> None:
             for _ in range(CALLS):
                 group.create_task(callers.call())
             await callers.until(before + CALLS // 4)
-            async with scene.wrong(*faults):
+            with scene.wrong(*faults):
                 await callers.until(before + CALLS * 3 // 4)
     await scene.both()
 

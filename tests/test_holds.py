@@ -125,7 +125,7 @@ async def test_what_was_spent_is_never_guessed(tmp_path: Path) -> None:
     rule = f"budget: {{tokens: {20 * A_CALL}}}"
     async with running(config(rule, "memory"), root=tmp_path) as server:
         await ask(server)
-        async with busy(tmp_path):
+        with busy(tmp_path):
             await ask(server)
             server.server.core.billing.limits.forget()
             with pytest.raises(ServiceUnavailable):

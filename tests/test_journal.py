@@ -52,22 +52,19 @@ async def test_a_call_is_noted_before_it_is_made_and_before_its_answer_is_whole(
 ) -> None:
     """While the provider thinks, the intent is on disk; with the last byte, the outcome is."""
     config = f"{provider(upstream.url)}accounting: {{durability: {durability}}}\n"
-    async with (
-        running(config, root=tmp_path) as server,
-        server.session() as session,
-        busy(tmp_path),
-    ):
-        upstream.script(Answer(hang="head"))
-        waiting = asyncio.ensure_future(session.post(CHAT, json=HELLO))
-        await upstream.asked.wait()
-        (intent,) = noted(tmp_path, "I")
-        assert [] == noted(tmp_path, "O")
-        waiting.cancel()
+    async with running(config, root=tmp_path) as server, server.session() as session:
+        with busy(tmp_path):
+            upstream.script(Answer(hang="head"))
+            waiting = asyncio.ensure_future(session.post(CHAT, json=HELLO))
+            await upstream.asked.wait()
+            (intent,) = noted(tmp_path, "I")
+            assert [] == noted(tmp_path, "O")
+            waiting.cancel()
 
-        async with session.post(CHAT, json={**HELLO, "stream": stream}) as answer:
-            assert 200 == answer.status
-            await answer.read()
-        outcomes = {one["id"]: one for one in noted(tmp_path, "O")}
+            async with session.post(CHAT, json={**HELLO, "stream": stream}) as answer:
+                assert 200 == answer.status
+                await answer.read()
+            outcomes = {one["id"]: one for one in noted(tmp_path, "O")}
 
     assert "gpt-4o-mini" == intent["model"]
     done = outcomes[int(answer.headers["x-harper-call-id"])]
@@ -96,7 +93,7 @@ async def test_the_journal_holds_no_prompt_and_no_key(
     config = provider(upstream.url, "apiKey: sk-of-the-provider")
     async with running(config, root=tmp_path) as server:
         body = {**HELLO, "messages": [{"role": "user", "content": "my secret wish"}]}
-        async with busy(tmp_path):
+        with busy(tmp_path):
             await ask(server, "POST", CHAT, json=body)
             text = "\n".join(lines(tmp_path))
         assert server.api_key not in text
