@@ -384,7 +384,7 @@ async def test_plugins_run_operations() -> None:
 
     async with running(ECHO, resources={"noting": Noting}, handle_application=start) as server:
         key = await server.key_for("ada")
-        may = {"data": {"tables": {"note": {"read": True, "insert": True}}}}
+        may: dict[str, Any] = {"data": {"tables": {"note": {"read": True, "insert": True}}}}
         may["resources"] = {"noting": ["create"]}
         await server.operate("add_role", role="clerk", permission=may)
         clerk = await server.key_for("bob", role="clerk")
