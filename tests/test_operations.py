@@ -13,6 +13,7 @@ import aiohttp
 import jwt
 import pytest
 
+from harperpy import ServiceUnavailable
 from harperpy.testing import ECHO, RunningServer, ScriptedUpstream, running
 from helpers import HELLO, ask, basic, operation, provider
 
@@ -626,8 +627,9 @@ async def locked(server: RunningServer, root: Path) -> AsyncIterator[None]:
     with closing(sqlite3.connect(root / "system.db", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         yield
-        # What is on its way to the database fails there first.
-        await database.run(lambda _: None)
+        # What is on its way to the database fails there first, and this does after it.
+        with pytest.raises(ServiceUnavailable):
+            await database.run(lambda _: None)
         other.execute("COMMIT")
 
 
