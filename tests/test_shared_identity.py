@@ -44,7 +44,7 @@ class Both:
 
     async def at_once(self, *bodies: dict[str, Any]) -> list[tuple[int, Any]]:
         """The answers to what comes while nobody can write, so that all have read before."""
-        async with busy(self._data):
+        with busy(self._data):
             asked = [asyncio.create_task(self.ask(**body)) for body in bodies]
             for _ in range(10):
                 await self.get("user_info")
