@@ -49,7 +49,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Users": (
         *("User", "Role", "Permission", "Grants", "TableRights", "permission.AttributeRights"),
         *("read_permission", "document_of", "extract_tenant_id", "Authenticator", "Credential"),
-        *("Bearer", "Basic", "Verified", "PermissionErrors", "pattern_errors", "caller_address"),
+        *("Bearer", "Basic", "Verified", "PermissionErrors", "caller_address"),
     ),
     "Models and backends": (
         *(

@@ -90,7 +90,6 @@ from .permission import (
     PermissionErrors,
     TableRights,
     document_of,
-    pattern_errors,
     read_permission,
 )
 from .prompts import paired
@@ -269,7 +268,6 @@ __all__ = [
     "openai_tool_call",
     "openai_usage",
     "paired",
-    "pattern_errors",
     "read_permission",
     "recount_days",
     "redacted",

@@ -21,6 +21,8 @@ STANDARD_USER, READ_ONLY = "standard_user", "read_only"
 """Groups of operations: those open to every user; of them those that change nothing."""
 
 _ANY = "*"
+_PATH_EXPECTED = "expected a mount such as 'v1/models', 'v1/*' for all beneath, or '*'"
+_NAME_EXPECTED = "expected a name, or its beginning with '*' at the end"
 _VERBS: list[Verb] = ["read", "create", "update", "delete"]
 
 
@@ -72,6 +74,15 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     resources: dict[str, list[Verb]] | None = None
     models: list[str] | None = None
     operations: list[str] = []
+
+    def errors(self) -> list[str]:
+        """What is wrong with its paths, and with its names of models."""
+        paths = [path for path in self.resources or () if not _is_path(path)]
+        names = [name for name in self.models or () if not _is_name(name)]
+        return [
+            *(f"resources: {path!r}: {_PATH_EXPECTED}" for path in paths),
+            *(f"models: {name!r}: {_NAME_EXPECTED}" for name in names),
+        ]
 
 
 class Permission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -181,6 +192,22 @@ def covers(pattern: str, path: str) -> bool:
     return path == pattern
 
 
+def _is_path(pattern: str) -> bool:
+    """Whether there may be a mount that it covers."""
+    *above, last = pattern.removesuffix("/*").split("/")
+    if pattern in ("", _ANY):
+        return True
+    # A mount's own parameters are part of its path: `files/*rest`.
+    open_ended = last.startswith("*") and last != "*"
+    texts = [*above, last[1:] if open_ended else last]
+    return all(text and "*" not in text for text in texts)
+
+
+def _is_name(pattern: str) -> bool:
+    """Whether it is one of a model, or the beginning of one: only its end may be open."""
+    return bool(pattern) and "*" not in pattern[:-1] and not {*pattern} & {*"?["}
+
+
 def _begins(pattern: str, name: str) -> bool:
     """`gpt-*` stands for all that begins so, beginnings included."""
     return name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
@@ -276,7 +303,7 @@ def read_permission(document: Mapping[str, Any]) -> Permission:
             main.append(f"{key}: no such permission" + (f"; did you mean {near}?" if near else ""))
         else:
             given[key] = _converted(value, _MAIN[key], key, main)
-    main += [f"models: {wrong}" for wrong in pattern_errors(given.get("models") or ())]
+    main += Grants(resources=given.get("resources"), models=given.get("models")).errors()
     others = [key for key, value in {**given, **databases}.items() if value]
     if given.get("super_user") is True and others != ["super_user"]:
         main.append("super_user: a super_user role takes no other permissions")
@@ -306,13 +333,6 @@ def document_of(permission: Permission) -> dict[str, Any]:
     if not shown["structure_user"]:
         del shown["structure_user"]
     return {**shown, **{key: {"tables": tables} for key, tables in databases.items()}}
-
-
-def pattern_errors(patterns: Iterable[str]) -> list[str]:
-    """What is wrong with names of models: only the end of one may be open."""
-    expected = "expected a name, or its beginning with '*' at the end"
-    wrong = (one for one in patterns if not one or {*one[:-1]} & {*"*"} or {*one} & {*"?["})
-    return [f"{one!r}: {expected}" for one in wrong]
 
 
 def _converted(value: Any, kind: Any, key: str, errors: list[str]) -> Any:

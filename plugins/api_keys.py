@@ -25,13 +25,14 @@ from harperpy import (
     Scope,
     User,
     caller_address,
-    pattern_errors,
 )
 
 Text = Annotated[str, Meta(min_length=1)]
 Seconds = Annotated[float, Meta(gt=0)]
 
 _CLEANING_SECONDS = 3600.0
+# What is later has no name in ISO 8601, and no reader.
+_LAST_MS = dt.datetime(9999, 1, 1, tzinfo=dt.UTC).timestamp() * 1000
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -162,7 +163,7 @@ class KeyOperations:
     def _check(self, grants: Grants | None, owner: User, caller: User) -> None:
         """Raises `InvalidBody` for more than the owner has, or than the caller's own key has."""
         if grants is not None:
-            wrong = [f"models: {each}" for each in pattern_errors(grants.models or ())]
+            wrong = grants.errors()
             wrong += self._scope.operations.check_names(grants.operations)
             if wrong:
                 message = f"grants.{wrong[0]}"
@@ -194,8 +195,8 @@ class KeyOperations:
             asked = moment.timestamp() * 1000
         elif (seconds := _seconds(request.expires_in)) is not None:
             asked = (time.time() + seconds) * 1000
-        if asked is not None and asked <= time.time() * 1000:
-            message = "expires: expected a time that is to come"
+        if asked is not None and not time.time() * 1000 < asked < _LAST_MS:
+            message = "expires: expected a time that is to come, before the year 9999"
             raise InvalidBody(message, param="expires")
         makers = await self._keys.expiry(own) if own else None
         return min((at for at in (asked, makers) if at is not None), default=None)

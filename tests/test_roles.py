@@ -83,6 +83,30 @@ async def test_a_wrong_document_is_refused_with_all_that_is_wrong_in_it(
     )
 
 
+PATHS = {
+    True: ["*", "", "v1", "v1/*", "v1/models", "user/:id", "user/:id/*", "files/*rest"],
+    False: ["/v1", "/v1/*", "v1/", "/", "/*", "v1//models", "v1*", "v1/**", "v1/*/models", "*/v1"],
+}
+
+
+@pytest.mark.parametrize("right", PATHS)
+async def test_a_path_that_no_mount_could_have_is_refused(
+    server: RunningServer, *, right: bool
+) -> None:
+    """Nobody would notice that it opens nothing."""
+    admin = f"Bearer {server.api_key}"
+    for path in PATHS[right]:
+        permission = {"resources": {path: ["read"]}}
+        body = {"operation": "add_role", "role": f"of {path}", "permission": permission}
+        status, told = await operation(server, body, admin)
+        if right:
+            assert (200, permission["resources"]) == (status, told["permission"]["resources"])
+        else:
+            assert 400 == status
+            expected = "expected a mount such as 'v1/models', 'v1/*' for all beneath, or '*'"
+            assert [f"resources: {path!r}: {expected}"] == told["main_permissions"]
+
+
 async def user_of(server: RunningServer, permission: dict[str, Any]) -> User:
     """Who has a role of its own with this permission, as operations see them."""
     await server.operate("add_role", role="own", permission=permission)
