@@ -60,11 +60,7 @@ class Serving(msgspec.Struct, frozen=True):
 async def serve(what: Serving, inherited: Inherited | None = None) -> bool:
     """Serve until a signal, or a parent, ends it; whether it is to be started again."""
     stop, again = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in STOPS:
-        loop.add_signal_handler(number, lambda: (again.clear(), stop.set()))
-    if inherited is None:
-        loop.add_signal_handler(AGAIN, lambda: stop.is_set() or (again.set(), stop.set()))
+    _listen(stop, again, alone=inherited is None)
     # A parent blocks them until somebody is there to hear.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     parent = _Parent(inherited.control, stop) if inherited else None
@@ -104,6 +100,25 @@ async def serve(what: Serving, inherited: Inherited | None = None) -> bool:
     finally:
         await server.stop(hand_over=parent is not None and parent.takes_over)
     return again.is_set()
+
+
+def _listen(stop: asyncio.Event, again: asyncio.Event, *, alone: bool) -> None:
+    """Hear the signals. Who is told to end does not come back, whatever is said before or after."""
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        again.clear()
+        stop.set()
+
+    def begin_anew() -> None:
+        if not stop.is_set():
+            again.set()
+            stop.set()
+
+    for number in STOPS:
+        loop.add_signal_handler(number, end)
+    if alone:
+        loop.add_signal_handler(AGAIN, begin_anew)
 
 
 def start_again() -> NoReturn:
