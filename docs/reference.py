@@ -1,4 +1,4 @@
-"""Writes reference.md from the source's own words: `make docs`."""
+"""Writes reference.md, and the table of operations.md, from the source's own words: `make docs`."""
 
 import ast
 import asyncio
@@ -19,6 +19,7 @@ from harperpy.cli import main
 from harperpy.testing import running
 
 PAGE = Path(__file__).with_name("reference.md")
+OPERATIONS_PAGE = Path(__file__).with_name("operations.md")
 SOURCE = Path(harperpy.__file__).parent
 
 # Heading, names of the face, and what else is met there: `module.Name`, and what it is called.
@@ -164,9 +165,9 @@ OURS = {
 HEAD = """\
 # Reference
 
-Every name of `from harperpy import ...`, the hooks, the keys of config.yaml, the operations and the
-commands, in the words of the source: `make docs` writes this page, and a test holds it to them. To
-learn, begin with [the tutorial](tutorial.md).
+Every name of `from harperpy import ...`, the hooks, the keys of config.yaml and the commands, in
+the words of the source: `make docs` writes this page, and a test holds it to them. To learn, begin
+with [the tutorial](tutorial.md).
 
 """
 
@@ -177,10 +178,7 @@ nearest one named. Where no default stands, what the section says holds.
 
 """
 OPERATIONS = """\
-`POST {"operation": NAME, ...}` to the operations port (9925), with a credential of those who may:
-super users, and where it says so every user or anyone. A role opens one to its users by
-`permission.operations`. `?` marks what may be left out. The commands below speak to the same port.
-
+Their parameters, and who may run them: [all operations](operations.md#all-operations).
 """
 TABLE = ("| key | expected | default |", "| --- | --- | --- |")
 TITLES = (*GROUPS, "Configuration", "Operations", "Commands")
@@ -382,16 +380,36 @@ def commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[str
 
 async def operations() -> list[str]:
     """What the operations port takes, as a server has it."""
-    rows = ["| operation | | parameters | open to |", "| --- | --- | --- | --- |"]
+    rows = ["| operation | | parameters | who may |", "| --- | --- | --- | --- |"]
     async with running() as server:
-        for one in server.server.core.operations:
-            fields = msgspec.structs.fields(one.request_type)
-            given = ", ".join(
-                f"`{field.encode_name}`{'' if field.required else '?'}" for field in fields
-            )
+        for one in sorted(server.server.core.operations, key=lambda one: one.name):
+            kind = one.request_type
+            words = "" if kind is harperpy.NoParameters else sentence(kind.__doc__)
+            given = ". ".join(part for part in (parameters(kind), words) if part)
             who = one.open_to.replace("_", " ")
-            rows.append(f"| `{one.name}` | {sentence(one.function.__doc__)} | {given} | {who} |")
+            group = ", `read_only`" if one.reads and one.open_to == "user" else ""
+            told = sentence(one.function.__doc__)
+            rows.append(f"| `{one.name}` | {told} | {given} | {who}{group} |")
     return rows
+
+
+def parameters(kind: type[Any]) -> str:
+    """The parameters of an operation, with the older names that count as well."""
+    if hasattr(kind, "rest"):
+        return ""
+    older: Mapping[str, str] = getattr(kind, "synonyms", {})
+    shown: list[str] = []
+    for field in msgspec.structs.fields(kind):
+        name = field.encode_name
+        names = [f"`{one}`" for one in (name, *(old for old in older if older[old] == name))]
+        shown.append(" or ".join(names) + ("" if field.required else "?"))
+    return ", ".join(shown)
+
+
+def operations_page() -> str:
+    """The page of operations: what is written by hand, and the table of them all."""
+    written = OPERATIONS_PAGE.read_text(encoding="utf-8").partition("| operation |")[0]
+    return written + "\n".join(asyncio.run(operations())) + "\n"
 
 
 def page() -> str:
@@ -412,8 +430,6 @@ def page() -> str:
         "",
         OPERATIONS,
         "",
-        *asyncio.run(operations()),
-        "",
         "## Commands",
         *commands(main),
     ]
@@ -428,3 +444,4 @@ def slug(title: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    OPERATIONS_PAGE.write_text(operations_page(), encoding="utf-8")

@@ -24,6 +24,15 @@ def test_the_page_is_what_make_docs_writes(generator: dict[str, Any]) -> None:
     assert PAGE.read_text(encoding="utf-8") == generator["page"]()
 
 
+def test_every_operation_is_on_its_page(generator: dict[str, Any]) -> None:
+    """With its parameters and who may run it, in the words of the source."""
+    page = PAGE.with_name("operations.md").read_text(encoding="utf-8")
+
+    assert page == generator["operations_page"]()
+    assert page.count("\n| `") > 50
+    assert "| `get_usage` |" in page
+
+
 def test_every_name_of_the_face_is_in_one_group(generator: dict[str, Any]) -> None:
     """Each once, and those of `harperpy.testing`; what else there is comes with its module."""
     names = [name for group in generator["GROUPS"].values() for name in group]
