@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from datetime import date
+from typing import Any
 
 import msgspec
 
@@ -17,8 +18,10 @@ from .pricing import Prices
 from .quotas import Quotas
 from .repricing import Repriced, Repricing
 from .rules import check_rules
+from .secret import mask
 from .sections import Config
 from .shared_meters import SharedMeters
+from .system import purpose_key
 
 
 class Billing(msgspec.Struct):
@@ -36,6 +39,10 @@ class Billing(msgspec.Struct):
         await self.ledger.drain()
         await self.limits.open()
 
+    async def close(self) -> None:
+        """Bring to its end what has been settled."""
+        await self.limits.store.close()
+
     async def reprice(self, first: date, last: date, model: str | None = None) -> Repriced:
         """Price the calls of these days (UTC, the last included) by the present table.
 
@@ -50,13 +57,20 @@ class Billing(msgspec.Struct):
 
     @staticmethod
     def of(
-        config: Config, database: Database, ledger: Ledger, epoch: Epoch, *, index: int, of: int
+        config: Config,
+        database: Database,
+        ledger: Ledger,
+        epoch: Epoch,
+        *,
+        index: int,
+        of: int,
+        secret: bytes,
     ) -> Billing:
         """What a configuration asks for, tied to the ledger. Raises `ConfigError`."""
         check_rules(config.limits.rules, "config.yaml: limits.rules")
         prices = Prices(config.prices)
         quotas = Quotas(database, ledger.drain, epoch.move)
-        store = _store(config, database, quotas, index, of)
+        store = _store(config, database, quotas, index=index, of=of, secret=secret)
         limits = Limits(config.limits.rules, prices, store, epoch=epoch, stored=quotas.rules)
         if config.prices:
             ledger.price = prices.price
@@ -64,17 +78,41 @@ class Billing(msgspec.Struct):
         return Billing(prices, limits, quotas, ledger, database)
 
 
-def _store(config: Config, database: Database, quotas: Quotas, index: int, of: int) -> Store:
+def _store(
+    config: Config, database: Database, quotas: Quotas, *, index: int, of: int, secret: bytes
+) -> Store:
     kind = config.limits.store or ("memory" if of == 1 else "database")
     if kind == "memory":
-        if of > 1:
+        if config.http.workers > 1 and config.limits.store:
             message = (
                 "config.yaml: limits.store: memory is each process's own, and http.workers is "
-                f"{of}: expected database"
+                f"{config.http.workers}: expected database"
             )
             raise ConfigError(message)
         return Memory(quotas.spent)
+    life = uuid.uuid4().hex
     if kind == "database":
-        return SharedMeters(database, worker=index, of=of, life=uuid.uuid4().hex)
-    message = "config.yaml: limits.store: this version counts in memory or database"
-    raise ConfigError(message)
+        return SharedMeters(database, worker=index, of=of, life=life)
+    ledger = purpose_key(secret, "limits")[:8].hex()
+    return _on_valkey(kind, quotas, ledger=ledger, worker=index, of=of, life=life)
+
+
+def _on_valkey(url: str, quotas: Quotas, **who: Any) -> Store:
+    try:
+        from .valkey_line import ValkeyLine  # noqa: PLC0415  # it is an extra
+        from .valkey_meters import ValkeyMeters  # noqa: PLC0415
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "valkey":
+            raise
+        message = (
+            "config.yaml: limits.store: its library is missing: pip install 'harperpy[valkey]'"
+        )
+        raise ConfigError(message) from None
+    try:
+        line = ValkeyLine(url)
+    except (ValueError, TypeError) as error:
+        message = (
+            f"config.yaml: limits.store: this is no URL of a Valkey server: {mask(str(error))}"
+        )
+        raise ConfigError(message) from None
+    return ValkeyMeters(line, quotas, **who)

@@ -64,7 +64,9 @@ def put_together(
         ledger=ledger,
         health=health,
         environ=environ,
-        billing=Billing.of(config, database, ledger, epoch, index=worker.index, of=worker.of),
+        billing=Billing.of(
+            config, database, ledger, epoch, index=worker.index, of=worker.of, secret=secret
+        ),
         analytics=_analytics(config, worker),
         database=database,
         people=people,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Literal, Protocol, TypeAlias
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Literal, Protocol, TypeAlias
 
 import msgspec
 
@@ -50,6 +49,10 @@ class Claim(msgspec.Struct):
     each: int = 0
     scale: int = 1
     taken: int = 0
+
+    def amount(self, most: int) -> int:
+        """How much it is, with so many tokens in the answer."""
+        return -(-(self.fixed + self.each * most) // self.scale)
 
 
 class Reading(msgspec.Struct):
@@ -115,6 +118,10 @@ class Store(Protocol):
         """Read anew what the ledger says was spent."""
         ...
 
+    async def close(self) -> None:
+        """Nothing is reserved from now on; what was settled is brought to its end."""
+        ...
+
 
 def grant(pairs: Sequence[tuple[Claim, Reading]], wanted: int, now: float) -> int:
     """Let the claims have what they want; how many tokens, of those wanted, may be the answer.
@@ -133,13 +140,18 @@ def grant(pairs: Sequence[tuple[Claim, Reading]], wanted: int, now: float) -> in
     except Refused as refusal:
         refusal.pairs = pairs
         raise
+    take(pairs, most)
+    return most
+
+
+def take(pairs: Sequence[tuple[Claim, Reading]], most: int) -> None:
+    """Let the claims have what they want for so many tokens in the answer."""
     for claim, reading in pairs:
-        claim.taken = math.ceil((claim.fixed + claim.each * most) / claim.scale)
+        claim.taken = claim.amount(most)
         if claim.meter.kind in ("requests", "tokens"):
             reading.used += claim.taken
         else:
             reading.held += claim.taken
-    return most
 
 
 def give_back(claim: Claim, reading: Reading, actual: int, now: float) -> None:
@@ -188,6 +200,22 @@ Spent: TypeAlias = Callable[[Spending], Awaitable[int]]
 """What the ledger says was spent, in tokens or in billionths."""
 
 
+class Loading:
+    """What is loaded of a meter, by one for all who wait for it."""
+
+    def __init__(self, load: Callable[[Meter], Coroutine[Any, Any, None]]) -> None:
+        self._load = load
+        self._running: dict[str, asyncio.Task[None]] = {}
+
+    async def of(self, meter: Meter) -> None:
+        """Return when it is loaded. Raises what that raises."""
+        running = self._running.get(meter.name)
+        if running is None:
+            running = self._running[meter.name] = asyncio.ensure_future(self._load(meter))
+            running.add_done_callback(lambda _: self._running.pop(meter.name))
+        await asyncio.shield(running)
+
+
 class Memory:
     """Meters of one process alone; what was spent already is read from the ledger, once."""
 
@@ -195,7 +223,7 @@ class Memory:
         self._spent = spent
         self._kept: dict[str, tuple[Meter, Reading]] = {}
         self._known: set[str] = set()
-        self._loading: dict[str, asyncio.Future[None]] = {}
+        self._loading = Loading(self._load)
         self._settled = 0
         self._tidy_at = _TIDY_AT
 
@@ -206,7 +234,7 @@ class Memory:
         """Take all of it for a call or, with `Refused`, nothing."""
         budgets = [claim.meter for claim in claims if claim.meter.spending]
         while unknown := [meter for meter in budgets if meter.name not in self._known]:
-            await self._read(unknown[0])
+            await self._loading.of(unknown[0])
         # From here on nobody comes between.
         self._tidy(now)
         pairs = [(claim, self._reading(claim.meter)) for claim in claims]
@@ -231,19 +259,14 @@ class Memory:
         # What is being read just now may be old.
         self._settled += 1
 
+    async def close(self) -> None:
+        """It goes with the process."""
+
     def _reading(self, meter: Meter) -> Reading:
         found = self._kept.get(meter.name)
         if found is None:
             found = self._kept[meter.name] = (meter, Reading())
         return found[1]
-
-    async def _read(self, meter: Meter) -> None:
-        """What was spent, read by one for all who wait for it."""
-        reading = self._loading.get(meter.name)
-        if reading is None:
-            reading = self._loading[meter.name] = asyncio.ensure_future(self._load(meter))
-            reading.add_done_callback(lambda _: self._loading.pop(meter.name))
-        await asyncio.shield(reading)
 
     async def _load(self, meter: Meter) -> None:
         if meter.spending is None:

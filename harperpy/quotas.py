@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 import msgspec
 import sqlalchemy as sa
@@ -17,7 +17,7 @@ from .pricing import UNIT
 from .rules import about
 from .secret import encode_hook
 from .sections import LimitConfig
-from .system import CREATED, UPDATED, hdb_limit, hdb_model_calls_daily, now_ms
+from .system import CREATED, UPDATED, hdb_limit, hdb_model_calls, hdb_model_calls_daily, now_ms
 
 
 class Quotas:
@@ -83,9 +83,18 @@ class Quotas:
 
         Raises `ServiceUnavailable` where nobody knows.
         """
+        return (await self.counted(spending, ()))[0]
+
+    async def counted(self, spending: Spending, calls: Collection[int]) -> tuple[int, set[int]]:
+        """The same, and which of these calls it counts."""
+        rows = sa.select(hdb_model_calls.c.id).where(hdb_model_calls.c.id.in_(calls))
+
+        def work(connection: sa.Connection) -> tuple[int, set[int]]:
+            return spent(connection, spending), {*connection.scalars(rows)} if calls else set()
+
         await self._drain()
         try:
-            return await self._database.read(lambda connection: spent(connection, spending))
+            return await self._database.read(work)
         except exc.DBAPIError as error:
             raise away(error) from error
 

@@ -166,6 +166,7 @@ class Server:
         if hasattr(self, "loader"):
             await self.loader.close()
             await self.core.models.close()
+            await self.core.billing.close()
             await self.core.database.close()
         if self._lock is not None:
             if not self._given:

@@ -95,6 +95,9 @@ class SharedMeters:
     def forget(self) -> None:
         """Nothing is remembered here."""
 
+    async def close(self) -> None:
+        """The database brings it to its end."""
+
     def _give_back(self, call: int, taken: asyncio.Future[Granted]) -> None:
         if not taken.cancelled() and taken.exception() is None:
             self._submit(lambda connection: _release(connection, call))

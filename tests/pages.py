@@ -95,7 +95,7 @@ class Reader:
             opened.write(self._here(text))
         if file.name == "config.yaml":
             self._configure(file)
-        watched = file.suffix == ".py" or file.name == "config.yaml"
+        watched = file.suffix == ".py" or file == self._serves / "config.yaml"
         self._stale = self._stale or (watched and self._serves in file.parents)
 
     def _configure(self, file: Path) -> None:

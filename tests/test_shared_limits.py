@@ -18,14 +18,15 @@ ROOT = basic("root", "s3cret-enough")
 CHAT = "/v1/chat/completions"
 # What a chat is reckoned at for "hello" before its answer, and what the upstream counts.
 ASKED, A_CALL = 21, 4
+STORES = pytest.mark.parametrize("store", ["database", "valkey"], indirect=True)
 
 
-def project(tmp_path: Path, url: str, *rules: str) -> Path:
+def project(tmp_path: Path, url: str, *rules: str, store: str) -> Path:
     """A folder with two workers in front of an upstream."""
     ports = "http: {port: 0, host: 127.0.0.1, workers: 2}\noperationsApi: {network: {port: 0}}\n"
     listed = ", ".join(rules)
     (tmp_path / "config.yaml").write_text(
-        f"{ports}{provider(url)}\nlimits: {{rules: [{listed}]}}\n"
+        f"{ports}{provider(url)}\nlimits: {{store: '{store}', rules: [{listed}]}}\n"
     )
     return tmp_path
 
@@ -55,6 +56,7 @@ async def spent(server: Serving) -> int:
     return sum(row["prompt_tokens"] + row["completion_tokens"] for row in await sql(server, select))
 
 
+@STORES
 @pytest.mark.parametrize(
     ("rule", "most"),
     [
@@ -64,10 +66,11 @@ async def spent(server: Serving) -> int:
     ids=["budget", "rate"],
 )
 async def test_two_workers_share_what_there_is(
-    upstream: ScriptedUpstream, tmp_path: Path, rule: str, most: int
+    upstream: ScriptedUpstream, tmp_path: Path, store: str, rule: str, most: int
 ) -> None:
     """Fifty at once, on any of them: together they take no more than one alone might."""
-    async with serving(project(tmp_path, upstream.url, rule), "run", environ=ADMIN) as server:
+    folder = project(tmp_path, upstream.url, rule, store=store)
+    async with serving(folder, "run", environ=ADMIN) as server:
         assert 2 == len(children(server.process.pid))
         answers = await asyncio.gather(*(chat(server, max_tokens=1) for _ in range(50)))
 
@@ -78,10 +81,14 @@ async def test_two_workers_share_what_there_is(
             assert most == len(upstream.requests)
 
 
-async def test_a_place_is_one_of_all_workers(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+@STORES
+async def test_a_place_is_one_of_all_workers(
+    upstream: ScriptedUpstream, tmp_path: Path, store: str
+) -> None:
     """Who is answered by one of them is too many for the other."""
     rule = "{per: user, concurrent: 1}"
-    async with serving(project(tmp_path, upstream.url, rule), "run", environ=ADMIN) as server:
+    folder = project(tmp_path, upstream.url, rule, store=store)
+    async with serving(folder, "run", environ=ADMIN) as server:
         upstream.script(Answer(hang="head"))
         waiting = asyncio.ensure_future(chat(server))
         await upstream.asked.wait()
@@ -94,12 +101,14 @@ async def test_a_place_is_one_of_all_workers(upstream: ScriptedUpstream, tmp_pat
                 pass
 
 
+@STORES
 async def test_what_a_killed_worker_held_counts_once(
-    upstream: ScriptedUpstream, tmp_path: Path
+    upstream: ScriptedUpstream, tmp_path: Path, store: str
 ) -> None:
     """Nobody knows what its call took: all that was set aside counts, as its row says, for good."""
     rule = "{per: user, budget: {tokens: 70}, concurrent: 1}"
-    async with serving(project(tmp_path, upstream.url, rule), "run", environ=ADMIN) as server:
+    folder = project(tmp_path, upstream.url, rule, store=store)
+    async with serving(folder, "run", environ=ADMIN) as server:
         upstream.script(Answer(hang="head"))
         waiting = asyncio.ensure_future(chat(server, max_tokens=10))
         await upstream.asked.wait()

@@ -31,13 +31,13 @@ CHAT = "/v1/chat/completions"
 # A token costs a thousandth; the upstream counts 3 for what is asked and 1 for the answer.
 PRICES = "prices: [{model: gpt-4o-mini, input: 1000, output: 1000, embedding: 1000}]\n"
 A_CALL = 4
-STORES = pytest.mark.parametrize("store", ["memory", "database"])
+STORES = pytest.mark.parametrize("store", ["memory", "database", "valkey"], indirect=True)
 
 
 def limited(url: str, *rules: str, more: str = PRICES, store: str = "memory") -> str:
     """A config.yaml in front of an upstream, with these rules."""
     listed = ", ".join(rules)
-    return f"{provider(url)}\n{more}limits: {{store: {store}, rules: [{listed}]}}\n"
+    return f"{provider(url)}\n{more}limits: {{store: '{store}', rules: [{listed}]}}\n"
 
 
 @asynccontextmanager
@@ -475,6 +475,28 @@ async def test_who_leaves_while_it_is_admitted_holds_nothing(
         assert 1 == len(upstream.requests)
 
 
+@STORES
+async def test_embeddings_are_of_a_budget_too(upstream: ScriptedUpstream, store: str) -> None:
+    """Texts are bounded by their bytes, arrays of tokens are what they are."""
+    rule = "{per: user, budget: {tokens: 10}}"
+    async with serving(upstream, rule, store=store) as (server, key):
+        given: list[Any] = ["eleven byte", "ten bytes!", [[1, 2, 3], [4, 5, 6, 7]], [[1] * 9]]
+        found = [
+            (
+                await ask(
+                    server,
+                    "POST",
+                    "/v1/embeddings",
+                    key=key,
+                    json={"model": "default", "input": one},
+                )
+            ).status
+            for one in given
+        ]
+        # The upstream counts one for each; three are gone before the last.
+        assert [429, 200, 200, 429] == found
+
+
 async def test_each_name_has_a_limit_for_itself(upstream: ScriptedUpstream) -> None:
     """What one user takes is not missing to another."""
     async with serving(upstream, "{per: user, requestsPerMinute: 1}") as (server, key):
@@ -585,6 +607,7 @@ async def test_limits_that_cannot_be_are_refused(
 @pytest.mark.parametrize(
     ("limits", "said"),
     [
+        ("{store: memory}\nhttp: {workers: 2}", "limits.store: memory is each process's own"),
         (
             "{rules: [{per: user}]}",
             "limits.rules[0]: it limits nothing; expected requests",

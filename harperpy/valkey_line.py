@@ -1,0 +1,115 @@
+"""The way to a Valkey server: one connection, on which steps go in the order they are given."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+from valkey.asyncio import Valkey
+from valkey.exceptions import NoScriptError, ValkeyError
+
+from .errors import ServiceUnavailable
+from .secret import mask
+from .valkey_scripts import Script
+
+ANSWER_SECONDS = 1.0
+"""How long a server may take to connect or to answer, unless the URL says `socket_timeout`."""
+
+
+class _Step:
+    """What is to be done, and who waits for it."""
+
+    def __init__(self, script: Script, keys: Sequence[str], args: Sequence[object]) -> None:
+        self.script = script
+        self.given = [len(keys), *keys, *map(str, args)]
+        self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        # Who asked may have left.
+        self.answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+
+class ValkeyLine:
+    """Sends steps one after the other, all that have come meanwhile together.
+
+    Raises ValueError or TypeError for a URL that cannot be.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._client = Valkey.from_url(
+            url,
+            decode_responses=True,
+            socket_timeout=ANSWER_SECONDS,
+            socket_connect_timeout=ANSWER_SECONDS,
+        )
+        # What the URL asks for is looked at when a connection is made, so make one.
+        self._client.connection_pool.make_connection()
+        self._waiting: list[_Step] = []
+        self._sending: asyncio.Task[None] | None = None
+
+    def run(
+        self, script: Script, keys: Sequence[str], args: Sequence[object]
+    ) -> asyncio.Future[Any]:
+        """What the step answers, later. Raises `ServiceUnavailable` where nobody answers."""
+        step = _Step(script, keys, args)
+        self._waiting.append(step)
+        if self._sending is None:
+            self._sending = asyncio.ensure_future(self._send_all())
+        return step.answer
+
+    async def close(self) -> None:
+        """Send what is left, and hang up."""
+        if self._sending is not None:
+            await self._sending
+        with contextlib.suppress(ValkeyError, OSError):
+            await self._client.aclose()
+
+    async def _send_all(self) -> None:
+        try:
+            while self._waiting:
+                steps, self._waiting = self._waiting, []
+                await self._send(steps)
+        finally:
+            self._sending = None
+
+    async def _send(self, steps: Sequence[_Step]) -> None:
+        error: Exception = NoScriptError("the server forgets its scripts")
+        try:
+            unknown = await self._try(steps)
+            if unknown:
+                for text in {step.script.text for step in unknown}:
+                    await self._client.script_load(text)
+                await self._try(unknown)
+        except (ValkeyError, OSError) as found:
+            error = found
+        for step in steps:
+            if not step.answer.done():
+                _answer(step, error)
+
+    async def _try(self, steps: Sequence[_Step]) -> list[_Step]:
+        """Send them; those whose script the server does not know were not done."""
+        pipe: Any = self._client.pipeline(transaction=False)
+        for step in steps:
+            pipe.execute_command("EVALSHA", step.script.sha, *step.given)
+        answers: list[Any] = await pipe.execute(raise_on_error=False)
+        unknown: list[_Step] = []
+        for step, answer in zip(steps, answers, strict=True):
+            if isinstance(answer, NoScriptError):
+                unknown.append(step)
+            else:
+                _answer(step, answer)
+        return unknown
+
+
+def _answer(step: _Step, answer: Any) -> None:
+    if step.answer.cancelled():
+        return
+    if not isinstance(answer, Exception):
+        step.answer.set_result(answer)
+        return
+    reason = mask(f"{answer}" or type(answer).__name__)
+    away = ServiceUnavailable(
+        f"the Valkey server of the limits is away: {reason}", headers={"Retry-After": "1"}
+    )
+    away.__cause__ = answer
+    step.answer.set_exception(away)
