@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from harperpy import ConfigError, HarperError
+from harperpy import ConfigError, Context, HarperError, RequestTarget, Resource
 from harperpy.limits import duration
 from harperpy.rules import period
 from harperpy.testing import (
@@ -53,6 +53,14 @@ async def serving(
 async def chat(server: RunningServer, key: str | None = None, **more: Any) -> Answered:
     """A short chat."""
     return await ask(server, "POST", CHAT, key=key, json={**HELLO, **more})
+
+
+async def until_refused(server: RunningServer, key: str, **more: Any) -> Answered:
+    """Ask until it is not admitted."""
+    async with asyncio.timeout(20):
+        while 200 == (answer := await chat(server, key, **more)).status:
+            pass
+    return answer
 
 
 def code(answer: Answered) -> str:
@@ -172,19 +180,19 @@ async def test_so_many_at_a_time(upstream: ScriptedUpstream, store: str) -> None
 
 
 @STORES
+@pytest.mark.parametrize("budget", [f"tokens: {10 * A_CALL}", f"cost: {10 * A_CALL / 1000}"])
 async def test_parallel_calls_never_overdraw_a_budget(
-    upstream: ScriptedUpstream, store: str
+    upstream: ScriptedUpstream, store: str, budget: str
 ) -> None:
     """Fifty at once on a budget for ten: no more is spent than there is, the rest is 429."""
-    rule = f"{{per: user, match: alice, budget: {{tokens: {10 * A_CALL}}}}}"
+    rule = f"{{per: user, match: alice, budget: {{{budget}}}}}"
     async with serving(upstream, rule, store=store) as (server, key):
         answers = await asyncio.gather(*(chat(server, key, max_tokens=1) for _ in range(50)))
 
         assert {200, 429} == {answer.status for answer in answers}
         refused = {code(answer) for answer in answers if answer.status == 429}
         assert refused <= {"rate_limit_exceeded", "insufficient_quota"}
-        while 200 == (last := await chat(server, key, max_tokens=1)).status:
-            pass
+        last = await until_refused(server, key, max_tokens=1)
         assert await spent(server) <= 10 * A_CALL
         assert len(upstream.requests) == len(await server.rows())
         assert "held" in last.text or "insufficient_quota" == code(last)
@@ -225,16 +233,29 @@ async def test_a_budget_is_one_of_the_ledger(
     assert abs(int(refused.headers["Retry-After"]) - (end - today).total_seconds()) < 60
 
 
+FAILURES: dict[str, dict[str, Any]] = {
+    "refused": {"status": 400, "body": {"error": {"message": "no"}}},
+    "broken": {"status": 500, "body": {"error": {"message": "no"}}},
+    "cut off": {"cut": "head"},
+    "no JSON": {"body": b"<html>"},
+    "a stream without a piece": {"events": [], "cut": True},
+}
+
+
 @STORES
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
 async def test_a_failed_call_gives_back_what_it_held(
-    upstream: ScriptedUpstream, store: str
+    upstream: ScriptedUpstream, store: str, failure: dict[str, Any]
 ) -> None:
-    """The whole budget is there for the next one."""
-    rule = "{per: user, budget: {tokens: 40}}"
+    """The whole budget and the place are there for the next one, and its answer has the headers."""
+    rule = "{per: user, concurrent: 1, requestsPerMinute: 60, budget: {tokens: 40}}"
     async with serving(upstream, rule, store=store) as (server, key):
-        upstream.script(Answer(status=400, body={"error": {"message": "no"}}))
-        assert 400 == (await chat(server, key, max_tokens=19)).status
+        upstream.script(Answer(**failure))
+        failed = await chat(server, key, max_tokens=19, stream="events" in failure)
+        assert failed.status >= 400
+        assert "59" == failed.headers["x-ratelimit-remaining-requests"]
         assert 200 == (await chat(server, key, max_tokens=19)).status
+        assert [19, 19] == [request.body["max_tokens"] for request in upstream.requests]
 
 
 @STORES
@@ -505,6 +526,77 @@ async def test_each_name_has_a_limit_for_itself(upstream: ScriptedUpstream) -> N
         assert [200, 429, 200] == [(await chat(server, one)).status for one in (key, key, other)]
 
 
+async def test_those_of_a_tenant_share_its_limit(upstream: ScriptedUpstream) -> None:
+    """And take nothing of another tenant's."""
+    async with serving(upstream, "{per: tenant, requestsPerMinute: 1}") as (server, key):
+        mate = await server.key_for("bob")
+        stranger = await server.key_for("carol", tenant="acme")
+
+        assert [200, 429, 200] == [(await chat(server, k)).status for k in (key, mate, stranger)]
+
+
+async def test_a_call_counts_once_however_many_are_asked(upstream: ScriptedUpstream) -> None:
+    """What a provider fails at and another one answers is one of the caller's requests."""
+    models = provider(upstream.url, "fallback: [spare]").replace(
+        "generative:", "generative:\n    spare: {backend: echo}", 1
+    )
+    models = models.replace("embedding:", "embedding:\n    spare: {backend: echo}")
+    rules = "limits: {rules: [{per: user, match: alice, requestsPerMinute: 9}]}"
+    async with running(f"{models}\n{rules}") as server:
+        key = await server.key_for("alice")
+        upstream.script(Answer(status=500), Answer(status=500))
+        answers = [await chat(server, key) for _ in range(2)]
+        assert ["8", "7"] == [one.headers["x-ratelimit-remaining-requests"] for one in answers]
+        assert 4 == len(await server.rows())
+
+
+class Writer(Resource):
+    """An application's own way to a model."""
+
+    @staticmethod
+    async def get(target: RequestTarget, context: Context) -> Any:
+        """Ask as the path says."""
+        if target.id == "embed":
+            return await context.models.embed("hello")
+        if target.id == "stream":
+            return [one.delta_content async for one in context.models.generate_stream("hello")]
+        return (await context.models.generate("hello")).content
+
+    sub_paths = True
+
+
+DOORS: dict[str, tuple[str, str, dict[str, Any] | None]] = {
+    "chat": ("POST", CHAT, HELLO),
+    "streamed chat": ("POST", CHAT, {**HELLO, "stream": True}),
+    "embeddings": ("POST", "/v1/embeddings", {"model": "default", "input": "hello"}),
+    "a resource's": ("GET", "/writer/whole", None),
+    "a resource's stream": ("GET", "/writer/stream", None),
+    "a resource's embedding": ("GET", "/writer/embed", None),
+}
+
+
+@pytest.mark.parametrize(("method", "path", "body"), DOORS.values(), ids=DOORS)
+async def test_no_door_leads_past_a_limit(
+    upstream: ScriptedUpstream, method: str, path: str, body: dict[str, Any] | None
+) -> None:
+    """Whoever asks a model by whichever path is counted, and told so in the headers."""
+    rule = "{per: user, requestsPerMinute: 1, tokensPerMinute: 9000}"
+    async with running(limited(upstream.url, rule), resources={"writer": Writer}) as server:
+        first, refused = [await ask(server, method, path, json=body) for _ in range(2)]
+        assert [200, 429] == [first.status, refused.status]
+        assert "Rate limit reached for user HDB_ADMIN on requests per min" in refused.text
+        assert int(refused.headers["Retry-After"]) in (59, 60)
+        for answer in (first, refused):
+            assert {
+                f"x-ratelimit-{what}-{kind}"
+                for what in ("limit", "remaining", "reset")
+                for kind in ("requests", "tokens")
+            } == {name.lower() for name in answer.headers if name.lower().startswith("x-ratelimit")}
+            assert "0" == answer.headers["x-ratelimit-remaining-requests"]
+            assert re.fullmatch(r"1m0s|59(\.\d+)?s", answer.headers["x-ratelimit-reset-requests"])
+        assert 1 == len(upstream.requests)
+
+
 async def test_the_tightest_of_several_rules_is_told(upstream: ScriptedUpstream) -> None:
     """A refusal by any of them is one, and the headers are those of the one with least left."""
     rules = ("{per: user, requestsPerMinute: 5}", "{per: tenant, requestsPerMinute: 2}")
@@ -546,6 +638,7 @@ async def test_who_has_no_limit_is_told_of_none(server: RunningServer) -> None:
     [
         (0, "0s"),
         (0.012, "12ms"),
+        (0.017, "17ms"),
         (0.0004, "1ms"),
         (1, "1s"),
         (1.5, "1.5s"),
@@ -638,8 +731,7 @@ async def test_a_reprice_is_a_new_reckoning(upstream: ScriptedUpstream, tmp_path
     dear, cheap = (limited(upstream.url, rule, more=table % (one, one)) for one in (1000, 10))
     async with running(dear, root=tmp_path) as server:
         key = await server.key_for("alice")
-        while 200 == (refused := await chat(server, key)).status:
-            pass
+        refused = await until_refused(server, key)
         assert "insufficient_quota" == code(refused)
         spent_then = sum(row["cost"] for row in await server.rows())
     async with running(cheap, root=tmp_path) as server:

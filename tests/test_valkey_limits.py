@@ -52,6 +52,13 @@ async def until_answered(server: RunningServer, key: str) -> None:
             pass
 
 
+async def until_refused(server: RunningServer, key: str, **more: Any) -> None:
+    """Ask until it is not admitted."""
+    async with asyncio.timeout(20):
+        while 200 == (await chat(server, key, **more)).status:
+            pass
+
+
 async def spent(*servers: RunningServer) -> int:
     """All tokens of all rows of all ledgers."""
     rows = [row for server in servers for row in await server.rows()]
@@ -87,8 +94,7 @@ async def test_two_machines_share_what_there_is(
         answers = await asyncio.gather(*asked)
         assert {200, 429} == {answer.status for answer in answers}
         for one in both:
-            while 200 == (await chat(*one, max_tokens=1)).status:
-                pass
+            await until_refused(*one, max_tokens=1)
         ledgers = [server for server, _ in both]
         assert await spent(*ledgers) <= 10 * A_CALL
         assert len(upstream.requests) == sum([len(await server.rows()) for server in ledgers])
@@ -220,13 +226,81 @@ async def test_what_the_server_forgets_is_told_anew(
         assert 100 - 60 - ASKED == upstream.requests[-1].body["max_tokens"]
 
 
+async def told(valkey: ValkeyServer, server: RunningServer) -> None:
+    """Wait until the Valkey server knows as spent what the rows of a ledger are, and no more."""
+    async with asyncio.timeout(20):
+        while valkey.budget() != (await spent(server), 0):
+            pass
+
+
+async def recorded(server: RunningServer, count: int) -> None:
+    """Wait until so many calls have rows."""
+    async with asyncio.timeout(20):
+        while count != len(await server.rows()):
+            pass
+
+
+async def test_what_runs_while_the_server_forgets_counts_when_it_ends(
+    upstream: ScriptedUpstream, valkey: ValkeyServer
+) -> None:
+    """Nothing is held for it any more, so its ledger is read again."""
+    rule = "{per: user, match: alice, budget: {tokens: 100}}"
+    async with machines(limited(upstream.url, valkey.url, rule)) as ((server, key),):
+        upstream.script(Answer(events=streamed("one", done=False), hang="end"))
+        async with (
+            server.session(key) as client,
+            client.post(CHAT, json={**HELLO, "stream": True, "max_tokens": 30}) as response,
+        ):
+            await response.content.readuntil(b"\n\n")
+            meters(server)._beating.cancel()
+            valkey.clear()
+            assert 200 == (await chat(server, key, max_tokens=1)).status
+        await upstream.left.wait()
+        await recorded(server, 2)
+        await told(valkey, server)
+
+
+async def test_what_ends_while_the_ledger_is_read_counts(
+    upstream: ScriptedUpstream, valkey: ValkeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sum that is old by then is not told."""
+    rule = "{per: user, match: alice, budget: {tokens: 100}}"
+    async with machines(limited(upstream.url, valkey.url, rule)) as ((server, key),):
+        quotas, read, go_on = meters(server)._quotas, asyncio.Event(), asyncio.Event()
+        counted = quotas.counted
+
+        async def late(*given: Any) -> Any:
+            found = await counted(*given)
+            read.set()
+            await go_on.wait()
+            return found
+
+        upstream.script(Answer(events=streamed("one", done=False), hang="end"))
+        async with (
+            server.session(key) as client,
+            client.post(CHAT, json={**HELLO, "stream": True, "max_tokens": 30}) as response,
+        ):
+            await response.content.readuntil(b"\n\n")
+            meters(server).forget()
+            monkeypatch.setattr(quotas, "counted", late)
+            asking = asyncio.ensure_future(chat(server, key, max_tokens=1))
+            await read.wait()
+        await upstream.left.wait()
+        await recorded(server, 1)
+        await told(valkey, server)
+        go_on.set()
+        assert 200 == (await asking).status
+        await recorded(server, 2)
+        await told(valkey, server)
+
+
 async def test_what_ends_while_the_server_is_away_is_settled(
     upstream: ScriptedUpstream, valkey: ValkeyServer
 ) -> None:
     """The place is free and the cost counts as soon as it answers again."""
     rule = "{per: user, match: alice, concurrent: 1, budget: {tokens: 60}}"
     async with machines(limited(upstream.url, valkey.url, rule)) as ((server, key),):
-        upstream.script(Answer(events=streamed("one"), hang="end"))
+        upstream.script(Answer(events=streamed("one", done=False), hang="end"))
         async with (
             server.session(key) as client,
             client.post(CHAT, json={**HELLO, "stream": True, "max_tokens": 30}) as response,
@@ -234,35 +308,47 @@ async def test_what_ends_while_the_server_is_away_is_settled(
             await response.content.readuntil(b"\n\n")
             valkey.process.send_signal(signal.SIGSTOP)
         await upstream.left.wait()
-        while not await server.rows():
-            pass
+        await recorded(server, 1)
         assert 503 == (await chat(server, key, max_tokens=1)).status
         valkey.process.send_signal(signal.SIGCONT)
         await until_answered(server, key)
         assert 2 == len(upstream.requests)
-        with closing(valkey.client()) as client:
-            async with asyncio.timeout(10):
-                while any(client.hlen(name) for name in client.keys("harperpy:holds:*")):
-                    await server.rows()
-            [stands] = client.keys("harperpy:stands:tokens*")
-            row = client.hgetall(stands)
-        [used] = [int(value) for name, value in row.items() if name.startswith("spent:")]
-        assert (await spent(server), "0") == (used, row["held"])
+        await told(valkey, server)
+        assert "harperpy:holds" not in f"{valkey.keys()}"
 
 
-async def test_what_is_taken_too_late_is_taken_for_nobody(
+async def test_what_was_taken_and_never_told_is_given_back(
     upstream: ScriptedUpstream, valkey: ValkeyServer
 ) -> None:
-    """A server that stands still for a while does not take places when it goes on."""
+    """A server that stands still for a while, and then does all that it was asked."""
     rule = "{per: user, match: alice, concurrent: 1}"
     async with machines(limited(upstream.url, valkey.url, rule)) as ((server, key),):
-        assert 200 == (await chat(server, key)).status
+        await until_answered(server, key)
+        # Nothing is on the way, so that the next one is.
+        await meters(server)._beat()
+        # It is to believe that there is time enough.
+        meters(server)._ahead += 1000
         valkey.process.send_signal(signal.SIGSTOP)
         try:
             assert 503 == (await chat(server, key)).status
         finally:
             valkey.process.send_signal(signal.SIGCONT)
         await until_answered(server, key)
+        assert 200 == (await chat(server, key)).status
+
+
+async def test_what_comes_too_late_takes_nothing(
+    upstream: ScriptedUpstream, valkey: ValkeyServer
+) -> None:
+    """Who asked has stopped waiting by then."""
+    rule = "{per: user, match: alice, concurrent: 1}"
+    async with machines(limited(upstream.url, valkey.url, rule)) as ((server, key),):
+        assert 200 == (await chat(server, key)).status
+        meters(server)._ahead -= 10
+        assert 503 == (await chat(server, key)).status
+        assert 1 == len(upstream.requests)
+        assert "harperpy:holds" not in f"{valkey.keys()}"
+        meters(server)._ahead += 10
         assert 200 == (await chat(server, key)).status
 
 

@@ -77,6 +77,14 @@ class ValkeyServer:
         with closing(self.client()) as client:
             return sorted(client.keys())
 
+    def budget(self) -> tuple[int, int]:
+        """What is spent of its budgets by all ledgers, and what is held."""
+        with closing(self.client()) as client:
+            rows = [client.hgetall(name) for name in client.keys("harperpy:stands:tokens*")]
+        values = [(name, int(value)) for row in rows for name, value in row.items()]
+        spent = [value for name, value in values if name.startswith("spent:")]
+        return sum(spent), sum(value for name, value in values if name == "held")
+
 
 @contextmanager
 def valkey_server() -> Iterator[ValkeyServer | None]:
