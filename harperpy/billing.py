@@ -18,7 +18,6 @@ from .pricing import Prices
 from .quotas import Quotas
 from .repricing import Repriced, Repricing
 from .rules import check_rules
-from .secret import mask
 from .sections import Config
 from .shared_meters import SharedMeters
 from .system import purpose_key
@@ -110,9 +109,10 @@ def _on_valkey(url: str, quotas: Quotas, **who: Any) -> Store:
         raise ConfigError(message) from None
     try:
         line = ValkeyLine(url)
-    except (ValueError, TypeError) as error:
+    except ValueError:
         message = (
-            f"config.yaml: limits.store: this is no URL of a Valkey server: {mask(str(error))}"
+            "config.yaml: limits.store: expected a URL such as valkey://user:password@host:6379/0, "
+            "with %2F for a / in the password, and after a ? options of valkey-py's connections"
         )
         raise ConfigError(message) from None
     return ValkeyMeters(line, quotas, **who)

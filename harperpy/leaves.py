@@ -97,7 +97,7 @@ Unpriced = Annotated[Literal["refuse", "allow"], Meta(description="refuse or all
 MeterStore = Annotated[
     str,
     Meta(
-        pattern=r"^(memory$|database$|valkeys?://.)",
+        pattern=r"^(memory|database|valkeys?://[^/?#]+(/[0-9]*)?(\?[^#]*)?)$",
         description="memory, database or a URL such as valkey://127.0.0.1:6379/0",
     ),
 ]

@@ -32,18 +32,21 @@ class _Step:
 class ValkeyLine:
     """Sends steps one after the other, all that have come meanwhile together.
 
-    Raises ValueError or TypeError for a URL that cannot be.
+    Raises ValueError for a URL that cannot be, in words that may hold parts of it.
     """
 
     def __init__(self, url: str) -> None:
-        self._client = Valkey.from_url(
-            url,
-            decode_responses=True,
-            socket_timeout=ANSWER_SECONDS,
-            socket_connect_timeout=ANSWER_SECONDS,
-        )
-        # What the URL asks for is looked at when a connection is made, so make one.
-        self._client.connection_pool.make_connection()
+        try:
+            self._client = Valkey.from_url(
+                url,
+                decode_responses=True,
+                socket_timeout=ANSWER_SECONDS,
+                socket_connect_timeout=ANSWER_SECONDS,
+            )
+            # What the URL asks for is looked at when a connection is made, so make one.
+            self._client.connection_pool.make_connection()
+        except (TypeError, ValkeyError) as error:
+            raise ValueError(str(error)) from error
         self._waiting: list[_Step] = []
         self._sending: asyncio.Task[None] | None = None
 

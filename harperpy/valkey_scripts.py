@@ -35,7 +35,8 @@ local function let_go(stands, holds, field)
     local value = redis.call('HGET', holds, field)
     if not value then return false end
     redis.call('HDEL', holds, field)
-    redis.call('HINCRBY', stands, 'held', '-' .. string.match(value, '^%d+'))
+    local left = redis.call('HINCRBY', stands, 'held', '-' .. string.match(value, '^%d+'))
+    if left < 0 then redis.call('HSET', stands, 'held', 0) end
     return true
 end
 """

@@ -378,13 +378,14 @@ async def test_the_places_of_a_dead_machine_lapse(
 
 
 @pytest.mark.parametrize(
-    "url",
-    ["valkey://:s3cret-word@127.0.0.1:no", "valkey://:s3cret-word@127.0.0.1:6379/0?wrong=1"],
+    "rest",
+    ["h:no", "h:99999", "h:1/one", "h:1/0?wrong=1", "h:1/0?protocol=9", "h:1/0?socket_timeout=x"],
 )
-async def test_a_url_that_cannot_be_is_refused(url: str) -> None:
+@pytest.mark.parametrize("secret", [":s3cret-word@", "user:s3cret-word/s3cret-word@"])
+async def test_a_url_that_cannot_be_is_refused(rest: str, secret: str) -> None:
     """At the start, in one sentence without its secrets."""
-    with pytest.raises(ConfigError, match=r"config.yaml: limits.store: ") as caught:
-        async with running(f"limits: {{store: '{url}'}}"):
+    with pytest.raises(ConfigError, match=r"config.yaml: limits.store: expected ") as caught:
+        async with running(f"limits: {{store: 'valkey://{secret}{rest}'}}"):
             pass
     assert "s3cret-word" not in str(caught.value)
 
