@@ -172,7 +172,7 @@ class Callers:
             body["tools"] = [TOOL]
         if "streamed" in kind:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
-        leaves = dice.uniform(0, 0.3) if dice.random() < 0.2 else None
+        leaves = dice.uniform(0, 0.15) if dice.random() < 0.25 else None
         return name, kind, body, leaves
 
     async def ask(

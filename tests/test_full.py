@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -32,6 +33,8 @@ UNDER_WAY = (
     (False, Answer(body=whole("Hello"), hang="head")),
     (True, Answer(events=streamed("Hello", " world"), hang="body")),
 )
+# A journal is full after some 1,500.
+MANY = 5000
 MOUNT = 'mount -t tmpfs -o size=8m,mode=700 tmpfs .harperpy && exec "$0" "$@"'
 APART = ("unshare", "--map-root-user", "--mount", "sh", "-c", MOUNT)
 
@@ -49,10 +52,21 @@ def may_mount() -> bool:
             return False
 
 
+def seen_by(server: Serving, folder: Path) -> Path:
+    """The data folder as the server has it."""
+    return Path(f"/proc/{server.process.pid}/root{folder}/.harperpy")
+
+
+def ended(root: Path) -> set[str]:
+    """The calls whose end is in the journal."""
+    segments = [file.read_bytes() for file in root.glob("journal/*/*")]
+    return {found.decode() for found in re.findall(rb'O\{"id":(\d+)', b"".join(segments))}
+
+
 @contextlib.contextmanager
 def full_disk(server: Serving, folder: Path) -> Iterator[None]:
     """The server's own small disk, filled to the last byte."""
-    ballast = Path(f"/proc/{server.process.pid}/root{folder}/.harperpy/ballast")
+    ballast = seen_by(server, folder) / "ballast"
     with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
@@ -95,6 +109,7 @@ async def refused(session: aiohttp.ClientSession) -> int:
         nonlocal answered
         while 200 == (status := await chat(session)):
             answered += 1
+            assert answered < MANY
         assert 503 == status
 
     # At the same time they take more room, until they are answered.
@@ -134,6 +149,8 @@ async def test_no_call_is_made_without_room_for_its_end(
             assert answered + 2 == len(upstream.requests)
             upstream.released.set()
             assert [200, 200] == await asyncio.gather(*running)
+            made = {str(one.id) for one in upstream.served}
+            assert made == ended(seen_by(server, tmp_path))
         async with asyncio.timeout(SECONDS):
             while 200 != await chat(session):
                 pass
