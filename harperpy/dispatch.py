@@ -140,6 +140,8 @@ class Dispatch:
             for name, value in _own_headers(found[0].resource, context).items():
                 reply.headers.setdefault(name, value)
         request = context.request
+        if reply.keepalive is not None and found is not None and context.method == "GET":
+            reply.check = partial(self._check, context, found)
         if stamp(reply.headers, context, reply.status) and isinstance(reply.body, bytes):
             reply.status, reply.body = 304, b""
             reply.headers.pop("Content-Type", None)

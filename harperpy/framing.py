@@ -12,16 +12,18 @@ import msgspec
 from .backend import aclose
 from .content import ResponseError
 from .context import Context
-from .errors import Aborted, HarperError, ServerError, ServiceUnavailable
+from .errors import Aborted, ClientError, HarperError, ServerError, ServiceUnavailable
 from .negotiation import EVENTS, JSON
 from .resource import Resource
-from .signal import SHUTDOWN, AbortSignal
+from .signal import REVOKED, SHUTDOWN, AbortSignal
 from .sse import encode_json, encode_sse
 
 logger = logging.getLogger("harperpy.dispatch")
 
 END = object()
 _LARGE = 64 * 1024
+# Why the server itself ends what goes on.
+_OURS = (SHUTDOWN, REVOKED)
 # What an error of a client library holds: it tells of an answer that we got, not of one to give.
 _OF_A_CALL = ("request", "request_info", "response", "url")
 
@@ -30,8 +32,8 @@ def as_harper_error(error: Exception) -> HarperError:
     """The error itself, or in place of an unforeseen one a `ServerError` that tells nothing."""
     if isinstance(error, Aborted):
         # Who asked is still there: the server stops, or a handler's own signal fired.
-        if str(error) == SHUTDOWN:
-            return ServiceUnavailable(SHUTDOWN)
+        if str(error) in _OURS:
+            return _ending(str(error))
         return ServerError(status=504, code=error.code)
     if isinstance(error, HarperError):
         return error
@@ -150,8 +152,16 @@ def _reported(error: BaseException, signal: AbortSignal | None) -> Exception:
     """
     if isinstance(error, Exception):
         return error
-    task = asyncio.current_task()
-    if signal is None or signal.reason != SHUTDOWN or task is None:
+    task, reason = asyncio.current_task(), None if signal is None else signal.reason
+    if reason not in _OURS or task is None:
         raise error
     task.uncancel()
-    return ServiceUnavailable(SHUTDOWN)
+    return _ending(reason)
+
+
+def _ending(reason: str) -> HarperError:
+    """What is told of an end that the server has made."""
+    if reason == SHUTDOWN:
+        return ServiceUnavailable(SHUTDOWN)
+    message = "This user may not go on here."
+    return ClientError(message, status=403, code=REVOKED)

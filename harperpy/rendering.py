@@ -42,10 +42,13 @@ class Reply:
     """A status, headers, and a body: bytes, or an iterator that one task steps and closes.
 
     `committed` says that the head was sent while the first item was still awaited; `socket` is
-    what a 101 is followed by.
+    what a 101 is followed by. `check` raises what refuses who reads events by now.
     """
 
-    __slots__ = ("body", "committed", "headers", "keepalive", "socket", "source", "status")
+    __slots__ = (
+        *("body", "check", "committed", "headers"),
+        *("keepalive", "socket", "source", "status"),
+    )
 
     def __init__(
         self,
@@ -62,6 +65,7 @@ class Reply:
         self.committed = False
         self.source: AsyncIterator[Any] | None = None
         self.socket: Socket | None = None
+        self.check: Callable[[], Awaitable[None]] | None = None
 
     async def close(self) -> None:
         """Close the body's iterator and what it is made from, begun or not."""

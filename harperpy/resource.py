@@ -70,8 +70,8 @@ class Resource:
     """Seconds a verb may take before it returns, 0 for no limit; None for `http.timeout`. A stream
     that it has returned goes on for as long as it likes."""
     keepalive: ClassVar[float] = 15.0
-    """Seconds of silence after which an event stream sends a comment; how often a WebSocket's
-    client is asked whether it is there, and whether its user may go on."""
+    """Seconds of silence after which an event stream sends a comment; how often it is asked whether
+    who reads it, or has a WebSocket, may go on, and a WebSocket's client whether it is there."""
     settles_credentials: ClassVar[bool] = False
     """Whether a refused credential reaches the verb, as `context.rejection`."""
     api_key_headers: ClassVar[Collection[str]] = ()

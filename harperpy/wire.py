@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import re
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from .negotiation import EVENTS
 from .rendering import Reply
 from .request import Request
 from .sections import HttpConfig
-from .signal import DISCONNECTED
+from .signal import DISCONNECTED, REVOKED
 from .websocket import converse
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -87,6 +87,7 @@ class Wire:
                 return self._whole(reply, raw)
             return await outgoing.send(reply)
         except (asyncio.CancelledError, ConnectionError):
+            outgoing.end()
             context.abort(DISCONNECTED)
             raise
 
@@ -218,6 +219,7 @@ class _Outgoing:
         self._quiet: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._interval: float | None = None
+        self._watch: asyncio.Task[None] | None = None
 
     def begin(self, reply: Reply) -> None:
         """Send the head now, although the first item is not there yet."""
@@ -234,7 +236,7 @@ class _Outgoing:
                 async for data in body:
                     await self._write(data)
         finally:
-            self._hush()
+            self.end()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_CLOSE_SECONDS):
                     await reply.close()
@@ -257,6 +259,26 @@ class _Outgoing:
         self._interval = reply.keepalive
         await self._response.prepare(self._raw)
         self._listen()
+        if reply.check is not None and reply.keepalive is not None:
+            self._watch = self._spawn(self._ask(reply.check, reply.keepalive))
+
+    def end(self) -> None:
+        """Count and ask no more."""
+        self._hush()
+        if self._watch is not None:
+            self._watch.cancel()
+
+    async def _ask(self, check: Callable[[], Awaitable[None]], seconds: float) -> None:
+        """End the stream when who reads it may not go on."""
+        raw = self._raw
+        try:
+            while True:
+                await asyncio.sleep(seconds)
+                await check()
+        except Exception:  # noqa: BLE001  # whatever it is, nobody has said that they may
+            if isinstance(raw, ConnectedRequest) and raw.context is not None:
+                raw.context.abort(REVOKED)
+            raw.task.cancel()
 
     async def _write(self, data: bytes) -> None:
         if self._response is not None:
