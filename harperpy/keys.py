@@ -101,7 +101,8 @@ class Keys:
         def work(connection: sa.Connection) -> list[APIKey]:
             return [_shown(row) for row in connection.execute(select)]
 
-        return await self._database.run(work)
+        await self.flush()
+        return await self._database.read(work)
 
     async def expiry(self, key_id: str) -> float | None:
         """When a key ends, in ms since 1970; None if it does not."""

@@ -1,10 +1,12 @@
 """API keys: what they may, never more than their owner, for whom and until when."""
 
 import datetime as dt
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from databases import busy
 from harperpy import Resource
 from harperpy.testing import ECHO, RunningServer, running
 from helpers import HELLO, ask, basic, operation
@@ -387,6 +389,25 @@ async def test_the_last_use_is_written_by_the_stop_at_the_latest(tmp_path: Any) 
     assert first is not None
     assert last is not None
     assert first < last
+
+
+async def test_keys_are_used_and_listed_while_the_database_is_busy(tmp_path: Path) -> None:
+    """When they were used is written when it can be."""
+    patience = "database: {busyTimeout: 10ms}"
+    async with running(f"{ECHO}\n{patience}", root=tmp_path) as server:
+        key = await server.key_for("ada")
+
+        async def used() -> str | None:
+            listed = await server.operate("list_api_keys")
+            return next(one.last_used for one in listed if one.user == "ada")
+
+        with busy(tmp_path):
+            assert 200 == (await ask(server, "GET", "/v1/models", key=key)).status
+            assert await used() is None
+        server.server.core.authenticators.revoke()
+        await ask(server, "GET", "/v1/models", key=key)
+
+        assert await used() is not None
 
 
 # In which header
