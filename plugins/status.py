@@ -52,11 +52,13 @@ class Status:
         self._scope = scope
         self._database: Database = scope.database
         self._table = scope.database.system["hdb_status"]
+        self._began = time.time() * 1000
 
     async def get(self, request: GetStatus) -> dict[str, Any]:
         """The state of the server and of each plugin, what runs, and what is noted; or one note."""
         if request.id is None:
-            return {**self._scope.status(), "version": version("harperpy"), **await self._told()}
+            told = await self._told()
+            return {**told, **self._scope.status(), "version": version("harperpy")}
         found = next((note for note in await self._notes() if note["id"] == request.id), None)
         if found is None:
             message = f"id: nothing is noted under '{request.id}'"
@@ -97,15 +99,25 @@ class Status:
         return f"status {request.id} {'successfully cleared' if done else 'is clear'}"
 
     async def _told(self) -> dict[str, Any]:
-        """The notes, if there are any; a database that is away keeps nobody from the rest."""
+        """The notes, if there are any, and whether config.yaml was changed by another worker."""
         try:
-            notes = await self._notes()
+            notes, changed = await self._notes(), await self._is_changed()
         except HarperError as error:
+            # A database that is away keeps nobody from the rest.
             return {"notes_error": error.public_message}
-        return {"notes": notes} if notes else {}
+        restart = {"restart_required": True, "restart_reason": "config.yaml has changed"}
+        return {**({"notes": notes} if notes else {}), **(restart if changed else {})}
 
     async def _notes(self) -> list[dict[str, Any]]:
         asked = sa.select(self._table).order_by(self._table.c.id)
         return await self._database.read(
             lambda connection: [dict(row) for row in connection.execute(asked).mappings()]
         )
+
+    async def _is_changed(self) -> bool:
+        """Whether `set_configuration` has written since this process began."""
+        audit = self._database.audit.c
+        since = sa.select(sa.func.count()).where(
+            audit.timestamp > self._began, audit.database == "system", audit.table == "config.yaml"
+        )
+        return await self._database.read(lambda connection: connection.scalar(since) != 0)

@@ -41,9 +41,12 @@ async def ready(server: Serving) -> Serving:
 
 
 async def test_a_restart_brings_what_config_yaml_says_by_then(server: Serving) -> None:
-    """The answer still comes, the process stays the same, and who asked is in the audit."""
+    """All workers know that one is due, its answer still comes, and who asked is in the audit."""
     await operate(server, "set_configuration", http_compressionThreshold=9)
     assert 0 == (await operate(server, "get_configuration"))[1]["http"]["compressionThreshold"]
+
+    for _ in range(8):
+        assert (await operate(server, "get_status"))[1]["restart_required"]
 
     status, told, headers = await operate(server, "restart_service", service="http_workers")
 
