@@ -8,12 +8,14 @@ from typing import Any, Literal, cast
 import msgspec
 
 from harperpy import (
+    AccessViolation,
     Body,
     ClientError,
     ConfigError,
     Context,
     Deed,
     HarperError,
+    InvalidBody,
     NoParameters,
     Operations,
     RequestTarget,
@@ -71,11 +73,8 @@ class OperationsResource(Resource):
     @classmethod
     async def post(cls, target: RequestTarget, data: Body, context: Context) -> Any:
         """The operation's result; text becomes a message."""
-        body = await data
-        if not isinstance(body, dict):
-            message = "Invalid JSON."
-            raise ClientError(message)
-        result = await cls.operations.call(cast("dict[str, Any]", body), context)
+        body = await _read(data, context)
+        result = await cls.operations.call(body, context)
         return {"message": result} if isinstance(result, str) else result
 
     @staticmethod
@@ -130,6 +129,19 @@ class ServerOperations:
             for one in self._scope.operations
             if one.help is not None
         ]
+
+
+async def _read(data: Body, context: Context) -> dict[str, Any]:
+    """The object that names an operation. Who is not known is told of that first."""
+    stranger = (context.rejection or AccessViolation(None)) if context.user is None else None
+    try:
+        body = await data
+    except InvalidBody as error:
+        raise stranger or error from None
+    if not isinstance(body, dict):
+        message = "Invalid JSON."
+        raise stranger or ClientError(message)
+    return cast("dict[str, Any]", body)
 
 
 def _shown(request_type: type[Any]) -> str:

@@ -341,10 +341,13 @@ NO_BODY = {
 async def test_a_body_that_cannot_be_read_is_400(
     server: RunningServer, body: bytes, kind: str
 ) -> None:
-    """Whatever it says that it is."""
+    """Whatever it says that it is; and 401 to strangers, as all that they send."""
     status, told, _ = await send(server, body, Content_Type=kind)
-
     assert (400, {"error"}) == (status, set(msgspec.json.decode(told)))
+
+    for stranger in ("hk_wrong", "nonsense"):
+        status, told, _ = await send(server, body, Content_Type=kind, key=stranger)
+        assert (401, {"error"}) == (status, set(msgspec.json.decode(told)))
 
 
 @pytest.mark.parametrize("path", ["/x", "/list_users", "/health/x", "/v1/models"])
