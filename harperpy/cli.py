@@ -63,6 +63,9 @@ def main() -> None:
     """A programmable AI server.
 
     Start with 'harperpy init demo', then 'harperpy dev demo'.
+
+    Any other word is an operation of the server: 'harperpy list_users', 'harperpy drop_user
+    username=ada'. Those of plugins are listed by 'harperpy commands'.
     """
 
 
