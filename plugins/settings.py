@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, TextIO, cast
 
 import msgspec
 import sqlalchemy as sa
@@ -54,46 +56,57 @@ class Settings:
             _check(key, path, request.keys[key])
         changes = [(paths[key], value) for key, value in request.keys.items()]
         deed = Deed("config.yaml")
-
-        def work(connection: sa.Connection) -> None:
-            with (self._scope.root / "config.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                self._change(connection, deed, changes)
-
-        await self._scope.database.run(work)
+        with await asyncio.to_thread(self._lock):
+            change = await asyncio.to_thread(self._prepare, changes)
+            try:
+                # First of all the audit's row: there is never a change without one.
+                await self._scope.database.run(partial(change.note, deed))
+                change.file.replace(self._path.resolve())
+            finally:
+                change.file.unlink(missing_ok=True)
         self._scope.request_restart("config.yaml has changed")
         return _DONE
 
-    def _change(
-        self, connection: sa.Connection, deed: Deed, changes: list[tuple[tuple[str, ...], Any]]
-    ) -> None:
-        """The audit's row, then the file itself: all of it at once."""
+    def _lock(self) -> TextIO:
+        """One change at a time, whichever worker makes it; closing it lets the next one in."""
+        lock = (self._scope.root / "config.lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return lock
+
+    def _prepare(self, changes: list[tuple[tuple[str, ...], Any]]) -> _Change:
+        """The new file, beside the old. Raises `ClientError` if no server could start with it."""
         path = self._path.resolve()
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         before = redacted(load_config(path, os.environ))
         for keys, value in changes:
             text = edited(text, keys, value)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".config-", suffix=".yaml")
-        temporary = Path(name)
+        file = Path(name)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            after = redacted(_checked(temporary))
+            with os.fdopen(handle, "w", encoding="utf-8") as opened:
+                opened.write(text)
+                opened.flush()
+                os.fsync(opened.fileno())
+            after = redacted(_checked(file))
             if path.exists():
-                temporary.chmod(path.stat().st_mode)
-            names = [".".join(keys) for keys, _ in changes]
-            deed.note(
-                connection,
-                "update",
-                *names,
-                before={name: _at(before, name) for name in names},
-                after={name: _at(after, name) for name in names},
-            )
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+                file.chmod(path.stat().st_mode)
+        except BaseException:
+            file.unlink()
+            raise
+        names = [".".join(keys) for keys, _ in changes]
+        old = {name: _at(before, name) for name in names}
+        return _Change(file, old, {name: _at(after, name) for name in names})
+
+
+class _Change(NamedTuple):
+    """A file that is to take the place of config.yaml, and what is other in it."""
+
+    file: Path
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+    def note(self, deed: Deed, connection: sa.Connection) -> None:
+        deed.note(connection, "update", *self.after, before=self.before, after=self.after)
 
 
 def _checked(path: Path) -> Config:

@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import os
+import sqlite3
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +318,27 @@ async def test_what_is_refused_changes_nothing(
     assert CONFIG == (folder / "config.yaml").read_text()
     assert ["config.yaml", "data"] == sorted(file.name for file in folder.iterdir())
     assert [] == await got(configured, "read_audit_log", table="config.yaml")
+
+
+UNAUDITED = """
+CREATE TABLE never (role TEXT REFERENCES hdb_role (id) DEFERRABLE INITIALLY DEFERRED);
+CREATE TRIGGER refuses AFTER INSERT ON hdb_audit BEGIN INSERT INTO never VALUES ('no role'); END;
+"""
+
+
+async def test_what_cannot_be_audited_changes_nothing(configured: RunningServer) -> None:
+    """Not even if the database refuses in the last moment, when all is written."""
+    folder = configured.server.directory
+    with closing(sqlite3.connect(configured.server.root / "system.db")) as other:
+        other.executescript(UNAUDITED)
+
+    status, _ = await asked(
+        configured, configured.api_key, "set_configuration", logging_level="error"
+    )
+
+    assert 500 <= status < 600
+    assert CONFIG == (folder / "config.yaml").read_text()
+    assert ["config.yaml", "data"] == sorted(file.name for file in folder.iterdir())
 
 
 async def test_changes_at_once_are_all_there(configured: RunningServer) -> None:
