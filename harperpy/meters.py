@@ -210,10 +210,14 @@ class Loading:
     async def of(self, meter: Meter) -> None:
         """Return when it is loaded. Raises what that raises."""
         running = self._running.get(meter.name)
-        if running is None:
+        if running is None or running.done():
             running = self._running[meter.name] = asyncio.ensure_future(self._load(meter))
-            running.add_done_callback(lambda _: self._running.pop(meter.name))
+            running.add_done_callback(lambda done: self._done(meter.name, done))
         await asyncio.shield(running)
+
+    def _done(self, name: str, done: asyncio.Task[None]) -> None:
+        if self._running.get(name) is done:
+            del self._running[name]
 
 
 class Memory:

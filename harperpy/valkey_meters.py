@@ -42,6 +42,7 @@ class ValkeyMeters:
         self._life = life
         self._lives = f"harperpy:lives:{ledger}"
         self._known: dict[str, Meter] = {}
+        self._untold: dict[str, Meter] = {}
         self._forgotten = 0
         self._loading = Loading(self._publish)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -169,10 +170,10 @@ class ValkeyMeters:
                 took = [(claim, count) for claim, count in took if claim.meter.kind != "tokens"]
                 await asyncio.sleep(_AGAIN_SECONDS)
                 sent = self._send_settled(took, call, now)
-        for at in lost:
-            meter = took[at - 1][0].meter
-            if written and meter.spending:
-                await self._loading.of(meter)
+        if written and lost:
+            meters = (took[at - 1][0].meter for at in lost)
+            self._untold.update((meter.name, meter) for meter in meters)
+            await self._tell()
 
     def _send_settled(
         self, took: Sequence[tuple[Claim, int]], call: int, now: float
@@ -187,7 +188,7 @@ class ValkeyMeters:
 
     async def _publish(self, meter: Meter) -> None:
         """Say what our ledger has spent, and let go of what is held for calls in that number."""
-        if meter.spending is None:
+        if meter.spending is None or meter.spending.until + _DAY < time.time():
             return
         keys = _keys(meter)
         while True:
@@ -216,23 +217,31 @@ class ValkeyMeters:
             seconds, parts, before = await self._line.run(BEAT, [self._lives], given)
             self._ahead = int(seconds) + int(parts) / 1e6 - time.time()
             if self._joined and before != self._life:
-                await self._come_back(before)
+                self._come_back(before)
             self._joined = True
+            await self._tell()
         except HarperError as error:
             logger.warning("calls under a limit are refused: %s", error)
 
-    async def _come_back(self, before: str) -> None:
+    def _come_back(self, before: str) -> None:
         if before:
             logger.error(
                 "two servers count as one by their limits: each needs a data folder of its own"
             )
         else:
             logger.warning("the Valkey server of the limits has lost what it knew; it is told anew")
-        meters, now = list(self._known.values()), time.time()
+        self._untold.update(self._known)
         self.forget()
-        for meter in meters:
-            if meter.spending and meter.spending.until > now:
+
+    async def _tell(self) -> None:
+        """Say anew what we have spent, wherever the server may be wrong about it."""
+        while self._untold:
+            name, meter = self._untold.popitem()
+            try:
                 await self._loading.of(meter)
+            except BaseException:
+                self._untold[name] = meter
+                raise
 
     def _do(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

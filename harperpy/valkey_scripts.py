@@ -124,11 +124,13 @@ for i = 1, #KEYS / 2 do
     if kind == 'rate' then
         local used, seen = flowed(stands, limit, now)
         keep_rate(stands, limit, math.max(0, used + actual - taken), seen)
-    elseif not let_go(stands, KEYS[2 * i], ledger .. '/' .. call) then
-        lost[#lost + 1] = i
-    elseif kind == 'budget' then
-        redis.call('HINCRBY', stands, 'spent:' .. ledger, actual)
-        redis.call('HINCRBY', stands, 'version:' .. ledger, 1)
+    else
+        local held = let_go(stands, KEYS[2 * i], ledger .. '/' .. call)
+        if not held then lost[#lost + 1] = i end
+        if kind == 'budget' then
+            if held then redis.call('HINCRBY', stands, 'spent:' .. ledger, actual) end
+            redis.call('HINCRBY', stands, 'version:' .. ledger, 1)
+        end
     end
 end
 return lost
