@@ -14,7 +14,7 @@ from .errors import ServiceUnavailable
 from .secret import mask
 from .valkey_scripts import Script
 
-ANSWER_SECONDS = 1.0
+ANSWER_SECONDS = 2.0
 """How long a server may take to connect or to answer, unless the URL says `socket_timeout`."""
 
 
