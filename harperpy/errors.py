@@ -131,7 +131,12 @@ class AccessViolation(ClientError):
 class NotAuthorised(AccessViolation):
     """403 of an operation: what the caller lacks, and what is not there for them."""
 
-    def __init__(self, user: object | None, lacks: Sequence[Any], unknown: Sequence[str]) -> None:
+    def __init__(
+        self,
+        user: object | None,
+        lacks: Sequence[Any],
+        unknown: Sequence[str],
+    ) -> None:
         super().__init__(
             user,
             "This operation is not authorized due to role restrictions and/or invalid database "

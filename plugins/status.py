@@ -57,8 +57,9 @@ class Status:
     async def get(self, request: GetStatus) -> dict[str, Any]:
         """The state of the server and of each plugin, what runs, and what is noted; or one note."""
         if request.id is None:
-            told = await self._told()
-            return {**told, **self._scope.status(), "version": version("harperpy")}
+            status = {**self._scope.status(), "version": version("harperpy")}
+            # Why this process wants a restart says more than that another does.
+            return {**status, **await self._told(), **status}
         found = next((note for note in await self._notes() if note["id"] == request.id), None)
         if found is None:
             message = f"id: nothing is noted under '{request.id}'"
