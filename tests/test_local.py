@@ -363,9 +363,9 @@ def test_the_file_can_be_pulled_listed_and_removed(tmp_path: Path) -> None:
         assert 0 == done.returncode, done.stderr
         return done.stdout
 
-    assert [False] == [one["fetched"] for one in json.loads(models("list"))]
+    assert [False] == [one["fetched"] for one in json.loads(models("list", "--json"))]
     assert "smollm2-135m-instruct is fetched" in models("pull")
-    assert [True] == [one["fetched"] for one in json.loads(models("list"))]
+    assert [True] == [one["fetched"] for one in json.loads(models("list", "--json"))]
     assert "is there already" in models("pull", "smollm2-135m-instruct")
     assert "is removed" in models("rm")
     assert "was not there" in models("rm")

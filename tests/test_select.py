@@ -535,14 +535,20 @@ def test_a_relative_path_is_taken_from_here(
     assert ask(Path("system.db"), "SELECT count(*) AS n FROM hdb_user") == [{"n": 2}]
 
 
-@pytest.mark.parametrize("content", [None, b"not a database, but long enough to look into" * 40])
-def test_a_broken_file_is_not_the_callers_fault(tmp_path: Path, content: bytes | None) -> None:
-    """A file that is missing or no database stays an internal error, and is never made."""
+def test_a_broken_file_is_not_the_callers_fault(tmp_path: Path) -> None:
+    """A file that is no database stays an internal error."""
     path = tmp_path / "system.db"
-    if content is not None:
-        path.write_bytes(content)
+    path.write_bytes(b"not a database, but long enough to look into" * 40)
 
     with pytest.raises(sqlite3.DatabaseError):
         ask(path, "SELECT * FROM hdb_user")
 
-    assert path.exists() is (content is not None)
+
+def test_a_file_that_is_away_is_waited_for(tmp_path: Path) -> None:
+    """It is a 503, and none is made in its place."""
+    path = tmp_path / "system.db"
+
+    with pytest.raises(ServiceUnavailable, match="is away"):
+        ask(path, "SELECT * FROM hdb_user")
+
+    assert not path.exists()
