@@ -759,7 +759,8 @@ class Counted:
 async def test_the_messages_are_closed_once(how: str) -> None:
     """Whichever way it ends."""
     counted = Counted(object() if how == "unsendable" else "a")
-    it = type("It", (Resource,), {"connect": staticmethod(lambda: counted), "keepalive": 0.02})
+    # Long enough for a client that has all these messages to read to answer a ping.
+    it = type("It", (Resource,), {"connect": staticmethod(lambda: counted), "keepalive": 0.5})
     async with asyncio.timeout(SECONDS), Stoppable(hand_over=True, it=it) as running_:
         server = running_.server
         key = await server.key_for("ada", "super_user")
