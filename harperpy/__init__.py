@@ -12,6 +12,7 @@ from .context import Context, get_context
 from .contracts import Contract, FieldError, Problem
 from .daily import count_calls, recount_days
 from .database import Database
+from .deadlines import Deadlines
 from .doors import caller_address
 from .entries import FileEntry
 from .errors import (
@@ -152,6 +153,7 @@ __all__ = [
     "Contract",
     "Credential",
     "Database",
+    "Deadlines",
     "Deed",
     "Difference",
     "EmbedInput",

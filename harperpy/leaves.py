@@ -93,6 +93,7 @@ Dimension = Annotated[
     Meta(description="key, user, tenant, model or backend"),
 ]
 Period = Annotated[Literal["day", "month"], Meta(description="day or month")]
+TransportName = Annotated[Literal["own", "aiohttp"], Meta(description="own or aiohttp")]
 Unpriced = Annotated[Literal["refuse", "allow"], Meta(description="refuse or allow")]
 MeterStore = Annotated[
     str,

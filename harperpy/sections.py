@@ -30,6 +30,7 @@ from .leaves import (
     SizeOrOff,
     SqliteUrl,
     Text,
+    TransportName,
     Unpriced,
 )
 from .secret import Plain, encode_hook, masked
@@ -194,6 +195,8 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     `default` is for who names none, `gpt-*` for any name that begins so. `model` is the provider's
     name for it (NAME if not given), `fallback` what to try after it. By default the `openai` one
     has 10 s to connect, 60 s to begin a stream, 120 s of silence in it, 10 minutes, and 2 retries.
+    Its requests go over connections of harperpy's `own`, or over `aiohttp`'s client, which heeds
+    HTTP_PROXY, HTTPS_PROXY and NO_PROXY and reads compressed answers.
     """
 
     backend: Kind
@@ -207,6 +210,7 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     first_byte_timeout_ms: Positive | None = None
     idle_timeout_ms: Positive | None = None
     max_retries: Count | None = None
+    transport: TransportName = "own"
     model_file: Text | None = None
 
 

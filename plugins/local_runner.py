@@ -187,5 +187,5 @@ class Runner:
         if endpoint is not None:
             # It closes kept-alive sockets after a stream, so none is kept.
             self.transport = Transport(
-                endpoint.url, secret=endpoint.api_key, timeouts=self.timeouts, pooled=False
+                endpoint.url, secret=endpoint.api_key, timeouts=self.timeouts, kept=False
             )

@@ -23,9 +23,10 @@ from harperpy import (
 )
 
 from .openai_answers import Completion, Embeddings, whole_answer
+from .openai_exchange import Timeouts
 from .openai_names import MOST_BYTES, Listing, ServedNames
 from .openai_protocol import chat_body, encoded
-from .openai_transport import Timeouts, Transport
+from .openai_transport import Transport
 
 _OPENAI = "https://api.openai.com/v1"
 _OPENAI_HOST = "api.openai.com"
@@ -88,6 +89,7 @@ class OpenAI(ModelBackend):
             secret=config.api_key.reveal() if config.api_key else None,
             timeouts=timeouts(config),
             headers={"OpenAI-Organization": organization} if organization else None,
+            through=config.transport,
         )
         # An entry's name is its model's, unless it stands for many or for none.
         named = not entry.is_general

@@ -1,0 +1,295 @@
+"""Connection: HTTP/1.1 to a provider as an asyncio protocol, one exchange at a time.
+
+It reads what RFC 9112 allows and gives up on what two parties could read differently.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import httptools
+
+from harperpy import BackendError, BackendTimeout, Deadlines
+
+# The same as most servers allow.
+_MOST_HEAD = 64 << 10
+# What chunks may cost beside their bytes; one of a single byte costs five more.
+_MOST_FRAMING = 16
+# uvloop reads up to 256 KiB at once: what is held is at most that and this.
+_MOST_HELD = 64 << 10
+
+
+class Answering:
+    """The answer to one request, while it comes in and after."""
+
+    __slots__ = (
+        "_connection",
+        "_error",
+        "_first",
+        "_held",
+        "_idle",
+        "_parts",
+        "_total",
+        "_waiter",
+        "headers",
+        "status",
+    )
+
+    def __init__(self, connection: Connection, total: Deadlines, idle: Deadlines) -> None:
+        self.status = 0
+        self.headers: Mapping[str, str] = {}
+        self._connection: Connection | None = connection
+        self._parts: list[bytes] = []
+        self._held = 0
+        self._error: BackendError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._first: Deadlines | None = None
+        self._total, self._idle = total, idle
+        total.add(self)
+
+    async def head(self, first: Deadlines) -> None:
+        """Wait for the head. Raises `BackendError`."""
+        if not self.status:
+            await self._wait(first)
+        if self._error is not None and not self.status:
+            raise self._error
+
+    async def read(self) -> bytes:
+        """What has come since the last time; nothing at the end. Raises `BackendError`."""
+        if not self._parts:
+            if self._connection is not None:
+                await self._wait(self._idle)
+            if not self._parts:
+                if self._error is not None:
+                    raise self._error
+                return b""
+        parts = self._parts
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        self._parts = []
+        self._held = 0
+        if self._connection is not None:
+            self._connection.go_on()
+        return data
+
+    def close(self) -> None:
+        """Break off what has not come yet."""
+        self._parts = []
+        if self._connection is not None:
+            self._connection.abort()
+            self.end(None)
+
+    def begin(self, status: int, headers: dict[str, str]) -> None:
+        """The head is there."""
+        self.status, self.headers = status, headers
+        self._wake()
+
+    def take(self, data: bytes) -> bool:
+        """A piece of the body; whether it has become too much to hold."""
+        self._parts.append(data)
+        self._held += len(data)
+        self._wake()
+        return self._held > _MOST_HELD
+
+    def end(self, error: BackendError | None) -> None:
+        """Nothing more comes: it is complete, or this went wrong."""
+        self._connection, self._error = None, error
+        self._total.remove(self)
+        self._wake()
+
+    def expire(self) -> None:
+        """It took too long."""
+        connection = self._connection
+        if connection is not None:
+            self._parts = []
+            self.end(BackendTimeout())
+            connection.abort()
+
+    async def _wait(self, deadlines: Deadlines) -> None:
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        deadlines.add(self)
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+            deadlines.remove(self)
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+
+class Connection(asyncio.Protocol):
+    """One connection. `free` is told when it may be used again, `gone` when it has ended."""
+
+    __slots__ = (
+        "_answering",
+        "_body",
+        "_bounded",
+        "_complete",
+        "_free",
+        "_gone",
+        "_headers",
+        "_lasts",
+        "_odd",
+        "_parser",
+        "_paused",
+        "_raw",
+        "_reused",
+        "_transport",
+    )
+
+    def __init__(
+        self, free: Callable[[Connection], None], gone: Callable[[Connection], None]
+    ) -> None:
+        self._free, self._gone = free, gone
+        self._transport = cast("asyncio.Transport", None)
+        self._parser: Any = None
+        self._answering: Answering | None = None
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._raw = self._body = 0
+        self._bounded = self._complete = self._lasts = self._paused = self._reused = False
+        self._odd = ""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be used, as far as anybody knows."""
+        return not self._transport.is_closing()
+
+    def ask(self, request: bytes, total: Deadlines, idle: Deadlines) -> Answering:
+        """Send a whole request; its answer is to come."""
+        self._reused = self._parser is not None
+        self._parser = httptools.HttpResponseParser(self)
+        self._headers = []
+        self._raw = self._body = 0
+        self._bounded = self._complete = False
+        answering = self._answering = Answering(self, total, idle)
+        self._transport.write(request)
+        return answering
+
+    def go_on(self) -> None:
+        """There is room for more."""
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+
+    def abort(self) -> None:
+        """End it at once; the provider sees that."""
+        self._answering = None
+        self._transport.abort()
+
+    def expire(self) -> None:
+        """It was kept long enough."""
+        self._transport.abort()
+
+    # --- asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on in the answer; what nobody has asked for ends the connection."""
+        if self._answering is None:
+            self._transport.abort()
+            return
+        self._raw += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._odd = self._odd or f"{type(error).__name__}: {error}"
+        if not self._odd and self._raw - self._body > _MOST_HEAD + _MOST_FRAMING * self._body:
+            self._odd = "too much beside its body"
+        if self._complete:
+            # What follows a whole answer takes nothing from it; this connection is done.
+            self._end()
+        elif self._odd:
+            self._fail(BackendError(f"the provider's answer is malformed: {self._odd}"))
+
+    def eof_received(self) -> None:
+        """Nothing more comes, so nothing more is sent."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Whatever has not come yet never will."""
+        self._gone(self)
+        answering = self._answering
+        if answering is None:
+            return
+        if exc is None and answering.status and not self._bounded:
+            self._answering = None
+            answering.end(None)
+            return
+        told = f"{type(exc).__name__}: {exc}" if exc else "it was closed"
+        error = BackendError(f"the connection to the provider was lost: {told}")
+        error.stale = self._reused and not self._raw
+        self._fail(error)
+
+    # --- httptools' side
+
+    def on_message_begin(self) -> None:
+        """A second answer, which nobody asked for."""
+        if self._complete:
+            self._odd = "more than one answer"
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header; after the body they count for nothing."""
+        self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        """The head is there, unless another one follows it."""
+        status = self._parser.get_status_code()
+        headers = self._headers
+        self._headers = []
+        if status < 200 or self._answering is None:
+            return
+        known = {name.lower().decode("latin-1"): value.decode("latin-1") for name, value in headers}
+        coded = known.get("transfer-encoding")
+        self._bounded = coded is not None or "content-length" in known or status in (204, 304)
+        self._odd = _oddity(known, headers)
+        if not self._odd:
+            self._answering.begin(status, known)
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of it."""
+        self._body += len(body)
+        if self._answering is not None and self._answering.take(body) and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def on_message_complete(self) -> None:
+        """The end, unless it was one that only announces another."""
+        self._complete = self._parser.get_status_code() >= 200
+        self._lasts = self._parser.should_keep_alive()
+
+    def _end(self) -> None:
+        answering, self._answering = self._answering, None
+        if answering is not None:
+            answering.end(None)
+        self.go_on()
+        unsent = self._transport.get_write_buffer_size()
+        if self._odd or unsent or not self._lasts:
+            self._transport.abort()
+        else:
+            self._free(self)
+
+    def _fail(self, error: BackendError) -> None:
+        answering, self._answering = self._answering, None
+        self._transport.abort()
+        if answering is not None:
+            answering.end(error)
+
+
+def _oddity(known: dict[str, str], headers: list[tuple[bytes, bytes]]) -> str:
+    """What keeps a head from being understood; nothing if it can be."""
+    coded = known.get("transfer-encoding")
+    if coded is not None:
+        twice = sum(name.lower() == b"transfer-encoding" for name, _ in headers) > 1
+        if twice or coded.strip().lower() != "chunked":
+            return "its Transfer-Encoding is not chunked"
+        if "content-length" in known:
+            return "it has a Content-Length beside its Transfer-Encoding"
+    if known.get("content-encoding", "identity").strip().lower() != "identity":
+        return "its Content-Encoding was not asked for"
+    return ""

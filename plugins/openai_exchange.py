@@ -1,0 +1,62 @@
+"""Exchange: one request's answer as it comes in, whoever reads it from the network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import msgspec
+
+
+class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds. `first_byte` counts to the answer's head, `idle` between two reads of it.
+
+    An answer that is not streamed begins when it is done: without `first_byte` it has `total`.
+    """
+
+    total: float
+    connect: float
+    first_byte: float | None
+    stream_first_byte: float
+    idle: float
+
+    @property
+    def whole_first_byte(self) -> float:
+        """Until the head of an answer that is not streamed."""
+        return self.first_byte or self.total
+
+
+class Exchange(Protocol):
+    """An answer whose head is there. Header names are in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+
+    async def read(self) -> bytes:
+        """What has come of the body since the last time, at least a byte; nothing at its end.
+
+        Raises `BackendError` where it breaks off, `BackendTimeout` where it takes too long.
+        """
+        ...
+
+    def close(self) -> None:
+        """Nothing more is wanted: a body that is not at its end is broken off."""
+        ...
+
+
+class Upstream(Protocol):
+    """Sends requests to one provider."""
+
+    async def send(
+        self, path: str, body: bytes | None, first_byte: float, call_id: int | None
+    ) -> Exchange:
+        """Post, or get what has no body; the answer once its head is there.
+
+        Raises `BackendError`, with `stale` where a kept connection was gone: whether the provider
+        had read the request nobody knows. Raises `BackendTimeout` for what takes too long.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Close the connections that are kept."""
+        ...

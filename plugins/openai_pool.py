@@ -1,0 +1,148 @@
+"""Pool: the connections to one provider, the last used first."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import ssl
+from collections.abc import Mapping
+
+from yarl import URL
+
+from harperpy import BackendError, BackendTimeout, ConfigError, Deadlines
+
+from .openai_connection import Answering, Connection
+from .openai_exchange import Timeouts
+
+_KEPT_SECONDS = 30.0
+
+
+class Pool:
+    """Sends requests over kept connections; without `kept`, each over one of its own.
+
+    Raises `ConfigError` for a base URL or a header that no request can be made of.
+    """
+
+    def __init__(
+        self, base: str, headers: Mapping[str, str], timeouts: Timeouts, *, kept: bool = True
+    ) -> None:
+        url = URL(base)
+        self._host, self._port = url.raw_host or "", url.port or 0
+        self._tls = url.scheme == "https"
+        self._timeouts = timeouts
+        self._kept = kept
+        self._path = url.raw_path.rstrip("/")
+        self._lines = _lines(url, headers)
+        self._heads: dict[tuple[str, str], bytes] = {}
+        self._free: list[Connection] = []
+        self._open: set[Connection] = set()
+        self._keeping = Deadlines(_KEPT_SECONDS)
+        self._total = Deadlines(timeouts.total)
+        self._idle = Deadlines(timeouts.idle)
+        self._first: dict[float, Deadlines] = {}
+        self._doubted = 0
+        self._context: ssl.SSLContext | None = None
+
+    async def send(
+        self, path: str, body: bytes | None, first_byte: float, call_id: int | None
+    ) -> Answering:
+        """Post, or get what has no body; the answer once its head is there."""
+        request = self._request(path, body, call_id)
+        connection = self._last() or await self._connect(first_byte)
+        first = self._first.get(first_byte)
+        if first is None:
+            first = self._first[first_byte] = Deadlines(first_byte)
+        answering = connection.ask(request, self._total, self._idle)
+        try:
+            await answering.head(first)
+        except BaseException as error:
+            answering.close()
+            if isinstance(error, BackendError) and error.stale:
+                self._doubted += 1
+            raise
+        return answering
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for connection in list(self._open):
+            connection.abort()
+
+    def _last(self) -> Connection | None:
+        """The connection that was used last; none where one was just found to be gone."""
+        if self._doubted:
+            self._doubted -= 1
+            return None
+        while self._free:
+            connection = self._free.pop()
+            self._keeping.remove(connection)
+            if connection.is_open:
+                return connection
+        return None
+
+    async def _connect(self, first_byte: float) -> Connection:
+        loop = asyncio.get_running_loop()
+        if self._tls and self._context is None:
+            self._context = ssl.create_default_context()
+        try:
+            async with asyncio.timeout(min(self._timeouts.connect, first_byte)):
+                _, connection = await loop.create_connection(
+                    lambda: Connection(self._give_back, self._forget),
+                    self._host,
+                    self._port,
+                    ssl=self._context,
+                )
+        except TimeoutError as error:
+            late = BackendTimeout()
+            late.retryable = True
+            raise late from error
+        except OSError as error:
+            raise _unreached(error) from error
+        if not connection.is_open:
+            raise _unreached(ConnectionResetError())
+        self._open.add(connection)
+        return connection
+
+    def _give_back(self, connection: Connection) -> None:
+        if self._kept:
+            self._free.append(connection)
+            self._keeping.add(connection)
+        else:
+            connection.abort()
+
+    def _forget(self, connection: Connection) -> None:
+        self._open.discard(connection)
+        if connection in self._keeping:
+            self._keeping.remove(connection)
+            self._free.remove(connection)
+
+    def _request(self, path: str, body: bytes | None, call_id: int | None) -> bytes:
+        method = "GET" if body is None else "POST"
+        head = self._heads.get((method, path))
+        if head is None:
+            target = URL(f"http://x{self._path}{path}").raw_path_qs
+            head = f"{method} {target} HTTP/1.1\r\n".encode() + self._lines
+            self._heads[method, path] = head
+        named = b"" if call_id is None else b"X-Client-Request-Id: %d\r\n" % call_id
+        if body is None:
+            return b"%b%b\r\n" % (head, named)
+        return b"%b%bContent-Length: %d\r\n\r\n%b" % (head, named, len(body), body)
+
+
+def _lines(url: URL, headers: Mapping[str, str]) -> bytes:
+    """The header lines that all requests share."""
+    lines = {"Host": url.host_port_subcomponent or "", "Accept": "*/*"}
+    if url.user is not None:
+        pair = f"{url.user}:{url.password or ''}".encode()
+        lines["Authorization"] = f"Basic {base64.b64encode(pair).decode()}"
+    lines |= headers
+    for name, value in lines.items():
+        if any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
+            message = f"the header {name} of requests to a provider: expected no control characters"
+            raise ConfigError(message)
+    return "".join(f"{name}: {value}\r\n" for name, value in lines.items()).encode()
+
+
+def _unreached(error: OSError) -> BackendError:
+    failure = BackendError(f"no connection to the provider: {type(error).__name__}: {error}")
+    failure.retryable = True
+    return failure
