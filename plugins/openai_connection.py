@@ -19,6 +19,7 @@ _MOST_HEAD = 64 << 10
 _MOST_FRAMING = 16
 # uvloop reads up to 256 KiB at once: what is held is at most that and this.
 _MOST_HELD = 64 << 10
+_VERSIONS = ("1.1", "1.0")
 
 
 class Answering:
@@ -129,6 +130,7 @@ class Connection(asyncio.Protocol):
         "_body",
         "_bounded",
         "_complete",
+        "_excess",
         "_free",
         "_gone",
         "_headers",
@@ -150,7 +152,8 @@ class Connection(asyncio.Protocol):
         self._answering: Answering | None = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._raw = self._body = 0
-        self._bounded = self._complete = self._lasts = self._paused = self._reused = False
+        self._bounded = self._complete = self._excess = False
+        self._lasts = self._paused = self._reused = False
         self._odd = ""
 
     @property
@@ -164,7 +167,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._headers = []
         self._raw = self._body = 0
-        self._bounded = self._complete = False
+        self._bounded = self._complete = self._excess = False
         answering = self._answering = Answering(self, total, idle)
         self._transport.write(request)
         return answering
@@ -199,14 +202,15 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            self._odd = self._odd or f"{type(error).__name__}: {error}"
+            self._excess = self._complete
+            if not self._complete:
+                self._odd = self._odd or f"{type(error).__name__}: {error}"
         if not self._odd and self._raw - self._body > _MOST_HEAD + _MOST_FRAMING * self._body:
             self._odd = "too much beside its body"
-        if self._complete:
-            # What follows a whole answer takes nothing from it; this connection is done.
-            self._end()
-        elif self._odd:
+        if self._odd:
             self._fail(BackendError(f"the provider's answer is malformed: {self._odd}"))
+        elif self._complete:
+            self._end()
 
     def eof_received(self) -> None:
         """Nothing more comes, so nothing more is sent."""
@@ -229,9 +233,8 @@ class Connection(asyncio.Protocol):
     # --- httptools' side
 
     def on_message_begin(self) -> None:
-        """A second answer, which nobody asked for."""
-        if self._complete:
-            self._odd = "more than one answer"
+        """Another answer, which nobody asked for, takes nothing from the first."""
+        self._excess = self._complete
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header; after the body they count for nothing."""
@@ -242,26 +245,32 @@ class Connection(asyncio.Protocol):
         status = self._parser.get_status_code()
         headers = self._headers
         self._headers = []
-        if status < 200 or self._answering is None:
+        if self._complete or self._answering is None or 100 <= status < 200:
             return
         known = {name.lower().decode("latin-1"): value.decode("latin-1") for name, value in headers}
         coded = known.get("transfer-encoding")
         self._bounded = coded is not None or "content-length" in known or status in (204, 304)
         self._odd = _oddity(known, headers)
+        if status < 100 or self._parser.get_http_version() not in _VERSIONS:
+            self._odd = "its status line is none of HTTP/1.1"
         if not self._odd:
             self._answering.begin(status, known)
 
     def on_body(self, body: bytes) -> None:
         """A piece of it."""
+        answering = self._answering
+        if self._odd or self._complete or answering is None:
+            return
         self._body += len(body)
-        if self._answering is not None and self._answering.take(body) and not self._paused:
+        if answering.take(body) and not self._paused:
             self._paused = True
             self._transport.pause_reading()
 
     def on_message_complete(self) -> None:
         """The end, unless it was one that only announces another."""
-        self._complete = self._parser.get_status_code() >= 200
-        self._lasts = self._parser.should_keep_alive()
+        if not self._complete:
+            self._complete = self._parser.get_status_code() >= 200
+            self._lasts = self._parser.should_keep_alive()
 
     def _end(self) -> None:
         answering, self._answering = self._answering, None
@@ -269,7 +278,7 @@ class Connection(asyncio.Protocol):
             answering.end(None)
         self.go_on()
         unsent = self._transport.get_write_buffer_size()
-        if self._odd or unsent or not self._lasts:
+        if self._excess or unsent or not self._lasts:
             self._transport.abort()
         else:
             self._free(self)

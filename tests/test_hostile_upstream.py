@@ -1,0 +1,298 @@
+"""What a provider may send, and what of it is understood: HTTP/1.1 read as RFC 9112 says."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+
+from harperpy.testing import RunningServer, running, whole
+from helpers import HELLO, Answered, ask, provider
+
+Send = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def said(text: str) -> bytes:
+    """The body of an answer."""
+    return msgspec.json.encode(whole(text))
+
+
+def sized(body: bytes, *lines: bytes, status: bytes = OK) -> bytes:
+    """An answer with its length."""
+    head = b"".join([status, *(line + b"\r\n" for line in lines)])
+    return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def piece(data: bytes, extension: bytes = b"") -> bytes:
+    """One chunk."""
+    return b"%x%b\r\n%b\r\n" % (len(data), extension, data)
+
+
+class Provider:
+    """Answers what a test says, on as many connections as come; `asked` counts by connection."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.asked: list[int] = []
+        self.answers: list[bytes | Send] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection; an answer of no length ends it."""
+        number = len(self.asked)
+        self.asked.append(0)
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                length = int(head.partition(b"content-length:")[2].split(b"\r\n")[0])
+                await reader.readexactly(length)
+                self.asked[number] += 1
+                answer = self.answers.pop(0) if self.answers else sized(said("again"))
+                if not isinstance(answer, bytes):
+                    await answer(reader, writer)
+                    return
+                writer.write(answer)
+                if b"again" not in answer:
+                    return
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def answering(
+    *answers: bytes | Send, more: str = ""
+) -> AsyncGenerator[tuple[RunningServer, Provider]]:
+    """A server in front of a provider with these answers; afterwards it answers "again"."""
+    them = Provider()
+    them.answers = [*answers]
+    listener = await asyncio.start_server(them.serve, "127.0.0.1", 0)
+    async with listener:
+        port = listener.sockets[0].getsockname()[1]
+        async with running(provider(f"http://127.0.0.1:{port}/v1", more)) as server:
+            yield server, them
+
+
+async def make(server: RunningServer, *, stream: bool = False) -> Answered:
+    """The answer to a chat."""
+    return await ask(server, "POST", "/v1/chat/completions", json={**HELLO, "stream": stream})
+
+
+def text_of(answer: Answered) -> str:
+    """What it says, which must be well."""
+    assert 200 == answer.status, answer.text
+    return answer.json["choices"][0]["message"]["content"]
+
+
+def letters(data: bytes) -> Send:
+    """Each byte by itself."""
+
+    async def send(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for at in range(len(data)):
+            writer.write(data[at : at + 1])
+            await writer.drain()
+            await asyncio.sleep(0)
+
+    return send
+
+
+HI = said("hi")
+WELL: dict[str, bytes | Send] = {
+    "with its length": sized(HI),
+    "in chunks": CHUNKED + piece(HI[:9]) + piece(HI[9:]) + b"0\r\n\r\n",
+    "in chunks of a byte": CHUNKED + b"".join(piece(bytes([one])) for one in HI) + b"0\r\n\r\n",
+    "with extensions of chunks": CHUNKED + piece(HI, b";a=b;c") + b"0\r\n\r\n",
+    "with trailers": CHUNKED + piece(HI) + b"0\r\nX-Sum: 2\r\n\r\n",
+    "to the end of the connection": OK + b"\r\n" + HI,
+    "by HTTP/1.0": b"HTTP/1.0 200 OK\r\n\r\n" + HI,
+    "after 100": b"HTTP/1.1 100 Continue\r\n\r\n" + sized(HI),
+    "after 103": b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + sized(HI),
+    "without a reason": sized(HI, status=b"HTTP/1.1 200\r\n"),
+    "with odd letters": sized(HI, b"x-A:\t \xe9 ", b"TRAILER:", b"Content-Encoding: IDENTITY"),
+    "byte by byte": letters(sized(HI)),
+    "byte by byte, in chunks": letters(CHUNKED + piece(HI, b";a") + b"0\r\nX: y\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("answer", WELL.values(), ids=WELL)
+async def test_what_is_well_formed_is_read(answer: bytes | Send) -> None:
+    """However it is framed and cut."""
+    async with answering(answer) as (server, _):
+        assert "hi" == text_of(await make(server))
+        assert "again" == text_of(await make(server))
+
+
+TWICE = b"Content-Length: %d\r\nContent-Length: %d\r\n\r\n"
+ODD: dict[str, bytes] = {
+    "two lengths": OK + TWICE % (len(HI), len(HI) + 1) + HI,
+    "one length twice": OK + TWICE % (len(HI), len(HI)) + HI,
+    "a length with a sign": OK + b"Content-Length: +%d\r\n\r\n" % len(HI) + HI,
+    "a length below nothing": OK + b"Content-Length: -1\r\n\r\n" + HI,
+    "a length and chunks": OK
+    + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n"
+    + piece(HI)
+    + b"0\r\n\r\n",
+    "chunks and a length": OK
+    + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n"
+    + piece(HI)
+    + b"0\r\n\r\n",
+    "chunks twice": OK
+    + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n"
+    + piece(HI)
+    + b"0\r\n\r\n",
+    "chunks in disguise": OK + b"Transfer-Encoding: xchunked\r\n\r\n" + HI,
+    "chunks that are packed": OK
+    + b"Transfer-Encoding: gzip, chunked\r\n\r\n"
+    + piece(HI)
+    + b"0\r\n\r\n",
+    "a body that is packed": sized(HI, b"Content-Encoding: gzip"),
+    "a chunk of no size": CHUNKED + b";a=b\r\n" + HI + b"\r\n0\r\n\r\n",
+    "a chunk of 0x": CHUNKED + b"0x%x\r\n%b\r\n0\r\n\r\n" % (len(HI), HI),
+    "a chunk of any size": CHUNKED + b"f" * 20 + b"\r\n" + HI + b"\r\n0\r\n\r\n",
+    "a chunk that is longer": CHUNKED + b"%x\r\n%b\r\n0\r\n\r\n" % (len(HI) - 1, HI),
+    "bare line feeds": b"HTTP/1.1 200 OK\nContent-Length: %d\n\n%b" % (len(HI), HI),
+    "a space before the colon": sized(HI, b"X : y"),
+    "a line that goes on": sized(HI, b"X: y", b" z"),
+    "a line without a colon": sized(HI, b"X"),
+    "a NUL in the head": sized(HI, b"X: a\0b"),
+    "a CR in the head": sized(HI, b"X: a\rb"),
+    "HTTP/2": sized(HI, status=b"HTTP/2.0 200 OK\r\n"),
+    "no status line": HI,
+    "a status of four digits": sized(HI, status=b"HTTP/1.1 2000 OK\r\n"),
+    "a status below 100": sized(HI, status=b"HTTP/1.1 099 OK\r\n"),
+    "another protocol": b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"
+    + sized(HI),
+    "nothing": b"",
+    "half a head": OK,
+    "half a body": sized(HI)[:-3],
+    "half a chunk": (CHUNKED + piece(HI))[:-9],
+    "no last chunk": CHUNKED + piece(HI),
+    "a head of a megabyte": sized(HI, *(b"X-%d: %b" % (at, b"y" * 999) for at in range(1000))),
+    "a line of a megabyte": sized(HI, b"X: " + b"y" * (1 << 20)),
+    "a megabyte of extensions": CHUNKED + piece(HI, b";" + b"a" * (1 << 20)) + b"0\r\n\r\n",
+    "a megabyte of trailers": CHUNKED
+    + piece(HI)
+    + b"0\r\n"
+    + b"".join(b"X-%d: %b\r\n" % (at, b"y" * 999) for at in range(1000))
+    + b"\r\n",
+    "a thousand times 100": b"HTTP/1.1 100 Continue\r\n\r\n" * 3000 + sized(HI),
+}
+
+
+@pytest.mark.parametrize("answer", ODD.values(), ids=ODD)
+async def test_what_two_could_read_differently_is_not_read(answer: bytes) -> None:
+    """It is a 502 that says nothing of it, its connection is never used again, the next call is."""
+    async with answering(answer) as (server, them):
+        refused = await make(server)
+        assert "again" == text_of(await make(server))
+        row = (await server.rows())[-1]
+
+    told = "The model provider failed to answer."
+    assert (502, told) == (refused.status, refused.json["error"]["message"])
+    assert (False, "backend_error") == (row["success"], row["error_code"])
+    assert [1, 1] == them.asked
+
+
+async def test_an_answer_that_nobody_asked_for_is_nobodys() -> None:
+    """Neither behind another in one read, nor on a connection that waits."""
+    smuggled = sized(said("smuggled"))
+    dropped = asyncio.Event()
+
+    async def later(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(sized(HI))
+        await writer.drain()
+        writer.write(smuggled)
+        await reader.read()
+        dropped.set()
+
+    for answer in (sized(HI) + smuggled, later):
+        async with answering(answer) as (server, them):
+            assert "hi" == text_of(await make(server))
+            if answer is later:
+                await asyncio.wait_for(dropped.wait(), 30)
+            assert "again" == text_of(await make(server))
+        assert 2 == sum(them.asked)
+        assert 1 == them.asked[0]
+
+
+async def test_a_connection_is_used_again() -> None:
+    """By one call after the other; what two make at once goes over two."""
+    async with answering(*[sized(said("again"))] * 3) as (server, them):
+        for _ in range(3):
+            assert "again" == text_of(await make(server))
+        assert [3] == them.asked
+        await asyncio.gather(*(make(server) for _ in range(2)))
+        assert [4, 1] == them.asked
+
+
+@pytest.mark.parametrize("begin", [b"", OK, b"HTTP/1.1 100 Continue\r\n\r\n"])
+async def test_a_head_has_its_time_as_a_whole(begin: bytes) -> None:
+    """However steadily its bytes drip."""
+
+    async def drip(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(begin)
+        for at in range(100_000):
+            writer.write(b"X-%d: y\r\n" % at if begin == OK else begin or b"H"[at:])
+            await writer.drain()
+            await asyncio.sleep(0.01)
+
+    async with answering(drip, more="firstByteTimeoutMs: 200") as (server, _):
+        refused = await make(server)
+        assert (504, "timeout") == (refused.status, refused.json["error"]["code"])
+        assert "again" == text_of(await make(server))
+
+
+async def test_a_body_that_does_not_go_on_has_its_time() -> None:
+    """From the last read on."""
+
+    async def stop(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(sized(HI)[:-2])
+        await reader.read()
+
+    async with answering(stop, more="idleTimeoutMs: 200") as (server, _):
+        refused = await make(server)
+    assert (504, "timeout") == (refused.status, refused.json["error"]["code"])
+
+
+async def test_a_stream_that_nobody_reads_is_not_read_on() -> None:
+    """The provider is held back; when the client leaves, its connection ends."""
+    sent: list[int] = [0]
+    ended = asyncio.Event()
+
+    async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        event: Any = {"choices": [{"index": 0, "delta": {"content": "x" * 1000}}]}
+        data = piece(b"data: " + msgspec.json.encode(event) + b"\n\n")
+        writer.write(OK + b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        try:
+            while True:
+                writer.write(data)
+                async with asyncio.timeout(1):
+                    await writer.drain()
+                sent[0] += len(data)
+        except TimeoutError:
+            held.set()
+            await reader.read()
+        except ConnectionError:
+            pass
+        finally:
+            ended.set()
+
+    held = asyncio.Event()
+    async with answering(flood) as (server, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.server.http_port)
+        body = msgspec.json.encode({**HELLO, "stream": True})
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n%b"
+            % (server.api_key.encode(), len(body), body)
+        )
+        await reader.readline()
+        await asyncio.wait_for(held.wait(), 30)
+        writer.transport.abort()
+        await asyncio.wait_for(ended.wait(), 30)
+    assert sent[0] < 64 << 20
