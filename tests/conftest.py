@@ -9,6 +9,7 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
+import helpers
 from clients import Live, live_gateways, live_local_gateway
 from harperpy.testing import RunningServer, ScriptedUpstream, running, scripted_upstream
 from llama import LlamaServer, llama_server
@@ -51,6 +52,13 @@ async def server() -> AsyncIterator[RunningServer]:
     """A server with the default configuration: every model is echo."""
     async with running() as server:
         yield server
+
+
+@pytest.fixture(params=["own", "aiohttp"])
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`provider` is reached over our own connections, then over aiohttp's client."""
+    entry = helpers.PROVIDER.replace("maxRetries: 0", f"maxRetries: 0, transport: {request.param}")
+    monkeypatch.setattr(helpers, "PROVIDER", entry)
 
 
 @pytest.fixture

@@ -24,6 +24,8 @@ from helpers import (
     provider,
 )
 
+pytestmark = pytest.mark.usefixtures("transport")
+
 # Refusal after refusal on one server: none of them may spoil it for the next.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

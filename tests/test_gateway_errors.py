@@ -10,6 +10,8 @@ from harperpy import BackendError, GenerateChunk, Prompt, Scope, define_backend
 from harperpy.testing import ECHO, RunningServer, ScriptedUpstream, running
 from helpers import HELLO, Answered, ask, events, openai_client, provider
 
+pytestmark = pytest.mark.usefixtures("transport")
+
 CHAT, EMBEDDINGS, MODELS = "/v1/chat/completions", "/v1/embeddings", "/v1/models"
 INVALID = "invalid_request_error"
 USER: Any = {"role": "user", "content": "hi"}

@@ -8,6 +8,8 @@ import pytest
 from harperpy.testing import Answer, RunningServer, ScriptedUpstream, running
 from helpers import HELLO, Answered, ask, events, openai_client, provider
 
+pytestmark = pytest.mark.usefixtures("transport")
+
 TOOL: Any = {"type": "function", "function": {"name": "f"}}
 
 

@@ -25,6 +25,8 @@ from harperpy.testing import RunningServer, ScriptedUpstream, running
 from harperpy.upstream import Answer, chunk, whole
 from helpers import HELLO, Answered, ask, events, provider
 
+pytestmark = pytest.mark.usefixtures("transport")
+
 CHAT, EMBEDDINGS = "/v1/chat/completions", "/v1/embeddings"
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole": (CHAT, HELLO),
