@@ -5,6 +5,7 @@ from .analytics import Analytics
 from .audit import Deed
 from .auth import Authenticator, Basic, Bearer, Credential, Role, User, Verified, extract_tenant_id
 from .backend import ModelBackend, define_backend
+from .batches import Batched
 from .billing import Billing
 from .config import load_config, redacted
 from .content import Blob, Body, EventStream, Response, ResponseError, decode_json, json_response
@@ -134,6 +135,7 @@ __all__ = [
     "BackendFactory",
     "BackendTimeout",
     "Basic",
+    "Batched",
     "Bearer",
     "Billing",
     "Blob",

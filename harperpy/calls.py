@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeAlias, TypeVar, cast
 
 import msgspec
 
 from .accounting import Asking, Attempt, Caller, Ledger, Method, ModelCall
 from .backend import Streams, aclose
+from .batches import batches_of
 from .errors import (
     Aborted,
     BackendError,
@@ -34,6 +35,7 @@ from .signal import AbortSignal
 
 T = TypeVar("T")
 Opts: TypeAlias = GenerateOpts | EmbedOpts
+_Batch: TypeAlias = Sequence[GenerateChunk]
 Weigh: TypeAlias = tuple[Callable[[], int], Callable[[], int]]
 """About how many tokens are asked, and how many at most."""
 
@@ -52,7 +54,6 @@ _COUNTED = (
     "reasoning_tokens",
     "gpu_ms",
 )
-_END = GenerateChunk()
 
 
 class Recorder:
@@ -72,10 +73,15 @@ class Recorder:
         self._deltas = self._letters = 0
         self.call = call
 
-    def observe(self, chunk: GenerateChunk) -> None:
-        """Note what a chunk tells: the first token's time, usage, the reason for the end."""
+    def observe(self, batch: Sequence[GenerateChunk]) -> None:
+        """Note what has come, and when the first of it did."""
         if self.call.ttft_ms is None:
             self.call.ttft_ms = self._elapsed()
+        for chunk in batch:
+            self._observe(chunk)
+
+    def _observe(self, chunk: GenerateChunk) -> None:
+        """Note what a chunk tells: usage, the reason for the end, how much was said."""
         if chunk.delta_content:
             self._deltas += 1
             self._letters += len(chunk.delta_content)
@@ -218,20 +224,19 @@ class Call:
 
         return await self._first_success(recorded)
 
-    async def stream(self, prompt: Prompt) -> AsyncIterator[GenerateChunk]:
-        """Run attempts until one brings its first chunk; then that one to its end."""
-        first, chunks, recorder = await self._first_success(lambda one: self._open(one, prompt))
+    async def batches(self, prompt: Prompt) -> AsyncIterator[Sequence[GenerateChunk]]:
+        """Run attempts until one brings its first chunks; then that one to its end."""
+        batch, batches, recorder = await self._first_success(lambda one: self._open(one, prompt))
         try:
-            chunk = first
-            while chunk is not _END:
-                recorder.observe(chunk)
-                yield chunk
+            while batch is not None:
+                recorder.observe(batch)
+                yield batch
                 with self._asking, self.signal.guard():
-                    chunk = await anext(chunks, _END)
+                    batch = await anext(batches, None)
             if recorder.call.completion_tokens is None:
                 usage = recorder.estimate(prompt)
                 recorder.count(usage)
-                yield GenerateChunk(usage=usage)
+                yield (GenerateChunk(usage=usage),)
         except BaseException as error:
             await self._failed(recorder, error, prompt)
             raise
@@ -239,26 +244,26 @@ class Call:
             recorder.close(None)
             await self._synced()
         finally:
-            await aclose(chunks)
+            await aclose(batches)
 
     async def _open(
         self, candidate: Candidate, prompt: Prompt
-    ) -> tuple[GenerateChunk, AsyncIterator[GenerateChunk], Recorder]:
+    ) -> tuple[_Batch | None, AsyncIterator[_Batch], Recorder]:
         recorder = await self._begin(candidate)
         backend = cast("Streams", candidate.backend)
-        chunks: AsyncIterator[GenerateChunk] | None = None
+        batches: AsyncIterator[_Batch] | None = None
         try:
             asked = self.prompt_for(candidate, prompt)
-            chunks = backend.generate_stream(asked, self.opts_for(candidate, recorder))
+            batches = batches_of(backend.generate_stream(asked, self.opts_for(candidate, recorder)))
             with self.signal.guard():
                 await self._synced()
-                first = await anext(chunks, _END)
+                first = await anext(batches, None)
         except BaseException as error:
             await self._failed(recorder, error)
-            if chunks is not None:
-                await aclose(chunks)
+            if batches is not None:
+                await aclose(batches)
             raise
-        return first, chunks, recorder
+        return first, batches, recorder
 
     async def _first_success(self, attempt: Callable[[Candidate], Awaitable[T]]) -> T:
         with self._asking:

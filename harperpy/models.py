@@ -20,6 +20,7 @@ from .backend import (
     aclose,
     define_backend,
 )
+from .batches import Batched
 from .calls import Call, Opts, Recorder, Weigh, asked_tokens
 from .errors import BackendError, NotImplementedYet
 from .fanout import all_of, interleaved, joined, topped_up
@@ -173,14 +174,16 @@ class Models:
         Whatever else `generate` raises comes with the first piece or a later one.
         """
         prompt, settings = _ask(given, opts, options)
-        streams = [call.stream(prompt) for call in self._calls("generateStream", prompt, settings)]
+        calls = self._calls("generateStream", prompt, settings)
+        streams = [Batched(call.batches(prompt)) for call in calls]
         if len(streams) > 1:
             return interleaved(dict(enumerate(streams)))
         if (count := settings.n or 1) == 1:
             return streams[0]
 
         def one(index: int) -> AsyncIterator[GenerateChunk]:
-            return self._one_call("generateStream", prompt, settings, index).stream(prompt)
+            call = self._one_call("generateStream", prompt, settings, index)
+            return Batched(call.batches(prompt))
 
         return topped_up(streams[0], count, one)
 

@@ -30,7 +30,7 @@ from .negotiation import CSV, EVENTS, JSON, TEXT
 from .outgoing import sent
 from .registry import Entry
 from .resource import Resource
-from .sse import SSE, encode_json
+from .sse import SSE, EncodedEvents, encode_json
 
 logger = logging.getLogger("harperpy.dispatch")
 
@@ -84,7 +84,8 @@ async def render(value: Any, entry: Entry, context: Context, early: Early) -> Re
     if isinstance(value, Response):
         return await _render_response(value, entry, context, early)
     if isinstance(value, EventStream):
-        events = aiterate(value.events)
+        told = value.events
+        events = told.encoded() if isinstance(told, EncodedEvents) else aiterate(told)
         return await _stream(events, EVENTS, value.headers, entry, context, early)
     if isinstance(value, (AsyncIterable, Iterator)):
         source = aiterate(cast("AsyncIterable[Any] | Iterable[Any]", value))

@@ -6,7 +6,7 @@ Framing follows the WHATWG HTML standard, section 9.2 "Server-sent events".
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from decimal import Decimal
 from typing import Any, cast
 
@@ -58,6 +58,8 @@ def encode_sse(message: Any) -> bytes:
 
     A mapping with `data` or `event` is an event, any other value is the data of one.
     """
+    if type(message) is Encoded:
+        return message
     if isinstance(message, SSE):
         named = message.event is not None or message.id is not None
         framed = named or message.retry is not None or message.comment is not None
@@ -107,6 +109,41 @@ def _data_lines(data: Any) -> bytes:
 
 def _one_line(text: str) -> str:
     return text.replace("\r", "").replace("\n", "").replace("\0", "")
+
+
+class Encoded(bytes):
+    """Events as they go out."""
+
+    __slots__ = ()
+
+
+class EncodedEvents(AsyncIterator[SSE]):
+    """Events of plain one-line data, several at a time; for who sends them as their bytes."""
+
+    __slots__ = ("_batches", "_left")
+
+    def __init__(self, batches: AsyncIterator[list[str]]) -> None:
+        self._batches = batches
+        self._left: Iterator[str] = iter(())
+
+    async def __anext__(self) -> SSE:
+        while (data := next(self._left, None)) is None:
+            self._left = iter(await anext(self._batches))
+        return SSE(data=data)
+
+    async def encoded(self) -> AsyncIterator[Encoded]:
+        """The bytes of each batch, the same that its events have one by one."""
+        try:
+            async for batch in self._batches:
+                yield Encoded(("data: " + "\n\ndata: ".join(batch) + "\n\n").encode())
+        finally:
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the source."""
+        close = getattr(self._batches, "aclose", None)
+        if close is not None:
+            await close()
 
 
 class SSEDecoder:

@@ -6,13 +6,14 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 from typing import Any
 
-from .backend import aclose, aiterate
+from .backend import aclose
+from .batches import batches_of
 from .errors import HarperError, ServerError
 from .messages import Choice, GenerateChunk, TokenUsage, ToolCall, ToolCallDelta, as_json_text
-from .sse import SSE, encode_json
+from .sse import SSE, EncodedEvents, encode_json
 
 logger = logging.getLogger("harperpy.streaming")
 
@@ -96,7 +97,7 @@ def openai_tool_call(call: ToolCall) -> dict[str, Any]:
     return body if call.extra_content is None else {**body, "extra_content": call.extra_content}
 
 
-async def openai_stream(
+def openai_stream(
     tokens: AsyncIterable[GenerateChunk | str] | Iterable[GenerateChunk | str],
     *,
     model: str,
@@ -114,21 +115,29 @@ async def openai_stream(
     encoder = _ChunkEncoder(
         model, id or completion_id(), include_usage=include_usage, functions=functions
     )
-    source = aiterate(tokens)
+    return EncodedEvents(_events(batches_of(tokens), encoder, include_usage=include_usage))
+
+
+async def _events(
+    source: AsyncIterator[Sequence[GenerateChunk | str]],
+    encoder: _ChunkEncoder,
+    *,
+    include_usage: bool,
+) -> AsyncIterator[list[str]]:
+    """The data of the events that one batch after the other makes."""
     try:
-        async for token in source:
-            for delta in encoder.deltas(token):
-                yield SSE(data=delta)
-        for last in encoder.finish():
-            yield SSE(data=last)
+        async for batch in source:
+            if deltas := [delta for token in batch for delta in encoder.deltas(token)]:
+                yield deltas
+        last = encoder.finish()
         if include_usage and encoder.usage is not None:
-            yield SSE(data=encoder.usage_chunk(encoder.usage))
-        yield SSE(data="[DONE]")
+            last.append(encoder.usage_chunk(encoder.usage))
+        yield [*last, "[DONE]"]
     except Exception as error:
         if not encoder.started:
             raise
         logger.warning("a stream failed after it had begun: %r", error)
-        yield SSE(data=encode_json(openai_error(error)).decode())
+        yield [encode_json(openai_error(error)).decode()]
     finally:
         await aclose(source)
 

@@ -20,6 +20,7 @@ from harperpy import (
     BackendError,
     BackendFactory,
     BackendTimeout,
+    Batched,
     Capability,
     ClientError,
     EmbedOpts,
@@ -238,7 +239,7 @@ class LocalChat(ModelBackend):
 
 
 async def _told(
-    chunks: AsyncGenerator[GenerateChunk], look: Callable[[], None]
+    chunks: Batched[GenerateChunk], look: Callable[[], None]
 ) -> AsyncGenerator[GenerateChunk]:
     """The child's failures in the words of a model that runs here; `look` finds the next one."""
     try:

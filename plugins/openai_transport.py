@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
 from typing import Literal, TypeVar
 
 import msgspec
 
-from harperpy import BackendError, GenerateChunk, SSEDecoder
+from harperpy import BackendError, Batched, GenerateChunk, SSEDecoder
 
 from .openai_answers import ChunkReader
 from .openai_exchange import Exchange, Timeouts, Upstream
@@ -57,20 +56,18 @@ class Transport:
         exchange = await self._ask(path, None, self._timeouts.whole_first_byte, None)
         return _decoded(await _read_all(exchange, most), kind, path)
 
-    async def chunks(
+    def chunks(
         self, path: str, body: bytes, n: int | None = None, call_id: int | None = None
-    ) -> AsyncGenerator[GenerateChunk]:
-        """The chunks of `n` streamed answers. Raises `BackendError` for one that is cut off."""
-        batches = self.batches(path, body, n, call_id)
-        async with aclosing(batches):
-            async for batch in batches:
-                for chunk in batch:
-                    yield chunk
+    ) -> Batched[GenerateChunk]:
+        """The chunks of `n` streamed answers, those together that one read brought.
 
-    async def batches(
-        self, path: str, body: bytes, n: int | None = None, call_id: int | None = None
+        Raises `BackendError` for one that is cut off.
+        """
+        return Batched(self._batches(path, body, n, call_id))
+
+    async def _batches(
+        self, path: str, body: bytes, n: int | None, call_id: int | None
     ) -> AsyncGenerator[list[GenerateChunk]]:
-        """The same chunks, those together that one read brought."""
         reader, events = ChunkReader(n), SSEDecoder()
         exchange = await self._ask(path, body, self._timeouts.stream_first_byte, call_id)
         batch: list[GenerateChunk] = []

@@ -47,6 +47,7 @@ ORDER = (
     "reconciling",
     "analytics",
     "backend",
+    "batches",
     "outgoing",
     "fanout",
     "routing",
@@ -135,7 +136,7 @@ SOCKETS = (
     "harperpy.upstream",
     "harperpy.testing",
     "harperpy.remote",
-    "harperpy.plugins.openai_transport",
+    "harperpy.plugins.openai_session",
 )
 SQL_CALLS = {"execute", "executemany", "executescript", "exec_driver_sql", "text"}
 LONGEST_FUNCTION = 60

@@ -1,0 +1,52 @@
+"""Batches: items of a stream that came together, for whoever can use them together."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+from .backend import aclose, aiterate
+
+T = TypeVar("T")
+
+_NONE: Any = object()
+
+
+class Batched(AsyncIterator[T], Generic[T]):
+    """A stream of items whose source brings several at a time.
+
+    It is iterated one by one, or all that comes together by `batches`; closing it closes the
+    source.
+    """
+
+    __slots__ = ("_batches", "_left")
+
+    def __init__(self, batches: AsyncIterator[Sequence[T]]) -> None:
+        self._batches = batches
+        self._left: Iterator[T] = iter(())
+
+    async def __anext__(self) -> T:
+        while (item := next(self._left, _NONE)) is _NONE:
+            self._left = iter(await anext(self._batches))
+        return item
+
+    def batches(self) -> AsyncIterator[Sequence[T]]:
+        """What comes from now on."""
+        return self._batches
+
+    async def aclose(self) -> None:
+        """Close the source."""
+        await aclose(self._batches)
+
+
+def batches_of(items: AsyncIterable[T] | Iterable[T]) -> AsyncIterator[Sequence[T]]:
+    """The batches of any stream; of one that has none each item by itself."""
+    return items.batches() if isinstance(items, Batched) else _singly(aiterate(items))
+
+
+async def _singly(items: AsyncIterator[T]) -> AsyncIterator[Sequence[T]]:
+    try:
+        async for item in items:
+            yield (item,)
+    finally:
+        await aclose(items)
