@@ -167,6 +167,7 @@ models:
       firstByteTimeoutMs: 3
       idleTimeoutMs: 4
       maxRetries: 0
+      transport: aiohttp
       modelFile: a.gguf
     4: {backend: local, fallback: zeta}
 """
@@ -187,6 +188,7 @@ models:
         first_byte_timeout_ms=3,
         idle_timeout_ms=4,
         max_retries=0,
+        transport="aiohttp",
         model_file="a.gguf",
     )
 
@@ -360,6 +362,10 @@ SQLITE = "expected an SQLite URL such as sqlite:///data/system.db (no other data
         (
             "models: {embedding: {a: {backend: echo, idleTimeoutMs: 0}}}",
             "models.embedding.a.idleTimeoutMs: expected an integer above 0, got 0",
+        ),
+        (
+            "models: {embedding: {a: {backend: echo, transport: curl}}}",
+            'models.embedding.a.transport: expected own or aiohttp, got "curl"',
         ),
         (
             "models: {embedding: {a: {backend: echo, maxRetries: -1}}}",
