@@ -120,6 +120,7 @@ from .streaming import (
 from .table_resource import TableResource
 from .tables import Table, Tables
 from .transactions import Transaction
+from .vectors import Vector, base64_of
 
 __all__ = [
     "AbortController",
@@ -249,7 +250,9 @@ __all__ = [
     "UpstreamAuthError",
     "UpstreamRejected",
     "User",
+    "Vector",
     "Verified",
+    "base64_of",
     "caller_address",
     "completion_id",
     "count_calls",

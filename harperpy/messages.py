@@ -198,13 +198,14 @@ class EmbedOpts(msgspec.Struct, kw_only=True):
     """How to embed. `input_type` and `dimensions` are for the models that know them.
 
     `provider_options` go upstream as they are; `call_id`, for backends, is the id of the attempt's
-    row.
+    row. `encoding_format` is what the caller would rather have; both are vectors.
     """
 
     model: str | None = None
     requires: list[Capability] = []
     signal: AbortSignal | None = None
     call_id: int | None = None
+    encoding_format: Literal["float", "base64"] = "base64"
     input_type: Literal["document", "query"] | None = None
     dimensions: int | None = None
     provider_options: dict[str, Any] = {}

@@ -42,6 +42,7 @@ from .parts import ContentPart, part_type
 from .permission import Permission
 from .prompts import options_in, to_prompt
 from .routing import Candidate, Kind, ModelInfo, Registration, Routes
+from .vectors import Vector
 from .vocabulary import Vocabulary, embed_inputs
 
 # Options that need a capability of their name, and the values that everyone honours.
@@ -283,7 +284,8 @@ def _check_vectors(result: EmbedResult, count: int) -> None:
     if len(result.vectors) != count:
         message = f"{len(result.vectors)} vectors for {count} inputs"
         raise BackendError(message)
-    if not all(map(math.isfinite, map(sum, result.vectors))):
+    plain = (vector for vector in result.vectors if not isinstance(vector, Vector))
+    if not all(map(math.isfinite, map(sum, plain))):
         message = "a vector holds what is no number"
         raise BackendError(message)
 

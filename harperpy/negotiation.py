@@ -11,7 +11,7 @@ import yaml
 from .errors import ClientError, RegistrationError
 from .forms import decode_form
 from .records import Rows, encode_rows
-from .sse import encode_json, encode_sse
+from .sse import encode_json, encode_sse, plain
 
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
@@ -23,7 +23,7 @@ MSGPACK = "application/x-msgpack"
 Encode = Callable[[Any], bytes]
 Decode = Callable[[bytes], Any]
 
-encode_msgpack = msgspec.msgpack.Encoder(decimal_format="number").encode
+encode_msgpack = msgspec.msgpack.Encoder(decimal_format="number", enc_hook=plain).encode
 
 
 class ContentType(msgspec.Struct, frozen=True, kw_only=True):

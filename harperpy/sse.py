@@ -6,19 +6,31 @@ Framing follows the WHATWG HTML standard, section 9.2 "Server-sent events".
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping
+from array import array
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, cast
 
 import msgspec
 
 from .errors import BackendError
+from .vectors import Vector
 
 _LINE_ENDS = re.compile(r"\r\n|\r|\n")
 _EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+_AS_THEY_ARE = (Decimal, msgspec.Raw)
 _BOM = b"\xef\xbb\xbf"
 
-_encode = msgspec.json.Encoder(decimal_format="number").encode
+
+def plain(value: object) -> Any:
+    """What a serializer makes of a value that it does not know. Raises `TypeError`."""
+    if isinstance(value, (array, Vector)):
+        return list(cast("Sequence[float]", value))
+    message = f"Encoding objects of type {type(value).__qualname__} is unsupported"
+    raise TypeError(message)
+
+
+_encode = msgspec.json.Encoder(decimal_format="number", enc_hook=plain).encode
 
 
 def encode_json(value: Any) -> bytes:
@@ -26,7 +38,9 @@ def encode_json(value: Any) -> bytes:
     data = _encode(value)
     # msgspec writes such a Decimal as Python calls it.
     if b"NaN" in data or b"Infinity" in data:
-        return _encode(_finite(msgspec.to_builtins(value, builtin_types=(Decimal,))))
+        return _encode(
+            _finite(msgspec.to_builtins(value, builtin_types=_AS_THEY_ARE, enc_hook=plain))
+        )
     return data
 
 

@@ -199,8 +199,8 @@ class LocalChat(ModelBackend):
             prompt, opts = with_schema(Prompt(messages=prompt.messages, tools=tools), opts)
         async with self._slot():
             transport = await self._runner.ready()
-            chunks = transport.chunks("/chat/completions", self._body(prompt, opts))
-            chunks = _told(chunks, self._runner.look)
+            told = transport.chunks("/chat/completions", self._body(prompt, opts))
+            chunks = _told(told, self._runner.look)
             if schema:
                 chunks = _as_calls(chunks, tools)
             async with aclosing(chunks):

@@ -114,16 +114,15 @@ class OpenAI(ModelBackend):
             **opts.provider_options,
             "model": opts.model,
             "input": inputs,
-            "encoding_format": "float",
+            "encoding_format": opts.encoding_format,
         }
         if opts.dimensions is not None:
             body["dimensions"] = opts.dimensions
         answer = await self._transport.whole("/embeddings", encoded(body), Embeddings, opts.call_id)
-        vectors = [one.embedding for one in sorted(answer.data, key=lambda one: one.index)]
         told = answer.usage.tokens() if answer.usage else None
         tokens = told.prompt_tokens if told else None
         usage = None if tokens is None else TokenUsage(embedding_tokens=tokens)
-        return EmbedResult(vectors=[*vectors], usage=usage)
+        return EmbedResult(vectors=[*answer.vectors()], usage=usage)
 
     async def generate(self, prompt: Prompt, opts: GenerateOpts) -> GenerateResult:
         """A whole answer."""

@@ -14,6 +14,7 @@ from harperpy import (
     GenerateResult,
     TokenLogprob,
     TokenUsage,
+    Vector,
 )
 
 from .openai_calls import Called, Calls, Function, whole_call
@@ -135,8 +136,19 @@ class _Chunk(_Whole):
 
 
 class _Vector(_Struct):
-    embedding: list[float]
+    embedding: msgspec.Raw
     index: int = 0
+
+    def read(self) -> Vector:
+        """What it is, whichever way it was sent. Raises `BackendError`."""
+        text = bytes(self.embedding)
+        try:
+            if text[:1] == b'"':
+                return Vector.from_base64(msgspec.json.decode(text, type=str))
+            return Vector.from_json(text)
+        except ValueError as error:
+            message = f"an embedding is not what it should be: {error}"
+            raise BackendError(message) from error
 
 
 class Embeddings(_Struct):
@@ -144,6 +156,10 @@ class Embeddings(_Struct):
 
     data: list[_Vector]
     usage: Usage | None = None
+
+    def vectors(self) -> list[Vector]:
+        """In the order of what was embedded. Raises `BackendError`."""
+        return [one.read() for one in sorted(self.data, key=lambda one: one.index)]
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode

@@ -23,6 +23,7 @@ ORDER = (
     "sections",
     "config",
     "signal",
+    "vectors",
     "sse",
     "pointers",
     "forms",

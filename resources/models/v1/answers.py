@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from array import array
-from base64 import b64encode
 from collections.abc import Sequence
 from typing import Any
+
+import msgspec
 
 from harperpy import (
     Choice,
     EmbedResult,
     GenerateResult,
     TokenUsage,
+    Vector,
+    base64_of,
     completion_id,
     openai_finish_reason,
     openai_logprobs,
@@ -45,7 +46,7 @@ def completion(result: GenerateResult, request: ChatRequest) -> dict[str, Any]:
 
 def embedding_list(request: EmbeddingRequest, result: EmbedResult) -> dict[str, Any]:
     """OpenAI's list of embeddings, floats or base64 as asked."""
-    encode = _base64 if request.encoding_format == "base64" else list
+    encode = _base64 if request.encoding_format == "base64" else _floats
     tokens = result.usage.embedding_tokens or 0 if result.usage else 0
     return {
         "object": "list",
@@ -84,8 +85,9 @@ def _told(given: Choice, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _base64(vector: Sequence[float]) -> str:
-    """Little-endian float32s, as OpenAI's clients read them."""
-    floats = array("f", vector)
-    if sys.byteorder == "big":
-        floats.byteswap()
-    return b64encode(floats.tobytes()).decode()
+    return vector.base64() if isinstance(vector, Vector) else base64_of(vector)
+
+
+def _floats(vector: Sequence[float]) -> Any:
+    """As they came, where they came so."""
+    return msgspec.Raw(vector.json()) if isinstance(vector, Vector) else list(vector)

@@ -42,6 +42,7 @@ class V1Embeddings(OpenAIResource):
             _input(request),
             model=request.model,
             dimensions=request.dimensions,
+            encoding_format=request.encoding_format or "float",
             provider_options=options,
         )
         return json_response(200, embedding_list(request, result))

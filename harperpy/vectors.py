@@ -1,0 +1,110 @@
+"""Vector: an embedding as its provider sent it; its numbers once somebody reads them."""
+
+from __future__ import annotations
+
+import math
+import sys
+from array import array
+from base64 import b64decode, b64encode
+from collections.abc import Iterator, Sequence
+from typing import Any, cast, overload
+
+import msgspec
+
+# What else than numbers may be in an array; each is in a text of JSON, and no number has it.
+_NO_NUMBERS = (b'"', b"{", b"t", b"f", b"n")
+_decode = msgspec.json.Decoder(list[float]).decode
+
+
+class Vector(Sequence[float]):
+    """Numbers of 32 bits, which are read from JSON or base64 when one of them is asked for.
+
+    `floats` are all of them, as an `array("f")`.
+    """
+
+    __slots__ = ("_base64", "_floats", "_json")
+
+    def __init__(self, floats: array[float] | None = None) -> None:
+        self._floats = floats
+        self._json: bytes | None = None
+        self._base64: str | None = None
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Vector:
+        """Of valid JSON. Raises `ValueError` where it is no array of finite numbers, or empty."""
+        flat = text[:1] == b"[" and text.count(b"[") == 1 and len(text) > len("[]")
+        vector = cls()
+        vector._json = text
+        if not flat or any(sign in text for sign in _NO_NUMBERS):
+            message = "no array of numbers"
+            raise ValueError(message)
+        # Only a number with an exponent above nothing can be too large.
+        if b"E" in text or text.count(b"e") != text.count(b"e-"):
+            _check(vector.floats)
+        return vector
+
+    @classmethod
+    def from_base64(cls, text: str) -> Vector:
+        """Of little-endian numbers. Raises `ValueError` where they are none, or not finite."""
+        floats = array("f")
+        # Raises a ValueError of its own for half a number.
+        floats.frombytes(b64decode(text, validate=True))
+        if sys.byteorder == "big":
+            floats.byteswap()
+        vector = cls(floats)
+        vector._base64 = text
+        _check(floats)
+        return vector
+
+    @property
+    def floats(self) -> array[float]:
+        """All numbers."""
+        if self._floats is None:
+            self._floats = array("f", _decode(self._json or b"[]"))
+        return self._floats
+
+    def json(self) -> bytes:
+        """As an array in JSON: the provider's own text where that was JSON."""
+        return self._json or msgspec.json.encode(self.floats.tolist())
+
+    def base64(self) -> str:
+        """As OpenAI's clients read them: little-endian, in base64."""
+        return self._base64 or base64_of(self.floats)
+
+    def __len__(self) -> int:
+        return len(self.floats)
+
+    @overload
+    def __getitem__(self, index: int) -> float: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> array[float]: ...
+
+    def __getitem__(self, index: Any) -> Any:
+        floats: Any = self.floats
+        return floats[index]
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self.floats)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and [*self] == [*cast("Sequence[object]", other)]
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Vector({self.floats.tolist()})"
+
+
+def base64_of(numbers: Sequence[float]) -> str:
+    """Numbers as little-endian ones of 32 bits, in base64."""
+    floats = array("f", numbers)
+    if sys.byteorder == "big":
+        floats.byteswap()
+    return b64encode(floats.tobytes()).decode()
+
+
+def _check(floats: array[float]) -> None:
+    if not floats or not math.isfinite(sum(floats)):
+        message = "a vector holds what is no number"
+        raise ValueError(message)
