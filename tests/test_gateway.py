@@ -558,13 +558,13 @@ async def test_text_of_every_script_arrives_whole(server: RunningServer) -> None
 async def test_embeddings_come_as_the_client_asks_unasked(
     client: openai.AsyncOpenAI, upstream: ScriptedUpstream
 ) -> None:
-    """OpenAI's client asks for base64 by itself; the upstream is asked for floats."""
+    """OpenAI's client asks for base64 by itself, and so is the upstream, which may send floats."""
     answer = await client.embeddings.create(model="gpt-4o-mini", input=["a", "b"], dimensions=2)
 
     assert [[1.0, 0.0], [1.0, 1.0]] == [one.embedding for one in answer.data]
     assert (2, 2) == (answer.usage.prompt_tokens, answer.usage.total_tokens)
     expected = {"model": "gpt-4o-mini", "input": ["a", "b"], "dimensions": 2}
-    assert {**expected, "encoding_format": "float"} == upstream.requests[0].body
+    assert {**expected, "encoding_format": "base64"} == upstream.requests[0].body
 
 
 @pytest.mark.parametrize("encoding", ["float", "base64", None])
