@@ -118,10 +118,10 @@ def told(work: Callable[[], T], operation: str = "") -> T:
     name = f"harperpy: {operation}" if operation else "harperpy"
     try:
         return work()
-    except SetupError as error:
+    except ConfigError as error:
         # It is about this folder, whatever was to be done in it.
         click.echo(f"harperpy: {error}", err=True)
-    except ClientError as error:
+    except (SetupError, ClientError) as error:
         click.echo(f"{name}: {error}", err=True)
     except HarperError as error:
         click.echo(f"{name}: {type(error).__name__}: {error}", err=True)
