@@ -1,12 +1,20 @@
 """What a provider may send, and what of it is understood: HTTP/1.1 read as RFC 9112 says."""
 
 import asyncio
+import datetime as dt
+import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from harperpy.testing import RunningServer, running, whole
 from helpers import HELLO, Answered, ask, provider
@@ -296,3 +304,46 @@ async def test_a_stream_that_nobody_reads_is_not_read_on() -> None:
         writer.transport.abort()
         await asyncio.wait_for(ended.wait(), 30)
     assert sent[0] < 64 << 20
+
+
+def certificate(folder: Path) -> Path:
+    """A certificate of "localhost" that signs itself, with its key, in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = dt.datetime.now(dt.UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    path = folder / "localhost.pem"
+    form = (Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    path.write_bytes(key.private_bytes(*form) + made.public_bytes(Encoding.PEM))
+    return path
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_a_provider_shows_who_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, known: bool
+) -> None:
+    """Over TLS; who is not known by its certificate is told nothing."""
+    path = certificate(tmp_path)
+    if known:
+        monkeypatch.setenv("SSL_CERT_FILE", str(path))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(path)
+    them = Provider()
+    listener = await asyncio.start_server(them.serve, "127.0.0.1", 0, ssl=context)
+    async with listener:
+        port = listener.sockets[0].getsockname()[1]
+        async with running(provider(f"https://localhost:{port}/v1")) as server:
+            answers = [await make(server) for _ in range(2)]
+
+    if known:
+        assert ["again", "again"] == [text_of(one) for one in answers]
+        assert [2] == them.asked
+    else:
+        assert [502, 502] == [one.status for one in answers]
+        assert not sum(them.asked)
