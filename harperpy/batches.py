@@ -6,6 +6,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Se
 from typing import Any, Generic, TypeVar
 
 from .backend import aclose, aiterate
+from .sse import SSE, Encoded
 
 T = TypeVar("T")
 
@@ -37,6 +38,30 @@ class Batched(AsyncIterator[T], Generic[T]):
     async def aclose(self) -> None:
         """Close the source."""
         await aclose(self._batches)
+
+
+class EncodedEvents(AsyncIterator[SSE]):
+    """Events of plain one-line data, several at a time; for who sends them as their bytes."""
+
+    __slots__ = ("_texts",)
+
+    def __init__(self, batches: AsyncIterator[Sequence[str]]) -> None:
+        self._texts = Batched(batches)
+
+    async def __anext__(self) -> SSE:
+        return SSE(data=await anext(self._texts))
+
+    async def encoded(self) -> AsyncIterator[Encoded]:
+        """The bytes of each batch, the same that its events have one by one."""
+        try:
+            async for batch in self._texts.batches():
+                yield Encoded(("data: " + "\n\ndata: ".join(batch) + "\n\n").encode())
+        finally:
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the source."""
+        await self._texts.aclose()
 
 
 def batches_of(items: AsyncIterable[T] | Iterable[T]) -> AsyncIterator[Sequence[T]]:

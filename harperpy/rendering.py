@@ -20,6 +20,7 @@ import msgspec
 from multidict import CIMultiDict
 
 from .backend import aclose, aiterate
+from .batches import EncodedEvents
 from .caching import vary
 from .content import Blob, EventStream, Response
 from .context import Context
@@ -30,7 +31,7 @@ from .negotiation import CSV, EVENTS, JSON, TEXT
 from .outgoing import sent
 from .registry import Entry
 from .resource import Resource
-from .sse import SSE, EncodedEvents, encode_json
+from .sse import SSE, encode_json
 
 logger = logging.getLogger("harperpy.dispatch")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, cast
 
@@ -129,35 +129,6 @@ class Encoded(bytes):
     """Events as they go out."""
 
     __slots__ = ()
-
-
-class EncodedEvents(AsyncIterator[SSE]):
-    """Events of plain one-line data, several at a time; for who sends them as their bytes."""
-
-    __slots__ = ("_batches", "_left")
-
-    def __init__(self, batches: AsyncIterator[list[str]]) -> None:
-        self._batches = batches
-        self._left: Iterator[str] = iter(())
-
-    async def __anext__(self) -> SSE:
-        while (data := next(self._left, None)) is None:
-            self._left = iter(await anext(self._batches))
-        return SSE(data=data)
-
-    async def encoded(self) -> AsyncIterator[Encoded]:
-        """The bytes of each batch, the same that its events have one by one."""
-        try:
-            async for batch in self._batches:
-                yield Encoded(("data: " + "\n\ndata: ".join(batch) + "\n\n").encode())
-        finally:
-            await self.aclose()
-
-    async def aclose(self) -> None:
-        """Close the source."""
-        close = getattr(self._batches, "aclose", None)
-        if close is not None:
-            await close()
 
 
 class SSEDecoder:

@@ -10,10 +10,10 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 from typing import Any
 
 from .backend import aclose
-from .batches import batches_of
+from .batches import EncodedEvents, batches_of
 from .errors import HarperError, ServerError
 from .messages import Choice, GenerateChunk, TokenUsage, ToolCall, ToolCallDelta, as_json_text
-from .sse import SSE, EncodedEvents, encode_json
+from .sse import SSE, encode_json
 
 logger = logging.getLogger("harperpy.streaming")
 

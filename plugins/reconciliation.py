@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from harperpy import Context, Difference, Scope, Served, difference
 
-from .usage import Moment, moment
+from .usage import Moment, window, within
 
 _COMPARED = (
     *("id", "success", "usage_estimated"),
@@ -56,12 +56,7 @@ class Reconciliation:
     def _statement(self, request: Reconcile) -> sa.Select[tuple[object, ...]]:
         calls = self._database.model_calls.c
         names = request.backend_name
-        wanted: list[sa.ColumnElement[bool]] = [
-            calls.backend_name.in_([names] if isinstance(names, str) else names)
-        ]
-        created = calls["__createdtime__"]
-        if request.from_ is not None:
-            wanted.append(created >= moment(request.from_, "from"))
-        if request.to is not None:
-            wanted.append(created < moment(request.to, "to"))
-        return sa.select(*(calls[name] for name in _COMPARED)).where(*wanted)
+        return sa.select(*(calls[name] for name in _COMPARED)).where(
+            calls.backend_name.in_([names] if isinstance(names, str) else names),
+            *within(calls["__createdtime__"], *window(request.from_, request.to)),
+        )

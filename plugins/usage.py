@@ -81,8 +81,7 @@ class Usage:
 
 
 def _statement(database: Database, request: GetUsage, user: User) -> sa.Select[Any]:
-    start = None if request.from_ is None else moment(request.from_, "from")
-    end = None if request.to is None else moment(request.to, "to")
+    start, end = window(request.from_, request.to)
     whole_days = all(one is None or one % _DAY_MS == 0 for one in (start, end))
     # The days outlive their rows, and are fewer.
     source = (_days if whole_days else _calls)(database, start, end)
@@ -103,10 +102,7 @@ def _statement(database: Database, request: GetUsage, user: User) -> sa.Select[A
 def _days(database: Database, start: float | None, end: float | None) -> sa.Subquery:
     """The roll-up of these days; what a call has none of is null, as in its row."""
     days = database.model_calls_daily.c
-    within = [
-        *([] if start is None else [days.day >= _day_of(start)]),
-        *([] if end is None else [days.day < _day_of(end)]),
-    ]
+    first, after = (None if one is None else _day_of(one) for one in (start, end))
     names = (*_TOKENS, "calls", "failures", "unpriced", "cost")
     return (
         sa.select(
@@ -114,7 +110,7 @@ def _days(database: Database, start: float | None, end: float | None) -> sa.Subq
             *(sa.func.nullif(days[name], "").label(name) for name in DIMENSIONS),
             *(days[name] for name in names),
         )
-        .where(*within)
+        .where(*within(days.day, first, after))
         .subquery()
     )
 
@@ -127,10 +123,6 @@ def _calls(database: Database, start: float | None, end: float | None) -> sa.Sub
     """The rows of the calls, each with the columns of a day that has it alone."""
     calls = database.model_calls.c
     created = calls[_CREATED]
-    within = [
-        *([] if start is None else [created >= start]),
-        *([] if end is None else [created < end]),
-    ]
     return (
         sa.select(
             sa.func.date(created / 1000, "unixepoch").label("day"),
@@ -139,7 +131,7 @@ def _calls(database: Database, start: float | None, end: float | None) -> sa.Sub
             sa.case((calls.success, 0), else_=1).label("failures"),
             sa.case((calls.success & calls.cost.is_(None), 1), else_=0).label("unpriced"),
         )
-        .where(*within)
+        .where(*within(created, start, end))
         .subquery()
     )
 
@@ -167,6 +159,22 @@ def _conditions(source: sa.Subquery, request: GetUsage) -> list[sa.ColumnElement
             wanted = cast("list[str]", value) if isinstance(value, list) else [str(value)]
             found.append(source.c[name].in_(wanted))
     return found
+
+
+def window(since: Moment | None, until: Moment | None) -> tuple[float | None, float | None]:
+    """`from` and `to` in milliseconds since 1970, where they are given. Raises `InvalidBody`."""
+    return (
+        None if since is None else moment(since, "from"),
+        None if until is None else moment(until, "to"),
+    )
+
+
+def within(column: sa.ColumnElement[Any], start: Any, end: Any) -> list[sa.ColumnElement[bool]]:
+    """From the start on, until before the end, where there are such."""
+    return [
+        *([] if start is None else [column >= start]),
+        *([] if end is None else [column < end]),
+    ]
 
 
 def moment(given: str | float, param: str) -> float:
