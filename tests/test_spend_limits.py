@@ -405,12 +405,17 @@ async def test_free_models_answer_who_has_nothing_left(upstream: ScriptedUpstrea
         assert [] == upstream.requests
 
 
-async def test_a_limit_of_a_model_lets_another_answer(upstream: ScriptedUpstream) -> None:
-    """It is as its provider's 429: what it falls back to is tried, and no row tells of it."""
+def spared(upstream: ScriptedUpstream) -> str:
+    """The models of a provider that have a spare one to fall back to."""
     models = provider(upstream.url, "fallback: [spare]").replace(
         "generative:", "generative:\n    spare: {backend: echo}", 1
     )
-    models = models.replace("embedding:", "embedding:\n    spare: {backend: echo}")
+    return models.replace("embedding:", "embedding:\n    spare: {backend: echo}")
+
+
+async def test_a_limit_of_a_model_lets_another_answer(upstream: ScriptedUpstream) -> None:
+    """It is as its provider's 429: what it falls back to is tried, and no row tells of it."""
+    models = spared(upstream)
     rules = "limits: {rules: [{per: model, match: default, requestsPerMinute: 1}]}"
     async with running(f"{models}\n{rules}") as server:
         said = [(await chat(server)).json["choices"][0]["message"]["content"] for _ in range(2)]
@@ -537,10 +542,7 @@ async def test_those_of_a_tenant_share_its_limit(upstream: ScriptedUpstream) -> 
 
 async def test_a_call_counts_once_however_many_are_asked(upstream: ScriptedUpstream) -> None:
     """What a provider fails at and another one answers is one of the caller's requests."""
-    models = provider(upstream.url, "fallback: [spare]").replace(
-        "generative:", "generative:\n    spare: {backend: echo}", 1
-    )
-    models = models.replace("embedding:", "embedding:\n    spare: {backend: echo}")
+    models = spared(upstream)
     rules = "limits: {rules: [{per: user, match: alice, requestsPerMinute: 9}]}"
     async with running(f"{models}\n{rules}") as server:
         key = await server.key_for("alice")
