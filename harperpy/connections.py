@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -15,24 +13,15 @@ from aiohttp.web_protocol import RequestHandler
 
 from .context import Context
 from .deadlines import Deadlines
-from .negotiation import JSON
-from .sections import HttpConfig
+from .front import Front, Fronts
+from .port import UNSENT_BYTES, Port, refusal
 from .signal import DISCONNECTED, SHUTDOWN
-from .sse import encode_json
 
-# What a connection may hold for a slow reader before its producer has to wait.
-_UNSENT_BYTES = 64 * 1024
 # How many of the longest line a head may have that arrives bit by bit.
 _MOST_LINES = 4
 _UNLIMITED = 1e9
-SERVER = "harperpy"
 
 logger = logging.getLogger("harperpy.wire")
-
-
-def new_id(kind: str) -> str:
-    """An id that nobody else makes."""
-    return f"{kind}{secrets.token_hex(6)}"
 
 
 class ConnectedRequest(web.BaseRequest):
@@ -54,15 +43,14 @@ class ConnectedRequest(web.BaseRequest):
 
 
 class Connections(web.Server):
-    """aiohttp's server, and all connections of a port.
+    """aiohttp's server, and all connections of a port; its own ones, where they may, come first.
 
-    `fresh` are those that have brought no request yet; `connected` is told of each new one.
+    `fresh` are those that have brought no request yet.
     """
 
-    def __init__(
-        self, handler: Any, http: HttpConfig, connected: Callable[[], None] | None = None
-    ) -> None:
-        self.connected = connected
+    def __init__(self, handler: Any, port: Port) -> None:
+        http = port.http
+        self._meter = port.meter
         self.fresh: set[RequestHandler] = set()
         self.heads = Deadlines(http.headers_timeout_seconds or _UNLIMITED)
         # The library tells a field from a line by nothing else than its limit.
@@ -76,6 +64,7 @@ class Connections(web.Server):
             "max_field_size": self.field_size,
         }
         self._loop = asyncio.get_running_loop()
+        self._fronts = Fronts(port, self._go_on) if http.front else None
         super().__init__(
             handler,
             request_factory=self._request,
@@ -83,9 +72,42 @@ class Connections(web.Server):
             **self._options,
         )
 
-    def __call__(self) -> RequestHandler:
+    def __call__(self) -> RequestHandler | Front:  # type: ignore[override]
         """A new connection."""
+        if self._meter is not None:
+            self._meter.connected()
+        return self._plain() if self._fronts is None else self._fronts()
+
+    @property
+    def awaits_first(self) -> bool:
+        """Whether there is a connection that has brought no request yet."""
+        return bool(self.fresh or (self._fronts and self._fronts.fresh))
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.connections) + (0 if self._fronts is None else len(self._fronts.all))
+
+    def pre_shutdown(self) -> None:
+        """End those that are idle."""
+        if self._fronts is not None:
+            self._fronts.close()
+        super().pre_shutdown()
+
+    async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109  # as it is there
+        """Wait so long for the others, then cut them off."""
+        ends = [super().shutdown(timeout)]
+        if self._fronts is not None:
+            ends.append(self._fronts.shutdown(timeout))
+        await asyncio.gather(*ends)
+
+    def _plain(self) -> _Connection:
         return _Connection(self, loop=self._loop, connections=self, **self._options)
+
+    def _go_on(self, transport: asyncio.Transport, data: bytes) -> None:
+        connection = self._plain()
+        transport.set_protocol(connection)
+        connection.begin(transport, data)
 
     def _request(
         self, message: Any, payload: Any, protocol: Any, writer: Any, task: Any
@@ -118,10 +140,15 @@ class _Connection(RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._connections.fresh.add(self)
-        if self._connections.connected is not None:
-            self._connections.connected()
         if isinstance(transport, asyncio.WriteTransport):
-            transport.set_write_buffer_limits(high=_UNSENT_BYTES)
+            transport.set_write_buffer_limits(high=UNSENT_BYTES)
+
+    def begin(self, transport: asyncio.Transport, data: bytes) -> None:
+        """Go on where another protocol has read, and answered nothing of it."""
+        self.connection_made(transport)
+        super().data_received(data)
+        if not self._messages:
+            self._head_goes_on(len(data))
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._connections.fresh.discard(self)
@@ -151,8 +178,8 @@ class _Connection(RequestHandler):
 
     def _refuse(self, status: int) -> None:
         """Answer in place of a request that will not come, and close."""
-        headers, body = _refusal(status, logging.INFO, "its head is too slow or too large")
-        headers |= {"Content-Length": str(len(body)), "Connection": "close"}
+        headers, body = refusal(status, logging.INFO, "its head is too slow or too large")
+        headers.update({"Content-Length": str(len(body)), "Connection": "close"})
         lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         if self.transport is not None:
@@ -182,26 +209,7 @@ class _Connection(RequestHandler):
         elif status == 400 and "Too many headers" in str(exc):
             status = 431
         level = logging.INFO if status < 500 else logging.ERROR
-        headers, body = _refusal(status, level, exc)
+        headers, body = refusal(status, level, exc)
         response = web.Response(status=status, body=body, headers=headers)
         response.force_close()
         return response
-
-
-def _refusal(
-    status: int, level: int, reason: BaseException | str | None
-) -> tuple[dict[str, str], bytes]:
-    """Headers and body of a refusal that no resource can word, noted in the log."""
-    refused = new_id("req_")
-    error = reason if isinstance(reason, BaseException) else None
-    logger.log(
-        level,
-        "%s answered %d before it was a request: %s",
-        refused,
-        status,
-        reason if error is None else type(error).__name__,
-        exc_info=error if status >= 500 else None,
-    )
-    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
-    headers = {"Content-Type": JSON, "Server": SERVER, "x-request-id": refused}
-    return headers, encode_json({**body, "request_id": refused})

@@ -43,6 +43,7 @@ class Body:
         chunks: AsyncIterable[bytes] | None = None,
         *,
         content_type: str = "",
+        whole: builtins.bytes = b"",
         length: int | None = None,
         limit: int = 10_000_000,
         decoders: Mapping[str, Callable[[builtins.bytes], Any]] | None = None,
@@ -54,7 +55,7 @@ class Body:
         self._limit = limit
         self.arriving = False
         """Whether it is being read and has not ended."""
-        self._bytes: bytes | None = None if chunks is not None else b""
+        self._bytes: bytes | None = whole if chunks is None else None
         self.content_type = content_type.partition(";")[0].strip().lower()
 
     def __await__(self) -> Generator[Any, None, Any]:

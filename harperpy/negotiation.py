@@ -17,6 +17,7 @@ JSON = "application/json"
 NDJSON = "application/x-ndjson"
 EVENTS = "text/event-stream"
 TEXT = "text/plain"
+OCTETS = "application/octet-stream"
 CSV = "text/csv"
 MSGPACK = "application/x-msgpack"
 

@@ -27,7 +27,7 @@ from .context import Context
 from .errors import ClientError, NotFound, ServerError
 from .framing import END, RAW, frames, framing_of
 from .incoming import Incoming, Socket
-from .negotiation import CSV, EVENTS, JSON, TEXT
+from .negotiation import CSV, EVENTS, JSON, OCTETS, TEXT
 from .outgoing import sent
 from .registry import Entry
 from .resource import Resource
@@ -129,7 +129,7 @@ def _meant(value: dict[Any, Any]) -> Any:
 
 def _as_it_is(value: Blob | bytes | bytearray, context: Context) -> Reply:
     if not isinstance(value, Blob):
-        return _whole(200, merged(context), "application/octet-stream", bytes(value), context)
+        return _whole(200, merged(context), OCTETS, bytes(value), context)
     # Who wrote it says what it is; between us and the client it may still be compressed.
     headers = merged(context, {"Content-Type": value.content_type, "Vary": "Accept-Encoding"})
     data = value.data.encode() if isinstance(value.data, str) else value.data
@@ -147,10 +147,10 @@ async def _render_response(
         return _whole(response.status, headers, media, data, context, keep_status=True)
     if body is None or isinstance(body, (str, bytes)):
         data = body.encode() if isinstance(body, str) else body or b""
-        media = TEXT if isinstance(body, str) else "application/octet-stream"
+        media = TEXT if isinstance(body, str) else OCTETS
         return _whole(response.status, headers, media, data, context, keep_status=True)
     context.status = response.status
-    headers.setdefault("Content-Type", "application/octet-stream")
+    headers.setdefault("Content-Type", OCTETS)
     media = headers["Content-Type"].partition(";")[0]
     source, own = aiterate(body), response.headers
     return await _stream(source, media, own, entry, context, early, raw=True)

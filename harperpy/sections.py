@@ -56,7 +56,7 @@ class HttpConfig(Section, frozen=True, kw_only=True):
     OPTIONS and streams do not count) requests wait for `requestQueueLimit`, and are then 503; each
     of the `workers` (processes) counts by itself. `maxHeaderSize` bounds each line of a head,
     `headersTimeout` how long it takes. A whole answer of more than `compressionThreshold` bytes is
-    gzip to who takes it; 0 is never.
+    gzip to who takes it; 0 is never. `front` serves requests of the common form without aiohttp.
     """
 
     port: Port = 9926
@@ -72,6 +72,7 @@ class HttpConfig(Section, frozen=True, kw_only=True):
     max_concurrent_requests: Positive | None = None
     request_queue_limit: Patience = 20_000
     compression_threshold: SizeOrOff = 0
+    front: Flag = True
 
     @property
     def timeout_seconds(self) -> float:

@@ -41,6 +41,7 @@ from .held import (
 from .loader import Loader
 from .meter import Meter
 from .people import SUPER_USER
+from .port import Port
 from .request import Request
 from .routing import Routes
 from .scope import Scope
@@ -294,7 +295,7 @@ class Server:
         )
         name, kind = (port, None) if port == "rest" else ("local" if trusted else port, "operation")
         meter = None if core.analytics is None else Meter(core.analytics, name, kind)
-        return Wire(dispatch, self.config.http, trusted=trusted, meter=meter)
+        return Wire(Port(dispatch, self.config.http, trusted=trusted, meter=meter))
 
     def _throttle(self) -> Throttle | None:
         http = self.config.http

@@ -9,13 +9,13 @@ from typing import Any
 from aiohttp import WSMsgType, web
 
 from .backend import aclose
-from .connections import SERVER
 from .context import Context
 from .errors import Aborted
 from .framing import as_harper_error, log_error
 from .handshake import SUBPROTOCOL
 from .incoming import Socket, closing
 from .outgoing import framed
+from .port import SERVER
 from .rendering import Reply
 from .signal import DISCONNECTED, REVOKED, SHUTDOWN
 

@@ -1,0 +1,149 @@
+"""Delivery: a streamed answer on its way to its client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol
+
+from .context import Context
+from .rendering import Reply
+from .signal import REVOKED
+
+_CLOSE_SECONDS = 5.0
+_KEEPALIVE = b": keepalive\n\n"
+
+
+class Line(Protocol):
+    """A connection, as one answer sees it."""
+
+    async def head(self, reply: Reply) -> None:
+        """Send the head, or let it go with the first bytes of the body."""
+        ...
+
+    def write(self, data: bytes) -> Awaitable[None] | None:
+        """Send a part of the body; what to await where the client is behind."""
+        ...
+
+    async def end(self) -> None:
+        """Nothing more comes."""
+        ...
+
+
+class Delivery:
+    """A streamed answer: its head, its writes, and a comment when it is silent for long.
+
+    `task` is the one that answers. `begun` is when the head went out, by
+    `time.perf_counter()`; `sent` counts the bytes of the body.
+    """
+
+    def __init__(self, line: Line, context: Context, task: asyncio.Task[Any] | None) -> None:
+        self.begun = 0.0
+        self.sent = 0
+        self.status = 0
+        self._line = line
+        self._context = context
+        self._loop = asyncio.get_running_loop()
+        self._task = task
+        self._beginning: asyncio.Task[None] | None = None
+        self._quiet: asyncio.TimerHandle | None = None
+        self._interval: float | None = None
+        self._last = 0.0
+        self._behind = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._watch: asyncio.Task[None] | None = None
+
+    def begin(self, reply: Reply) -> None:
+        """Send the head now, although the first item is not there yet."""
+        self._beginning = self._spawn(self._begin(reply))
+
+    async def send(self, reply: Reply) -> None:
+        """Write the body to its end; whatever happens, its iterator is closed here."""
+        body = reply.body
+        try:
+            await (self._beginning or self._prepare(reply))
+            if isinstance(body, bytes):
+                await self._write(body)
+            else:
+                async for data in body:
+                    self.sent += len(data)
+                    self._last = self._loop.time()
+                    if (drained := self._line.write(data)) is not None:
+                        await self._wait(drained)
+        finally:
+            self.end()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_SECONDS):
+                    await reply.close()
+        await self._line.end()
+
+    def end(self) -> None:
+        """Count and ask no more."""
+        if self._quiet is not None:
+            self._quiet.cancel()
+            self._quiet = None
+        if self._watch is not None:
+            self._watch.cancel()
+
+    async def _begin(self, reply: Reply) -> None:
+        await self._prepare(reply)
+        if reply.keepalive is not None:
+            await self._write(_KEEPALIVE)
+
+    async def _prepare(self, reply: Reply) -> None:
+        self.begun = time.perf_counter()
+        self.status = reply.status
+        await self._line.head(reply)
+        if reply.keepalive is None:
+            return
+        self._interval, self._last = reply.keepalive, self._loop.time()
+        self._quiet = self._loop.call_later(self._interval, self._listen)
+        if reply.check is not None:
+            self._watch = self._spawn(self._ask(reply.check, reply.keepalive))
+
+    async def _write(self, data: bytes) -> None:
+        self.sent += len(data)
+        self._last = self._loop.time()
+        if (drained := self._line.write(data)) is not None:
+            await self._wait(drained)
+
+    async def _wait(self, drained: Awaitable[None]) -> None:
+        self._behind = True
+        await drained
+        self._behind = False
+        self._last = self._loop.time()
+
+    def _listen(self) -> None:
+        """Break a silence that is long enough; one timer outlasts many writes."""
+        interval = self._interval or 0.0
+        # A reader that is behind needs no comment that we are alive.
+        quiet = 0.0 if self._behind else self._loop.time() - self._last
+        if quiet >= interval:
+            self._spawn(self._write(_KEEPALIVE))
+            quiet = 0.0
+        self._quiet = self._loop.call_later(interval - quiet, self._listen)
+
+    async def _ask(self, check: Callable[[], Awaitable[None]], seconds: float) -> None:
+        """End the stream when who reads it may not go on."""
+        try:
+            while True:
+                await asyncio.sleep(seconds)
+                await check()
+        except Exception:  # noqa: BLE001  # whatever it is, nobody has said that they may
+            self._context.abort(REVOKED)
+            if self._task is not None:
+                self._task.cancel()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        # A lost connection is the writer's to see.
+        if not task.cancelled():
+            task.exception()

@@ -1,0 +1,395 @@
+"""Front: HTTP/1.1 in its common form, served right on the transport; the rest is aiohttp's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextvars import copy_context
+from email.utils import formatdate
+from http import HTTPStatus
+from time import time
+from typing import Any, cast
+
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from .content import Body
+from .context import Context
+from .deadlines import Deadlines
+from .delivery import Delivery
+from .heads import Head, read_head
+from .negotiation import OCTETS
+from .port import SERVER, UNSENT_BYTES, Port, refusal
+from .rendering import Reply
+from .request import Request
+from .signal import DISCONNECTED, SHUTDOWN
+
+_MOST_BODY_BYTES = 256 * 1024
+_MOST_AHEAD_BYTES = 64 * 1024
+# From here on a copy costs more than a second write.
+_LARGE = 64 * 1024
+# What has to be seen as it arrives is not for who waits until it has arrived.
+_BODY_SECONDS = 1.0
+_BODILESS = frozenset({204, 304})
+_STATUS_LINES = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus
+}
+
+logger = logging.getLogger("harperpy.wire")
+
+
+class Fronts:
+    """The connections of one port that speak the common form.
+
+    `hand_over` lets another protocol go on with a transport and what came over it.
+    """
+
+    def __init__(self, port: Port, hand_over: Callable[[Any, bytes], None]) -> None:
+        self.port = port
+        self.hand_over = hand_over
+        self.all: set[Front] = set()
+        self.fresh: set[Front] = set()
+        self.idle = Deadlines(port.http.keep_alive_timeout_seconds)
+        self.bodies = Deadlines(_BODY_SECONDS)
+        self.loop = asyncio.get_running_loop()
+        self.context = copy_context()
+        http = port.http
+        self.most_head = http.max_header_size
+        self.most_body = min(http.max_body_size, _MOST_BODY_BYTES)
+        self._second = 0
+        self._date = ""
+
+    def __call__(self) -> Front:
+        """A new connection."""
+        return Front(self)
+
+    def close(self) -> None:
+        """End what is idle, and the rest after its answer."""
+        for front in [*self.all]:
+            front.close()
+
+    async def shutdown(self, seconds: float | None) -> None:
+        """As `close`; cut off what takes longer than so many seconds."""
+        await asyncio.gather(*(front.shutdown(seconds) for front in self.all))
+
+    def date(self) -> str:
+        """Now, as a head says it."""
+        second = int(time())
+        if second != self._second:
+            self._second, self._date = second, formatdate(second, usegmt=True)
+        return self._date
+
+
+class Front(asyncio.Protocol):
+    """One connection. A request is served once it has arrived as a whole, in a task of its own.
+
+    What is not HTTP/1.1, kept alive, with a short body of known length is handed to another
+    protocol on the same transport, with all bytes that nobody has answered; so is what is wrong.
+    """
+
+    __slots__ = (
+        *("_buffer", "_chunked", "_closing", "_context", "_delivery", "_drained"),
+        *("_fronts", "_head", "_left", "_needed", "_peer", "_task", "_unsent", "transport"),
+    )
+
+    def __init__(self, fronts: Fronts) -> None:
+        self._fronts = fronts
+        self.transport: Any = None
+        self._peer: str | None = None
+        self._buffer = b""
+        self._head: Head | None = None
+        self._needed = 0
+        self._task: asyncio.Task[None] | None = None
+        self._context: Context | None = None
+        self._delivery: Delivery | None = None
+        self._drained: asyncio.Future[None] | None = None
+        self._closing = False
+        self._chunked = False
+        self._left: int | None = None
+        self._unsent = b""
+
+    # --- the connection
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client has connected."""
+        self.transport = transport
+        fronts = self._fronts
+        fronts.all.add(self)
+        fronts.fresh.add(self)
+        fronts.idle.add(self)
+        self.transport.set_write_buffer_limits(high=UNSENT_BYTES)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """It has left, or was cut off: nobody waits for the answer any more."""
+        self._leave()
+        self.resume_writing()
+        if self._task is not None:
+            if self._context is not None:
+                self._context.abort(DISCONNECTED)
+            self._task.cancel()
+
+    def pause_writing(self) -> None:
+        """The client is behind."""
+        self._drained = self._fronts.loop.create_future()
+
+    def resume_writing(self) -> None:
+        """It has caught up."""
+        drained, self._drained = self._drained, None
+        if drained is not None and not drained.done():
+            drained.set_result(None)
+
+    def expire(self) -> None:
+        """It was idle for too long, or its body takes too long."""
+        if self._needed:
+            self._hand_over()
+        else:
+            self.transport.close()
+
+    def close(self) -> None:
+        """End it when it has answered what it was asked."""
+        self._closing = True
+        if self._task is None:
+            self.transport.close()
+
+    async def shutdown(self, seconds: float | None) -> None:
+        """As `close`; cut it off after so many seconds, and wait for as long again."""
+        self.close()
+        if self._task is not None:
+            await asyncio.wait((self._task,), timeout=seconds)
+        if self._task is not None:
+            if self._context is not None:
+                self._context.abort(SHUTDOWN)
+            self._task.cancel()
+            await asyncio.wait((self._task,), timeout=seconds)
+        self.transport.abort()
+
+    def _leave(self) -> None:
+        fronts = self._fronts
+        fronts.all.discard(self)
+        fronts.fresh.discard(self)
+        fronts.idle.remove(self)
+        fronts.bodies.remove(self)
+
+    def _hand_over(self) -> None:
+        """Let another protocol go on, as if it had been there from the beginning."""
+        self._leave()
+        data, self._buffer = self._buffer, b""
+        if self._closing:
+            self.transport.close()
+            return
+        self._fronts.hand_over(self.transport, data)
+
+    # --- what comes in
+
+    def data_received(self, data: bytes) -> None:
+        """Take what has come."""
+        self._buffer = self._buffer + data if self._buffer else data
+        if self._task is None:
+            self._next()
+        elif len(self._buffer) > _MOST_AHEAD_BYTES:
+            self.transport.pause_reading()
+
+    def _next(self) -> None:
+        """Serve the next request if it is here."""
+        data = self._buffer
+        if not self._needed:
+            end = data.find(b"\r\n\r\n") + 4
+            self._head = head = self._read_head(data[:end]) if end >= 4 else None
+            if head is None or head.length > self._fronts.most_body:
+                self._hand_over()
+                return
+            self._needed = end + head.length
+        if len(data) < self._needed:
+            if self not in self._fronts.bodies:
+                self._fronts.idle.remove(self)
+                self._fronts.bodies.add(self)
+            return
+        self._start(data)
+
+    def _start(self, data: bytes) -> None:
+        """Answer the request that is whole now."""
+        head, needed, fronts = self._head, self._needed, self._fronts
+        assert head is not None  # noqa: S101  # whoever comes here has read it
+        body = data[needed - head.length : needed] if head.length else b""
+        self._buffer = data[needed:] if len(data) > needed else b""
+        self._needed = 0
+        self._head = None
+        fronts.idle.remove(self)
+        fronts.bodies.remove(self)
+        fronts.fresh.discard(self)
+        work = self._answer(self._request(head, body), len(body))
+        self._task = fronts.loop.create_task(work)
+
+    def _read_head(self, data: bytes) -> Head | None:
+        """The head of a request in the common form; None for any other."""
+        if len(data) > self._fronts.most_head or not data.isascii():
+            return None
+        return read_head(data)
+
+    def _request(self, head: Head, body: bytes) -> Request:
+        port, headers = self._fronts.port, CIMultiDictProxy(head.headers)
+        path, _, query = head.target.partition("?")
+        if self._peer is None:
+            name = self.transport.get_extra_info("peername")
+            self._peer = _address(name)
+        return Request(
+            head.method,
+            path,
+            query=query,
+            headers=headers,
+            body=Body(
+                content_type=headers.get("content-type", ""),
+                whole=body,
+                limit=port.http.max_body_size,
+                decoders=port.dispatch.types.decoders,
+            )
+            if body
+            else None,
+            id=port.request_id(headers),
+            peer=self._peer,
+            trusted=port.trusted,
+        )
+
+    # --- what goes out
+
+    async def _answer(self, request: Request, received: int) -> None:
+        port = self._fronts.port
+        context = self._context = port.dispatch.open(request)
+        try:
+            reply = await port.dispatch.answer(context, self._early)
+            if isinstance(reply.body, bytes) and not reply.committed:
+                if port.http.compression_threshold:
+                    await port.pack(reply, context)
+                sent = self._whole(reply, reply.body)
+                port.answered(context, reply.status, sent, received)
+            else:
+                delivery = self._delivery = self._delivery or Delivery(self, context, self._task)
+                await delivery.send(reply)
+                port.streamed(context, delivery, received)
+        except (asyncio.CancelledError, ConnectionError):
+            if self._delivery is not None:
+                self._delivery.end()
+            context.abort(DISCONNECTED)
+            port.lost(context)
+            self.transport.abort()
+        except Exception as error:  # noqa: BLE001  # nobody after us would answer it
+            port.lost(context)
+            self._failed(error)
+        finally:
+            self._context = self._task = self._delivery = None
+        self._after()
+
+    def _after(self) -> None:
+        """Go on to what has arrived meanwhile, or wait for it."""
+        if self.transport.is_closing():
+            return
+        if self._closing:
+            self.transport.close()
+        elif self._buffer:
+            self.transport.resume_reading()
+            # What one request has set in its context is not the next one's.
+            self._fronts.loop.call_soon(self._next, context=self._fronts.context)
+        else:
+            self._fronts.idle.add(self)
+
+    def _early(self, reply: Reply) -> None:
+        """Send a stream's head, as its first item is late."""
+        if self._context is not None:
+            self._delivery = Delivery(self, self._context, self._task)
+            self._delivery.begin(reply)
+
+    def _whole(self, reply: Reply, body: bytes) -> int:
+        """Send an answer that has all its bytes; how many there are in its body."""
+        headers = reply.headers
+        if reply.status in _BODILESS:
+            body = b""
+            headers.popall("Content-Length", None)
+        else:
+            headers["Content-Length"] = str(len(body))
+        if body:
+            headers.setdefault("Content-Type", OCTETS)
+        head = self._head_bytes(reply.status, headers)
+        if len(body) < _LARGE:
+            self.transport.write(head + body)
+        else:
+            self.transport.write(head)
+            self.transport.write(body)
+        return len(body)
+
+    async def head(self, reply: Reply) -> None:
+        """Prepare a stream's head, to go out with the first of its bytes."""
+        headers = reply.headers
+        bare = reply.status in _BODILESS
+        length = headers.get("Content-Length")
+        if not bare:
+            headers.setdefault("Content-Type", OCTETS)
+        self._chunked = not bare and length is None
+        if self._chunked:
+            headers["Transfer-Encoding"] = "chunked"
+        self._left = None if self._chunked else 0 if bare else int(length or 0)
+        self._unsent = self._head_bytes(reply.status, headers)
+
+    def write(self, data: bytes) -> Awaitable[None] | None:
+        """Send a part of a stream; what to await where the client is behind."""
+        if self._left is not None:
+            # What is more than was promised would be the beginning of another answer.
+            data = data[: self._left]
+            self._left -= len(data)
+        if len(data) >= _LARGE:
+            self._write_large(data)
+        elif data:
+            framed = b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
+            self._send(framed)
+        return self._drained
+
+    def _write_large(self, data: bytes) -> None:
+        """As `write`, without copies of what is large."""
+        self._send(b"%x\r\n" % len(data) if self._chunked else b"")
+        self.transport.write(data)
+        if self._chunked:
+            self.transport.write(b"\r\n")
+
+    async def end(self) -> None:
+        """End a stream; who was promised more than came sees it by the connection's end."""
+        self._send(b"0\r\n\r\n" if self._chunked else b"")
+        if self._left:
+            self._closing = True
+
+    def _send(self, data: bytes) -> None:
+        """Send bytes; the head, where they are the first, in one with them."""
+        if self._unsent:
+            data, self._unsent = self._unsent + data, b""
+        if data:
+            self.transport.write(data)
+
+    def _head_bytes(self, status: int, headers: CIMultiDict[str]) -> bytes:
+        """A head. Raises `ValueError` for what would be more than one line of it."""
+        headers["Server"] = SERVER
+        headers.setdefault("Date", self._fronts.date())
+        if self._closing:
+            headers["Connection"] = "close"
+        elif headers.get("Connection", "").lower() == "close":
+            self._closing = True
+        lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
+        text = "".join(lines)
+        if not text.count("\n") == text.count("\r") == len(lines):
+            message = "a header of the answer holds the end of a line"
+            raise ValueError(message)
+        first = _STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n"
+        return f"{first}{text}\r\n".encode()
+
+    def _failed(self, error: Exception) -> None:
+        """Answer what cannot be sent as it is; end what had begun."""
+        begun = self._delivery is not None and self._delivery.begun and not self._unsent
+        self._unsent = b""
+        self._closing = True
+        if begun:
+            logger.error("an answer broke off: %s", type(error).__name__, exc_info=error)
+            return
+        headers, body = refusal(500, logging.ERROR, error)
+        self._whole(Reply(500, headers), body)
+
+
+def _address(name: Any) -> str:
+    """A client's address; none for a socket in a folder."""
+    return str(cast("tuple[object, ...]", name)[0]) if isinstance(name, tuple) else ""

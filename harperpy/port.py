@@ -1,0 +1,131 @@
+"""Port: what all connections of one port have in common."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import re
+import secrets
+import time
+import zlib
+from collections.abc import Mapping
+from http import HTTPStatus
+
+from multidict import CIMultiDict
+
+from .caching import vary
+from .context import Context
+from .delivery import Delivery
+from .dispatch import Dispatch
+from .meter import Meter
+from .negotiation import EVENTS, JSON
+from .rendering import Reply
+from .sections import HttpConfig
+from .sse import encode_json
+
+SERVER = "harperpy"
+# What a connection may hold for a slow reader before its producer has to wait.
+UNSENT_BYTES = 64 * 1024
+_CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_ZERO = re.compile(r"\s*q=0(\.0*)?\s*")
+_GZIP = zlib.MAX_WBITS | 16
+# More than this is compressed where it keeps nobody waiting.
+_MUCH = 64 * 1024
+
+logger = logging.getLogger("harperpy.wire")
+
+
+class Port:
+    """A dispatch, how it is reached, and who counts. `trusted` marks the local socket."""
+
+    def __init__(
+        self,
+        dispatch: Dispatch,
+        http: HttpConfig,
+        *,
+        trusted: bool = False,
+        meter: Meter | None = None,
+    ) -> None:
+        self.dispatch = dispatch
+        self.http = http
+        self.trusted = trusted
+        self.meter = meter
+        self._prefix = new_id("req_")
+        self._count = itertools.count(1)
+
+    def request_id(self, headers: Mapping[str, str]) -> str:
+        """The client's own id of a request, else one of ours."""
+        told = headers.get("x-request-id")
+        if told is not None and _CLIENT_ID.fullmatch(told):
+            return told
+        return f"{self._prefix}{next(self._count):06x}"
+
+    def answered(self, context: Context, status: int, sent: int, received: int) -> None:
+        """Count a whole answer, and the bytes of both bodies."""
+        if self.meter is not None:
+            ms = (time.perf_counter() - context.started) * 1000
+            self.meter.answered(context.app, context.method, status, ms, sent, received)
+
+    def streamed(self, context: Context, delivery: Delivery, received: int) -> None:
+        """Count a streamed answer that has come to its end."""
+        if self.meter is not None:
+            path, method, begun = context.app, context.method, delivery.begun
+            ms = (begun - context.started) * 1000
+            self.meter.answered(path, method, delivery.status, ms, delivery.sent, received)
+            self.meter.transferred(path, method, (time.perf_counter() - begun) * 1000)
+
+    def lost(self, context: Context) -> None:
+        """Count an answer that its client did not wait for."""
+        if self.meter is not None:
+            self.meter.lost(context.app, context.method)
+
+    async def pack(self, reply: Reply, context: Context) -> None:
+        """Make a whole answer smaller where that is wanted, and its client takes it."""
+        threshold, headers, body = self.http.compression_threshold, reply.headers, reply.body
+        if not threshold or not isinstance(body, bytes) or len(body) <= threshold:
+            return
+        if "Content-Encoding" in headers or headers.get("Content-Type") == EVENTS:
+            return
+        vary(headers, "Accept-Encoding")
+        if _takes_gzip(context.headers.get("accept-encoding", "")):
+            headers["Content-Encoding"] = "gzip"
+            large = len(body) > _MUCH
+            reply.body = await asyncio.to_thread(_gzip, body) if large else _gzip(body)
+
+
+def new_id(kind: str) -> str:
+    """An id that nobody else makes."""
+    return f"{kind}{secrets.token_hex(6)}"
+
+
+def refusal(
+    status: int, level: int, reason: BaseException | str | None
+) -> tuple[CIMultiDict[str], bytes]:
+    """Headers and body of a refusal that no resource can word, noted in the log."""
+    refused = new_id("req_")
+    error = reason if isinstance(reason, BaseException) else None
+    logger.log(
+        level,
+        "%s answered %d before it was a request: %s",
+        refused,
+        status,
+        reason if error is None else type(error).__name__,
+        exc_info=error if status >= 500 else None,
+    )
+    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
+    headers = CIMultiDict({"Content-Type": JSON, "Server": SERVER, "x-request-id": refused})
+    return headers, encode_json({**body, "request_id": refused})
+
+
+def _gzip(data: bytes) -> bytes:
+    packing = zlib.compressobj(wbits=_GZIP)
+    return packing.compress(data) + packing.flush()
+
+
+def _takes_gzip(accept_encoding: str) -> bool:
+    """Whether a client asks for gzip by name, and not with a quality of 0."""
+    wanted = (part.partition(";") for part in accept_encoding.lower().split(","))
+    return any(
+        name.strip() == "gzip" and not _ZERO.fullmatch(quality) for name, _, quality in wanted
+    )
