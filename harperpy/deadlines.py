@@ -26,13 +26,15 @@ class Deadlines:
         # The oldest first: they are equally long.
         self._running: dict[Ends, float] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def __contains__(self, deadline: Ends) -> bool:
         return deadline in self._running
 
     def add(self, deadline: Ends) -> None:
         """Look after one more from now on."""
-        loop = asyncio.get_running_loop()
+        if (loop := self._loop) is None:
+            loop = self._loop = asyncio.get_running_loop()
         self._running[deadline] = when = loop.time() + self.seconds
         if self._timer is None:
             self._timer = loop.call_at(when, self._look, loop)

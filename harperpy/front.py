@@ -11,7 +11,7 @@ from http import HTTPStatus
 from time import time
 from typing import Any, cast
 
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDict
 
 from .content import Body
 from .context import Context
@@ -57,7 +57,7 @@ class Fronts:
         self.most_head = http.max_header_size
         self.most_body = min(http.max_body_size, _MOST_BODY_BYTES)
         self._second = 0
-        self._date = ""
+        self._stamp = ""
 
     def __call__(self) -> Front:
         """A new connection."""
@@ -72,12 +72,14 @@ class Fronts:
         """As `close`; cut off what takes longer than so many seconds."""
         await asyncio.gather(*(front.shutdown(seconds) for front in self.all))
 
-    def date(self) -> str:
-        """Now, as a head says it."""
+    def stamp(self) -> str:
+        """The end of a head: who answers, and when."""
         second = int(time())
         if second != self._second:
-            self._second, self._date = second, formatdate(second, usegmt=True)
-        return self._date
+            self._second = second
+            date = formatdate(second, usegmt=True)
+            self._stamp = f"Server: {SERVER}\r\nDate: {date}\r\n\r\n"
+        return self._stamp
 
 
 class Front(asyncio.Protocol):
@@ -191,60 +193,49 @@ class Front(asyncio.Protocol):
 
     def _next(self) -> None:
         """Serve the next request if it is here."""
-        data = self._buffer
+        data, fronts, head = self._buffer, self._fronts, self._head
         if not self._needed:
-            end = data.find(b"\r\n\r\n") + 4
-            self._head = head = self._read_head(data[:end]) if end >= 4 else None
-            if head is None or head.length > self._fronts.most_body:
+            self._head = head = (head and head.again(data)) or read_head(data, fronts.most_head)
+            if head is None or head.length > fronts.most_body:
+                self._needed = 0
                 self._hand_over()
                 return
-            self._needed = end + head.length
-        if len(data) < self._needed:
-            if self not in self._fronts.bodies:
-                self._fronts.idle.remove(self)
-                self._fronts.bodies.add(self)
-            return
-        self._start(data)
+            self._needed = head.size + head.length
+        if head is not None and len(data) >= self._needed:
+            self._start(data, head)
+        elif self not in fronts.bodies:
+            fronts.idle.remove(self)
+            fronts.bodies.add(self)
 
-    def _start(self, data: bytes) -> None:
+    def _start(self, data: bytes, head: Head) -> None:
         """Answer the request that is whole now."""
-        head, needed, fronts = self._head, self._needed, self._fronts
-        assert head is not None  # noqa: S101  # whoever comes here has read it
-        body = data[needed - head.length : needed] if head.length else b""
-        self._buffer = data[needed:] if len(data) > needed else b""
+        fronts, needed = self._fronts, self._needed
         self._needed = 0
-        self._head = None
+        self._buffer = data[needed:]
         fronts.idle.remove(self)
         fronts.bodies.remove(self)
         fronts.fresh.discard(self)
-        work = self._answer(self._request(head, body), len(body))
-        self._task = fronts.loop.create_task(work)
+        request = self._request(head, data[head.size : needed])
+        self._task = fronts.loop.create_task(self._answer(request, head.length))
 
-    def _read_head(self, data: bytes) -> Head | None:
-        """The head of a request in the common form; None for any other."""
-        if len(data) > self._fronts.most_head or not data.isascii():
-            return None
-        return read_head(data)
-
-    def _request(self, head: Head, body: bytes) -> Request:
-        port, headers = self._fronts.port, CIMultiDictProxy(head.headers)
-        path, _, query = head.target.partition("?")
+    def _request(self, head: Head, data: bytes) -> Request:
+        port, headers = self._fronts.port, head.headers
         if self._peer is None:
-            name = self.transport.get_extra_info("peername")
-            self._peer = _address(name)
-        return Request(
-            head.method,
-            path,
-            query=query,
-            headers=headers,
-            body=Body(
+            self._peer = _address(self.transport.get_extra_info("peername"))
+        body = None
+        if data:
+            body = Body(
+                whole=data,
                 content_type=headers.get("content-type", ""),
-                whole=body,
                 limit=port.http.max_body_size,
                 decoders=port.dispatch.types.decoders,
             )
-            if body
-            else None,
+        return Request(
+            head.method,
+            head.path,
+            query=head.query,
+            headers=headers,
+            body=body,
             id=port.request_id(headers),
             peer=self._peer,
             trusted=port.trusted,
@@ -301,14 +292,14 @@ class Front(asyncio.Protocol):
     def _whole(self, reply: Reply, body: bytes) -> int:
         """Send an answer that has all its bytes; how many there are in its body."""
         headers = reply.headers
+        headers.popall("Content-Length", None)
         if reply.status in _BODILESS:
-            body = b""
-            headers.popall("Content-Length", None)
+            body, length = b"", ""
         else:
-            headers["Content-Length"] = str(len(body))
+            length = f"Content-Length: {len(body)}\r\n"
         if body:
             headers.setdefault("Content-Type", OCTETS)
-        head = self._head_bytes(reply.status, headers)
+        head = self._head_bytes(reply.status, headers, length)
         if len(body) < _LARGE:
             self.transport.write(head + body)
         else:
@@ -327,7 +318,7 @@ class Front(asyncio.Protocol):
         if self._chunked:
             headers["Transfer-Encoding"] = "chunked"
         self._left = None if self._chunked else 0 if bare else int(length or 0)
-        self._unsent = self._head_bytes(reply.status, headers)
+        self._unsent = self._head_bytes(reply.status, headers, "")
 
     def write(self, data: bytes) -> Awaitable[None] | None:
         """Send a part of a stream; what to await where the client is behind."""
@@ -362,21 +353,21 @@ class Front(asyncio.Protocol):
         if data:
             self.transport.write(data)
 
-    def _head_bytes(self, status: int, headers: CIMultiDict[str]) -> bytes:
+    def _head_bytes(self, status: int, headers: CIMultiDict[str], length: str) -> bytes:
         """A head. Raises `ValueError` for what would be more than one line of it."""
-        headers["Server"] = SERVER
-        headers.setdefault("Date", self._fronts.date())
+        headers.popall("Server", None)
+        headers.popall("Date", None)
         if self._closing:
             headers["Connection"] = "close"
-        elif headers.get("Connection", "").lower() == "close":
-            self._closing = True
+        elif "Connection" in headers:
+            self._closing = headers["Connection"].lower() == "close"
         lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
         text = "".join(lines)
         if not text.count("\n") == text.count("\r") == len(lines):
             message = "a header of the answer holds the end of a line"
             raise ValueError(message)
         first = _STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n"
-        return f"{first}{text}\r\n".encode()
+        return f"{first}{text}{length}{self._fronts.stamp()}".encode()
 
     def _failed(self, error: Exception) -> None:
         """Answer what cannot be sent as it is; end what had begun."""
