@@ -11,7 +11,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help run test test-all chaos lint format docs clean
+.PHONY: help run test test-all chaos bench lint format docs clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test-all: lint ## the same with the slow tests, which repeat the others on the w
 
 chaos: .venv/.dev ## the ledger against all that can go wrong, for some minutes
 	$(BIN)/pytest tests/test_chaos.py -m slow
+
+bench: .venv/.bench ## measure it next to its peers; ARGS="--only chat --rounds 3" for some of it
+	@exec $(BIN)/python bench/run.py $(ARGS)
 
 lint: .venv/.dev ## style and types of the source
 	$(BIN)/ruff check
@@ -45,9 +48,9 @@ clean: ## remove everything made here, .venv too; a server's data stays
 	rm -rf .venv .node build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The environment is made again when its interpreter is gone (these two files then say nothing), and what is installed
+# The environment is made again when its interpreter is gone (these files then say nothing), and what is installed
 # in it is brought up to date when pyproject.toml changes.
-_ := $(shell test -x $(BIN)/python || rm -f .venv/.package .venv/.dev)
+_ := $(shell test -x $(BIN)/python || rm -f .venv/.package .venv/.dev .venv/.bench)
 
 $(BIN)/python:
 	@found=; reason="harperpy needs Python 3.11 or newer, and this machine has none by the name of $(CANDIDATES)"; \
@@ -72,4 +75,9 @@ $(BIN)/python:
 	@$(PIP) install --quiet --quiet --group dev
 	@$(BIN)/python -c 'import xllamacpp' 2>/dev/null || { \
 	    echo "The tests' model server cannot load: its system library libgomp.so.1 is missing (on Debian or Ubuntu: apt install libgomp1)." >&2; exit 1; }
+	@touch $@
+
+.venv/.bench: .venv/.package
+	@echo "Installing what is compared with into .venv"
+	@$(PIP) install --quiet --quiet --group bench
 	@touch $@
