@@ -13,7 +13,8 @@ from collections.abc import (
     Iterable,
     Sequence,
 )
-from typing import Any, ClassVar, Protocol, TypeAlias
+from types import GeneratorType
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeGuard
 
 from .errors import RegistrationError
 from .messages import (
@@ -211,9 +212,16 @@ def required(function: Callable[..., Any]) -> int:
     return sum(one.default is one.empty and one.kind not in optional for one in parameters)
 
 
+def is_awaitable(value: object) -> TypeGuard[Awaitable[Any]]:
+    """As `inspect.isawaitable`, which takes longer for what is none."""
+    if hasattr(value, "__await__"):
+        return True
+    return type(value) is GeneratorType and inspect.isawaitable(value)
+
+
 async def settled(value: Any) -> Any:
     """The value, awaited if it wants to be."""
-    return await value if inspect.isawaitable(value) else value
+    return await value if is_awaitable(value) else value
 
 
 async def _from_iterable(items: Iterable[Any]) -> AsyncIterator[Any]:

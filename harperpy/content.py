@@ -56,7 +56,7 @@ class Body:
         self.arriving = False
         """Whether it is being read and has not ended."""
         self._bytes: bytes | None = whole if chunks is None else None
-        self.content_type = content_type.partition(";")[0].strip().lower()
+        self.content_type = content_type and content_type.partition(";")[0].strip().lower()
 
     def __await__(self) -> Generator[Any, None, Any]:
         return self._decoded().__await__()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
@@ -13,6 +12,7 @@ from multidict import CIMultiDict
 
 from .accounting import Caller, current_caller
 from .auth import Authenticators, User
+from .backend import is_awaitable
 from .background import Background
 from .caching import keep_private, stamp, vary
 from .content import EventStream, Response, ResponseError
@@ -136,24 +136,22 @@ class Dispatch:
 
     def _mark(self, reply: Reply, found: Found | None, context: Context) -> None:
         """What every head carries: the resource's, the request's id, what other origins need."""
+        request, headers = context.request, reply.headers
         if found is not None:
             for name, value in _own_headers(found[0].resource, context).items():
-                reply.headers.setdefault(name, value)
-        request = context.request
-        if reply.keepalive is not None and found is not None and context.method == "GET":
-            reply.check = partial(self._check, context, found)
-        if stamp(reply.headers, context, reply.status) and isinstance(reply.body, bytes):
+                headers.setdefault(name, value)
+            if reply.keepalive is not None and request.method == "GET":
+                reply.check = partial(self._check, context, found)
+        if stamp(headers, context, reply.status) and isinstance(reply.body, bytes):
             reply.status, reply.body = 304, b""
-            reply.headers.pop("Content-Type", None)
-        keep_private(reply.headers, context, reply.status)
-        for name, value in self._cors.headers(request).items():
-            if name == "Vary":
-                vary(reply.headers, value)
-            else:
-                reply.headers[name] = value
-        reply.headers["x-request-id"] = request.id
+            headers.pop("Content-Type", None)
+        keep_private(headers, context, reply.status)
+        if told := self._cors.headers(request):
+            vary(headers, told.pop("Vary"))
+            headers.update(told)
+        headers["x-request-id"] = request.id
         if context.call_headers:
-            reply.headers.update(context.call_headers)
+            headers.update(context.call_headers)
 
     async def _answer(self, context: Context, found: Found | None, early: Early) -> Reply:
         request = context.request
@@ -225,7 +223,7 @@ class Dispatch:
         if context.request.websocket:
             check_handshake(context.headers)
         value = entry.handlers[verb](target, given, context)
-        return await self._in_time(value, entry, context) if inspect.isawaitable(value) else value
+        return await self._in_time(value, entry, context) if is_awaitable(value) else value
 
     async def _in_time(self, value: Awaitable[Any], entry: Entry, context: Context) -> Any:
         """What a verb returns, within its time."""

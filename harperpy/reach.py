@@ -37,7 +37,10 @@ def find(resources: Resources, types: ContentTypes, context: Context) -> Found |
 def verb_of(found: Found, context: Context) -> tuple[str, Verb]:
     """The verb and the permission for a request; who is not logged in learns no more than that."""
     entry, target = found
-    method, protocol = context.method, _protocol(context)
+    method = context.request.method
+    if (known := entry.direct.get(method)) is not None and not context.request.websocket:
+        return known
+    protocol = _protocol(context)
     verb, permission = METHOD_VERBS.get(method, ("", "read"))
     connects = verb == "get" and "connect" in entry.handlers
     reached = protocol in entry.protocols

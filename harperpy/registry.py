@@ -53,7 +53,8 @@ _PLAIN = (dict, list, tuple, set, frozenset, str, int, float, Mapping, msgspec.S
 class Entry:
     """A mounted resource: its handlers by verb, bound and cut to what they take, once.
 
-    `contracts` says, verb by verb, what they take and answer; `read` decodes what a WebSocket's
+    `contracts` says, verb by verb, what they take and answer; `direct` has the verb and permission
+    of each method, where nothing else decides; `read` decodes what a WebSocket's
     client sends.
     """
 
@@ -61,6 +62,7 @@ class Entry:
         "admits",
         "allow",
         "contracts",
+        "direct",
         "handlers",
         "owner",
         "path",
@@ -108,6 +110,7 @@ class Entry:
             answers.add("get")
         answered = [method for method, (verb, _) in METHOD_VERBS.items() if verb in answers]
         self.allow = (*answered, "OPTIONS")
+        self.direct = _direct(self)
 
     @property
     def verbs(self) -> tuple[str, ...]:
@@ -123,7 +126,9 @@ class Entry:
         if permission in self.public:
             return True
         try:
-            verdict = await settled(self.admits[permission](context.user, target, context))
+            verdict = self.admits[permission](context.user, target, context)
+            if verdict is not True:
+                verdict = await settled(verdict)
         except Exception:
             logger.exception("allow_%s of %s failed; denied", permission, self.resource.__name__)
             return False
@@ -237,6 +242,18 @@ class Resources:
         if entry.pattern is None:
             return self._entries, entry.path
         return self._patterns, entry.pattern.shape
+
+
+def _direct(entry: Entry) -> dict[str, tuple[str, Verb]]:
+    """The verb and the permission of a method, where nothing else decides."""
+    if entry.protocols != PROTOCOLS:
+        return {}
+    several = not entry.handlers.keys().isdisjoint(("search", "connect"))
+    return {
+        method: (verb, permission)
+        for method, (verb, permission) in METHOD_VERBS.items()
+        if verb in entry.handlers and not (several and verb == "get")
+    }
 
 
 def _below(segments: list[str], count: int) -> str:

@@ -188,10 +188,11 @@ def merged(context: Context, own: dict[str, str] | None = None) -> CIMultiDict[s
     Raises `ServerError` for a value that cannot be sent.
     """
     headers = CIMultiDict(own or {})
-    taken = frozenset(map(str.lower, headers)) - {"set-cookie"}
-    for name, value in context.response_headers.items():
-        if name.lower() not in taken:
-            headers.add(name, value)
+    if context.response_headers:
+        taken = frozenset(map(str.lower, headers)) - {"set-cookie"}
+        for name, value in context.response_headers.items():
+            if name.lower() not in taken:
+                headers.add(name, value)
     checked(headers, context)
     return headers
 
