@@ -13,7 +13,6 @@ from collections.abc import (
     Iterable,
     Sequence,
 )
-from types import GeneratorType
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeGuard
 
 from .errors import RegistrationError
@@ -214,9 +213,11 @@ def required(function: Callable[..., Any]) -> int:
 
 def is_awaitable(value: object) -> TypeGuard[Awaitable[Any]]:
     """As `inspect.isawaitable`, which takes longer for what is none."""
-    if hasattr(value, "__await__"):
-        return True
-    return type(value) is GeneratorType and inspect.isawaitable(value)
+    return hasattr(value, "__await__") or (inspect.isgenerator(value) and _is_coroutine(value))
+
+
+def _is_coroutine(generator: object) -> bool:
+    return inspect.isawaitable(generator)
 
 
 async def settled(value: Any) -> Any:
