@@ -95,7 +95,11 @@ class Journal:
     @property
     def position(self) -> tuple[int, int]:
         """The number of the segment that is written, and how far; those below it are full."""
-        return self._number, self._position
+        while True:
+            number, position = self._number, self._position
+            # Another thread asks, and one that is full may have been followed meanwhile.
+            if number == self._number:
+                return number, position
 
     def drop(self, number: int) -> None:
         """Remove a full segment: all that it holds is in the database."""
@@ -149,8 +153,9 @@ class Journal:
                 os.fdatasync(self._file)
         if self._file >= 0:
             os.close(self._file)
-        self._file, self._size, self._position = file, size, 0
+        # The number first: with it, an earlier one's position is too high, but never too low.
         self._number += 1
+        self._file, self._size, self._position = file, size, 0
         self._sizes[self._number] = size
 
     async def _synced(self) -> None:

@@ -76,10 +76,12 @@ class JournalReader:
         """All that the step brought is in the database."""
         self._at, self._open = step.at, step.open
 
-    def done(self, current: int) -> list[int]:
-        """The segments below the current one that nothing needs any more; they are forgotten."""
+    def done(self) -> list[int]:
+        """The segments that were read to their end and nothing needs any more; forgotten here."""
         needed = {number for number, _ in self._open.values()}
-        full = [number for number in self._at if number < current and number not in needed]
+        # A later one is begun only behind the end of the one before.
+        last = max(self._at, default=0)
+        full = [number for number in self._at if number < last and number not in needed]
         for number in full:
             del self._at[number]
         return full

@@ -165,7 +165,7 @@ class Mover:
             step = future.result()
             self._own.commit(step)
             self.journal.forget_late(step.late)
-            for number in self._own.done(self.journal.position[0]):
+            for number in self._own.done():
                 self.journal.drop(number)
             if step.left:
                 self._loop.call_soon_threadsafe(self._again, 0.0)

@@ -293,6 +293,23 @@ async def test_a_segment_goes_when_its_calls_have_rows(
             await server.server.core.ledger.flush()
 
 
+async def test_a_segment_that_fills_while_its_calls_are_moved_is_read_to_its_end(
+    tmp_path: Path,
+) -> None:
+    """However many calls end while others get their rows, each has one."""
+    async with running(root=tmp_path) as server:
+        ledger = server.server.core.ledger
+        assert ledger.keeper is not None
+        for number in range(1, 15_001):
+            one = call(number, model="m" * 200)
+            ledger.keeper.begin(one)
+            ledger.keeper.end(one)
+            if number % 50 == 0:
+                await asyncio.sleep(0)
+        await ledger.drain()
+    assert [(15_000,)] == told(tmp_path / "system.db", "SELECT count(*) FROM hdb_model_calls")
+
+
 # The roll-up
 
 
