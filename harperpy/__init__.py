@@ -1,17 +1,18 @@
 """harperpy: a programmable AI server. This is its face: all that a plugin author uses."""
 
-from .accounting import Admission, Attempt, Ledger, ModelCall
+from .accounting import Admission, Attempt, CallRow, Ledger, ModelCall, row_of
 from .analytics import Analytics
 from .audit import Deed
 from .auth import Authenticator, Basic, Bearer, Credential, Role, User, Verified, extract_tenant_id
 from .backend import ModelBackend, define_backend
 from .batches import Batched
 from .billing import Billing
+from .booking import Booking
 from .config import load_config, redacted
 from .content import Blob, Body, EventStream, Response, ResponseError, decode_json, json_response
 from .context import Context, get_context
 from .contracts import Contract, FieldError, Problem
-from .daily import count_calls, recount_days
+from .daily import recount_days
 from .database import Database
 from .deadlines import Deadlines
 from .doors import caller_address
@@ -47,7 +48,7 @@ from .errors import (
 )
 from .forms import Part, Parts
 from .hookspecs import BackendFactory, ModelEntry, hookimpl
-from .journal import Journal
+from .journal import Journal, Waiting
 from .journal_reader import JournalReader, JournalStep
 from .messages import (
     Capability,
@@ -141,7 +142,9 @@ __all__ = [
     "Billing",
     "Blob",
     "Body",
+    "Booking",
     "BudgetConfig",
+    "CallRow",
     "Capability",
     "CapabilityError",
     "Choice",
@@ -252,10 +255,10 @@ __all__ = [
     "User",
     "Vector",
     "Verified",
+    "Waiting",
     "base64_of",
     "caller_address",
     "completion_id",
-    "count_calls",
     "decode_json",
     "define_backend",
     "difference",
@@ -278,4 +281,5 @@ __all__ = [
     "read_permission",
     "recount_days",
     "redacted",
+    "row_of",
 ]

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import msgspec
 
@@ -140,6 +140,15 @@ class ModelCall(msgspec.Struct, kw_only=True, omit_defaults=True):
     price_version: str | None = None
     reserved_tokens: int | None = None
     reserved_cost: float | None = None
+
+
+CallRow: TypeAlias = tuple[Any, ...]
+"""The values of a `ModelCall`, in the order of its fields."""
+
+
+def row_of(call: ModelCall) -> CallRow:
+    """A call as it stands now."""
+    return msgspec.structs.astuple(call)
 
 
 Subscriber: TypeAlias = Callable[[ModelCall], None]

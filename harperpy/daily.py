@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.dialects.sqlite import Insert, insert
 
 from .system import (
     COSTS,
@@ -18,18 +18,26 @@ from .system import (
     hdb_model_calls_daily,
 )
 
-_DIGITS = 9
+DIGITS = 9
 """A cost is a whole number of billionths: sums of them are rounded to that, so none drifts."""
+DAY_MS = 86_400_000
 
 
 def day_of(created: sa.ColumnElement[Any]) -> sa.ColumnElement[str]:
     """The day of a time in ms since 1970, as `2026-01-31`."""
-    return sa.func.date(created / 1000, "unixepoch")
+    # As Python reckons it: no time near midnight has two days.
+    day = sa.cast(created / DAY_MS, sa.Integer)
+    return sa.func.date(day * (DAY_MS // 1000), "unixepoch")
 
 
-def count_calls(connection: sa.Connection, ids: Iterable[int]) -> None:
-    """Add calls that were just written to their days. In the transaction that wrote them."""
-    _add(connection, hdb_model_calls.c.id.in_(list(ids)))
+def growing(into: Insert) -> Insert:
+    """What is inserted is added to the sums of its day, where there are some."""
+    # No parameter: the text of the statement is all that there is of it.
+    digits: sa.ColumnElement[int] = sa.literal_column(str(DIGITS))
+    daily = hdb_model_calls_daily.c
+    grown: dict[str, Any] = {one: daily[one] + into.excluded[one] for one in COUNTS}
+    grown |= {one: sa.func.round(daily[one] + into.excluded[one], digits) for one in COSTS}
+    return into.on_conflict_do_update(index_elements=["day", *DIMENSIONS], set_=grown)
 
 
 def recount_days(connection: sa.Connection, days: Iterable[str]) -> None:
@@ -41,7 +49,7 @@ def recount_days(connection: sa.Connection, days: Iterable[str]) -> None:
 
 
 def _add(connection: sa.Connection, which: sa.ColumnElement[bool]) -> None:
-    calls, daily = hdb_model_calls.c, hdb_model_calls_daily.c
+    calls = hdb_model_calls.c
     keys = [day_of(calls[CREATED]), *(sa.func.coalesce(calls[one], "") for one in DIMENSIONS)]
     total = sa.func.total
     counts = [
@@ -50,9 +58,7 @@ def _add(connection: sa.Connection, which: sa.ColumnElement[bool]) -> None:
         sa.func.sum(sa.case((calls.success & calls.cost.is_(None), 1), else_=0)),
         *(sa.func.coalesce(sa.func.sum(calls[one]), 0) for one in TOKENS),
     ]
-    costs = [sa.func.round(total(calls[one]), _DIGITS) for one in COSTS]
+    costs = [sa.func.round(total(calls[one]), DIGITS) for one in COSTS]
     added = sa.select(*keys, *counts, *costs).where(which).group_by(*keys)
-    into = insert(hdb_model_calls_daily).from_select(["day", *DIMENSIONS, *COUNTS, *COSTS], added)
-    grown: dict[str, Any] = {one: daily[one] + into.excluded[one] for one in COUNTS}
-    grown |= {one: sa.func.round(daily[one] + into.excluded[one], _DIGITS) for one in COSTS}
-    connection.execute(into.on_conflict_do_update(index_elements=["day", *DIMENSIONS], set_=grown))
+    names = ["day", *DIMENSIONS, *COUNTS, *COSTS]
+    connection.execute(growing(insert(hdb_model_calls_daily).from_select(names, added)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import msgspec
 
-from .accounting import ModelCall
+from .accounting import CallRow, ModelCall, row_of
 from .errors import ServiceUnavailable
+
+logger = logging.getLogger("harperpy.accounting")
 
 INTENT, OUTCOME = b"I", b"O"
 """What a line begins with: a call that is made, and how it ended. The rest is the call as JSON."""
@@ -22,7 +25,14 @@ LOCK = "lock"
 _SEGMENT = 1 << 20
 # What an outcome adds to its intent: numbers, and the reason it ended for.
 _MOST_ADDED = 1024
-_encode = msgspec.json.Encoder().encode
+_encode = msgspec.json.Encoder().encode_into
+
+
+class Waiting(msgspec.Struct):
+    """Calls that have ended, as rows, and the segments that nothing needs when they are booked."""
+
+    rows: list[CallRow]
+    full: list[int]
 
 
 class Journal:
@@ -30,24 +40,28 @@ class Journal:
 
     Its files (segments) are filled one after the other. The room that each call's outcome takes is
     set aside on disk before the call is made, so a full disk refuses new calls and loses none.
-    `most` bounds, in bytes, what waits for the database. With `fsync` what was noted is safe from
-    a power cut when `synced` returns; without, only from the end of the process, however it ends.
+    `most` bounds, in bytes, what waits for the database; this process has it in memory as well, and
+    reads nothing back. With `fsync` what was noted is safe from a power cut when `synced` returns;
+    without, only from the end of the process, however it ends.
     """
 
     def __init__(self, folder: Path, *, most: int, fsync: bool = False) -> None:
         self.path = folder / f"{time.time_ns() // 1000}-{os.getpid()}-{id(self)}"
         self.synced: Callable[[], Awaitable[None]] | None = self._synced if fsync else None
         self.told: Callable[[], None] = lambda: None
-        """Called after each outcome."""
+        """Called after an outcome that is the first to wait."""
         self._most = most
         self._closing = False
         self._lock = self._file = -1
         self._number = 0
         self._position = self._size = 0
-        self._promised: dict[int, int] = {}
+        self._line = bytearray()
+        self._promised: dict[int, tuple[int, int]] = {}
         self._sum = 0
         self._sizes: dict[int, int] = {}
-        self._late: list[ModelCall] = []
+        self._ended: list[CallRow] = []
+        self.forgotten = 0
+        """How many calls that ended do not wait any more."""
         self._noted = self._safe = 0
         self._syncing: asyncio.Future[None] | None = None
 
@@ -56,55 +70,61 @@ class Journal:
         if self._closing:
             message = "the server is stopping"
             raise ServiceUnavailable(message)
-        line = _line(INTENT, call)
-        promise = len(line) + _MOST_ADDED
-        needed = len(line) + self._sum + promise
+        self._encode(INTENT, call)
+        length = len(self._line)
+        promise = length + _MOST_ADDED
+        needed = length + self._sum + promise
         try:
             if self._position + needed > self._size:
                 self._new_segment(needed)
-            self._write(line)
+            self._write()
         except OSError as error:
             message = f"the journal of model calls cannot be written: {error.strerror or error}"
             raise ServiceUnavailable(message, headers={"Retry-After": "1"}) from error
-        self._promised[call.id] = promise
+        self._promised[call.id] = promise, self._number
         self._sum += promise
 
     def end(self, call: ModelCall) -> None:
         """Note how a call ended, in the room set aside for it."""
         if self._lock < 0:
             return
-        line = _line(OUTCOME, call)
+        row = row_of(self._encode(OUTCOME, call))
         try:
-            self._write(line)
-        except OSError:
-            # A disk that fails: what reads the journal takes it from here.
-            self._late.append(call)
-        self._sum -= self._promised.pop(call.id, 0)
-        self.told()
+            self._write()
+        except OSError as error:
+            logger.warning("the end of model call %d is in memory alone: %s", call.id, error)
+        self._sum -= self._promised.pop(call.id, (0, 0))[0]
+        self._ended.append(row)
+        if len(self._ended) == 1:
+            self.told()
         if self._closing and not self._promised:
             self._let_go()
 
-    def late(self) -> list[ModelCall]:
-        """Calls whose end a broken disk refused."""
-        return list(self._late)
-
-    def forget_late(self, count: int) -> None:
-        """So many of them are safe elsewhere."""
-        del self._late[:count]
-
     @property
-    def position(self) -> tuple[int, int]:
-        """The number of the segment that is written, and how far; those below it are full."""
-        while True:
-            number, position = self._number, self._position
-            # Another thread asks, and one that is full may have been followed meanwhile.
-            if number == self._number:
-                return number, position
+    def waits(self) -> int:
+        """How many calls that ended do."""
+        return len(self._ended)
 
-    def drop(self, number: int) -> None:
-        """Remove a full segment: all that it holds is in the database."""
-        (self.path / str(number)).unlink(missing_ok=True)
-        self._sizes.pop(number, None)
+    def waiting(self, most: int | None = None) -> Waiting:
+        """The first of the calls that have ended, at most so many. In any thread."""
+        # In this order: what comes between is kept for the next time.
+        below = self._number
+        needed = {segment for _, segment in list(self._promised.values())}
+        rows = self._ended[:most]
+        if len(rows) < len(self._ended):
+            # Those left may be in any of them.
+            return Waiting(rows, [])
+        return Waiting(
+            rows, [one for one in list(self._sizes) if one < below and one not in needed]
+        )
+
+    def forget(self, waiting: Waiting) -> None:
+        """These are in the database, or never will be; they were the first. In any one thread."""
+        del self._ended[: len(waiting.rows)]
+        self.forgotten += len(waiting.rows)
+        for number in waiting.full:
+            (self.path / str(number)).unlink(missing_ok=True)
+            self._sizes.pop(number, None)
 
     def close(self, *, empty: bool) -> None:
         """Take no more calls. Remove the folder if all that it holds is in the database.
@@ -123,7 +143,20 @@ class Journal:
         os.close(self._lock)
         self._lock = self._file = -1
 
-    def _write(self, line: bytes) -> None:
+    def _encode(self, kind: bytes, call: ModelCall) -> ModelCall:
+        """Make its line. The call, without what no text can hold."""
+        line = self._line
+        line[:] = kind
+        try:
+            _encode(call, line, 1)
+        except (UnicodeEncodeError, TypeError, OverflowError):
+            call = _plain(call)
+            _encode(call, line, 1)
+        line += b"\n"
+        return call
+
+    def _write(self) -> None:
+        line = self._line
         if os.pwrite(self._file, line, self._position) != len(line):
             message = "only a part was written"
             raise OSError(message)
@@ -153,9 +186,8 @@ class Journal:
                 os.fdatasync(self._file)
         if self._file >= 0:
             os.close(self._file)
-        # The number first: with it, an earlier one's position is too high, but never too low.
-        self._number += 1
         self._file, self._size, self._position = file, size, 0
+        self._number += 1
         self._sizes[self._number] = size
 
     async def _synced(self) -> None:
@@ -211,13 +243,6 @@ def _allocate(file: int, size: int) -> None:
     else:
         os.pwrite(file, bytes(size), 0)
         os.fsync(file)
-
-
-def _line(kind: bytes, call: ModelCall) -> bytes:
-    try:
-        return b"%b%b\n" % (kind, _encode(call))
-    except (UnicodeEncodeError, TypeError, OverflowError):
-        return b"%b%b\n" % (kind, _encode(_plain(call)))
 
 
 def _plain(call: ModelCall) -> ModelCall:

@@ -38,7 +38,6 @@ class JournalStep(msgspec.Struct):
     open: dict[int, tuple[int, bytes]]
     left: bool = False
     spoilt: int = 0
-    late: int = 0
 
 
 class JournalReader:
@@ -52,22 +51,11 @@ class JournalReader:
         self._at: dict[int, int] = {}
         self._open: dict[int, tuple[int, bytes]] = {}
 
-    @property
-    def position(self) -> tuple[int, int]:
-        """The last segment that was read, and how far."""
-        return max(self._at.items(), default=(0, 0))
-
-    def step(self, until: tuple[int, int] | None = None) -> JournalStep:
-        """Read on to a bound, and not beyond `until` (a segment and a place in it)."""
+    def step(self) -> JournalStep:
+        """Read on to a bound."""
         step = JournalStep([], dict(self._at), dict(self._open))
         for number in self._segments():
-            most = _READ
-            if until is not None:
-                if number > until[0]:
-                    break
-                if number == until[0]:
-                    most = min(_READ, until[1] - step.at.get(number, 0))
-            step.left = self._read(number, step, most)
+            step.left = self._read(number, step)
             if step.left:
                 break
         return step
@@ -75,16 +63,6 @@ class JournalReader:
     def commit(self, step: JournalStep) -> None:
         """All that the step brought is in the database."""
         self._at, self._open = step.at, step.open
-
-    def done(self) -> list[int]:
-        """The segments that were read to their end and nothing needs any more; forgotten here."""
-        needed = {number for number, _ in self._open.values()}
-        # A later one is begun only behind the end of the one before.
-        last = max(self._at, default=0)
-        full = [number for number in self._at if number < last and number not in needed]
-        for number in full:
-            del self._at[number]
-        return full
 
     @classmethod
     @contextlib.contextmanager
@@ -128,12 +106,12 @@ class JournalReader:
             return []
         return sorted(int(name) for name in names if name.isdecimal())
 
-    def _read(self, number: int, step: JournalStep, most: int) -> bool:
+    def _read(self, number: int, step: JournalStep) -> bool:
         """Read on in a segment; whether it holds more."""
         at = step.at.setdefault(number, 0)
         try:
             with (self.path / str(number)).open("rb") as file:
-                read = os.pread(file.fileno(), most, at)
+                read = os.pread(file.fileno(), _READ, at)
         except FileNotFoundError:
             return False
         # A line that is not whole yet is left for the next time; beyond it there is nothing.
@@ -141,7 +119,7 @@ class JournalReader:
         step.at[number] = at + len(whole)
         for line in _LINES.findall(whole):
             self._understand(line, number, step)
-        return most == _READ == len(read) and bool(whole)
+        return len(read) == _READ and bool(whole)
 
     def _understand(self, line: bytes, number: int, step: JournalStep) -> None:
         kind, text = line[:1], line[1:]

@@ -8,20 +8,18 @@ import time
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import msgspec
-from sqlalchemy import Connection, delete
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import Connection, delete, exc
 
 from harperpy import (
+    Booking,
     HarperError,
     Journal,
     JournalReader,
-    JournalStep,
     ModelCall,
     Scope,
-    count_calls,
+    Waiting,
+    row_of,
 )
 
 from . import reconciliation
@@ -31,7 +29,11 @@ _MOVE_SECONDS = 0.1
 _RETRY_SECONDS = 1.0
 _CLEANING_SECONDS = 3600.0
 _DAY_MS = 86_400_000
-_MOST_IDS = 500
+# What is wrong with a row, and not with the database.
+_UNFIT = (exc.InterfaceError, exc.ProgrammingError, exc.IntegrityError, OverflowError)
+# More would keep other writers from their turn.
+_MOST_ROWS = 1000
+_PAUSE_SECONDS = 0.002
 
 
 async def handle_application(scope: Scope) -> None:
@@ -64,7 +66,9 @@ class Mover:
         self._database = scope.database
         self._logger = scope.logger
         self._loop = asyncio.get_running_loop()
-        self._own = JournalReader(journal.path)
+        self._booking = Booking()
+        self._most = _MOST_ROWS
+        self._taken = Waiting([], [])
         self._others: dict[Path, JournalReader] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
@@ -83,8 +87,10 @@ class Mover:
         """Give rows to what processes noted that are no more, and remove what they left."""
         with JournalReader.orphans(self._folder) as orphans:
             for one in orphans:
-                await self._database.run(partial(self._bury, one))
-                one.remove()
+                burying = self._database.submit(partial(self._bury, one))
+                # Before the database's next work: what that deletes is not found here again.
+                burying.add_done_callback(partial(_remove, one))
+                await asyncio.wrap_future(burying)
 
     async def begin(self) -> None:
         """Adopt what earlier processes left behind, as soon as the database takes it."""
@@ -129,46 +135,48 @@ class Mover:
             self._timer = self._loop.call_later(_MOVE_SECONDS, self._submit)
 
     async def _move_own(self) -> None:
-        target = self.journal.position
-        while True:
-            await asyncio.wrap_future(self._submit())
-            if self._own.position >= target:
-                return
+        journal = self.journal
+        target = journal.forgotten + journal.waits
+        while journal.forgotten < target:
+            with contextlib.suppress(*_UNFIT):
+                await asyncio.wrap_future(self._submit())
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _submit(self) -> Future[JournalStep]:
+    def _submit(self) -> Future[Waiting]:
         self._stop_timer()
         future = self._database.submit(self._move)
         future.add_done_callback(self._moved)
         return future
 
-    def _move(self, connection: Connection) -> JournalStep:
-        step = self._own.step(self.journal.position)
-        late = self.journal.late()
-        for call in late:
-            step.open.pop(call.id, None)
-        self._write(connection, step.ended + late)
-        step.late = len(late)
-        return step
+    def _move(self, connection: Connection) -> Waiting:
+        self._taken = self.journal.waiting(self._most)
+        self._booking.add(connection, self._taken.rows)
+        return self._taken
 
-    def _moved(self, future: Future[JournalStep]) -> None:
+    def _moved(self, future: Future[Waiting]) -> None:
         """In the database's thread, before its next work: forget what is safe, or try again."""
-        with contextlib.suppress(RuntimeError):
-            if (error := future.exception()) is not None:
-                self._logger.error("model calls wait in the journal: %s", error)
-                self._loop.call_soon_threadsafe(self._again, _RETRY_SECONDS)
-                return
-            step = future.result()
-            self._own.commit(step)
-            self.journal.forget_late(step.late)
-            for number in self._own.done():
-                self.journal.drop(number)
-            if step.left:
-                self._loop.call_soon_threadsafe(self._again, 0.0)
+        if (error := future.exception()) is None:
+            self.journal.forget(future.result())
+            self._most = min(2 * self._most, _MOST_ROWS)
+        pause = _PAUSE_SECONDS if error is None else self._failed(error)
+        if self.journal.waits:
+            with contextlib.suppress(RuntimeError):  # it is closed
+                self._loop.call_soon_threadsafe(self._again, pause)
+
+    def _failed(self, error: BaseException) -> float:
+        """When to try again; a row that no try will ever bring into the database is let go."""
+        if not isinstance(error, _UNFIT):
+            self._logger.error("model calls wait in the journal: %s", error)
+            return _RETRY_SECONDS
+        if len(self._taken.rows) == 1:
+            self._logger.error("model call %s makes no row: %s", self._taken.rows[0], error)
+            self.journal.forget(self._taken)
+        self._most = 1
+        return 0.0
 
     def _again(self, seconds: float) -> None:
         if self._timer is None and not self._closed:
@@ -181,7 +189,7 @@ class Mover:
         self._others = {path: self._others.get(path, one) for path, one in found.items()}
         for reader in self._others.values():
             step = reader.step()
-            self._write(connection, step.ended)
+            self._book(connection, step.ended)
             if not step.spoilt:
                 reader.commit(step)
 
@@ -189,17 +197,12 @@ class Mover:
         step = orphan.everything()
         if step.spoilt:
             self._logger.error("%d lines of the journal make no sense", step.spoilt)
-        self._write(connection, step.ended)
+        self._book(connection, step.ended)
 
-    def _write(self, connection: Connection, calls: list[ModelCall]) -> None:
-        table = self._database.model_calls
-        fresh = insert(table).on_conflict_do_nothing().returning(table.c.id)
-        for at in range(0, len(calls), _MOST_IDS):
-            rows = [_row(call) for call in calls[at : at + _MOST_IDS]]
-            count_calls(connection, connection.scalars(fresh, rows))
+    def _book(self, connection: Connection, calls: list[ModelCall]) -> None:
+        self._booking.add(connection, [row_of(call) for call in calls])
 
 
-def _row(call: ModelCall) -> dict[str, Any]:
-    row = msgspec.structs.asdict(call)
-    row["__createdtime__"] = row.pop("created")
-    return row
+def _remove(buried: JournalReader, burying: Future[None]) -> None:
+    if not burying.cancelled() and burying.exception() is None:
+        buried.remove()

@@ -62,6 +62,7 @@ ORDER = (
     "gate",
     "system",
     "daily",
+    "booking",
     "migrations",
     "tables",
     "database",

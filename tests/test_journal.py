@@ -310,6 +310,26 @@ async def test_a_segment_that_fills_while_its_calls_are_moved_is_read_to_its_end
     assert [(15_000,)] == told(tmp_path / "system.db", "SELECT count(*) FROM hdb_model_calls")
 
 
+async def test_a_call_that_makes_no_row_keeps_no_other_from_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What no database takes is in the log; the calls before and after it have their rows."""
+    nonsense: Any = ["m"]
+    async with running(root=tmp_path) as server:
+        ledger = server.server.core.ledger
+        assert ledger.keeper is not None
+        for number in range(1, 501):
+            one = call(number, model=nonsense if number % 200 == 0 else "m")
+            ledger.keeper.begin(one)
+            ledger.keeper.end(one)
+        async with asyncio.timeout(10):
+            while len(rows := await server.rows()) < 498:  # noqa: ASYNC110  # no event tells
+                await asyncio.sleep(0)
+
+    assert not {200, 400} & {row["id"] for row in rows}
+    assert 2 == caplog.text.count("makes no row")
+
+
 # The roll-up
 
 

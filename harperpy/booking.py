@@ -1,0 +1,125 @@
+"""Booking: model calls become rows, and are added to their days."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from itertools import chain
+from operator import itemgetter
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.dialects import sqlite
+
+from .accounting import CallRow, ModelCall
+from .daily import DAY_MS, DIGITS, growing
+from .system import COSTS, CREATED, DIMENSIONS, TOKENS, hdb_model_calls, hdb_model_calls_daily
+
+# What SQLite runs as one statement waits for the interpreter once, and not once a row.
+_TOGETHER = 20
+_SLICE = 200
+_MOST_SHAPES = 64
+_AT = {name: at for at, name in enumerate(ModelCall.__struct_fields__)}
+_ID, _CREATED, _SUCCESS, _COST = (_AT[name] for name in ("id", "created", "success", "cost"))
+_FLAGS = frozenset(_AT[name] for name in ("success", "usage_estimated"))
+_COLUMNS = [
+    (column.name, _AT["created" if column.name == CREATED else column.name])
+    for column in hdb_model_calls.columns
+]
+_SUMS = [_AT[name] for name in TOKENS], [_AT[name] for name in COSTS]
+_who_and_what = itemgetter(*(_AT[name] for name in DIMENSIONS))
+
+
+class Booking:
+    """Writes calls to `system.hdb_model_calls`, and adds them to their days.
+
+    The statements are compiled once, and run by the driver on plain tuples. A column in which none
+    of the rows at hand has a value is left out: to bind nothing takes longer than to bind a text.
+    """
+
+    def __init__(self) -> None:
+        ids = sa.func.json_each(sa.bindparam("ids")).table_valued("value")
+        among = hdb_model_calls.c.id.in_(sa.select(ids.c.value))
+        self._known = _text(sa.select(hdb_model_calls.c.id).where(among))
+        self._grow = _text(growing(sqlite.insert(hdb_model_calls_daily)))
+        self._inserts: dict[tuple[str, ...], tuple[str, str]] = {}
+
+    def add(self, connection: sa.Connection, rows: Sequence[CallRow]) -> None:
+        """Write these; one whose id is there already is left as it is."""
+        for at in range(0, len(rows), _SLICE):
+            fresh = self._unknown(connection, rows[at : at + _SLICE])
+            if fresh:
+                self._insert(connection, fresh)
+                connection.exec_driver_sql(self._grow, list(_days(fresh)))
+
+    def _unknown(self, connection: sa.Connection, rows: Sequence[CallRow]) -> list[CallRow]:
+        by_id = {row[_ID]: row for row in rows}
+        ids = msgspec.json.encode(list(by_id)).decode()
+        for (known,) in connection.exec_driver_sql(self._known, (ids,)).fetchall():
+            del by_id[known]
+        return list(by_id.values())
+
+    def _insert(self, connection: sa.Connection, rows: Sequence[CallRow]) -> None:
+        columns: list[tuple[Any, ...]] = list(zip(*rows, strict=True))
+        used = [(name, at) for name, at in _COLUMNS if _has_some(columns[at])]
+        one, many = self._statements(tuple(name for name, _ in used))
+        # The driver takes an integer as it is, and for anything else looks for an adapter.
+        values = zip(
+            *(map(int, columns[at]) if at in _FLAGS else columns[at] for _, at in used), strict=True
+        )
+        ready = list(values)
+        whole = len(ready) - len(ready) % _TOGETHER
+        batches = [
+            tuple(chain.from_iterable(ready[at : at + _TOGETHER]))
+            for at in range(0, whole, _TOGETHER)
+        ]
+        if batches:
+            connection.exec_driver_sql(many, batches)
+        if whole < len(ready):
+            connection.exec_driver_sql(one, ready[whole:])
+
+    def _statements(self, names: tuple[str, ...]) -> tuple[str, str]:
+        """What inserts these columns of one row, and of several."""
+        found = self._inserts.get(names)
+        if found is None:
+            if len(self._inserts) >= _MOST_SHAPES:
+                self._inserts.clear()
+            row: dict[str, Any] = dict.fromkeys(names)
+            into = sa.insert(hdb_model_calls)
+            found = _text(into.values([row])), _text(into.values([row] * _TOGETHER))
+            self._inserts[names] = found
+        return found
+
+
+def _text(statement: sa.sql.expression.ClauseElement) -> str:
+    return str(statement.compile(dialect=sqlite.dialect()))
+
+
+def _has_some(column: Sequence[Any]) -> bool:
+    return column[0] is not None or column.count(None) < len(column)
+
+
+def _days(rows: Sequence[CallRow]) -> Iterator[CallRow]:
+    """What the rows add, one for each day and who and what."""
+    groups: dict[tuple[int, CallRow], list[CallRow]] = {}
+    for row in rows:
+        key = int(row[_CREATED] / DAY_MS), _who_and_what(row)
+        groups.setdefault(key, []).append(row)
+    tokens, costs = _SUMS
+    for (day, key), group in groups.items():
+        columns: list[tuple[Any, ...]] = list(zip(*group, strict=True))
+        success = sum(columns[_SUCCESS])
+        yield (
+            datetime.fromtimestamp(day * DAY_MS / 1000, UTC).date().isoformat(),
+            *(one or "" for one in key),
+            len(group),
+            len(group) - success,
+            list(zip(columns[_SUCCESS], columns[_COST], strict=True)).count((True, None)),
+            *(_total(columns[at]) for at in tokens),
+            *(round(_total(columns[at]), DIGITS) for at in costs),
+        )
+
+
+def _total(column: CallRow) -> Any:
+    return sum(filter(None, column))
