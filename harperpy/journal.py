@@ -166,7 +166,8 @@ class Journal:
     def _new_segment(self, needed: int) -> None:
         if self._lock < 0:
             self._lock = _own(self.path)
-        size = max(_SEGMENT, needed)
+        # As much again for the next ones: where many run at a time, they share it, too.
+        size = max(_SEGMENT, 2 * needed)
         # One beside the one that is full there always is, or nothing would ever go on.
         if sum(list(self._sizes.values())) + size > max(self._most, self._size + size):
             message = f"{self._most} bytes wait for the database"

@@ -293,6 +293,22 @@ async def test_a_segment_goes_when_its_calls_have_rows(
             await server.server.core.ledger.flush()
 
 
+async def test_thousands_of_calls_at_a_time_share_their_segments(tmp_path: Path) -> None:
+    """What is set aside for the ends of those that run does not fill the journal by itself."""
+    calls = [call(number) for number in range(1, 5001)]
+    async with running(root=tmp_path) as server:
+        ledger = server.server.core.ledger
+        assert ledger.keeper is not None
+        for one in calls:
+            ledger.keeper.begin(one)
+        (part,) = (tmp_path / "journal").iterdir()
+        assert len([*part.iterdir()]) < 8
+        for one in calls:
+            ledger.keeper.end(one)
+        await ledger.drain()
+    assert [(5000,)] == told(tmp_path / "system.db", "SELECT count(*) FROM hdb_model_calls")
+
+
 async def test_a_segment_that_fills_while_its_calls_are_moved_is_read_to_its_end(
     tmp_path: Path,
 ) -> None:
