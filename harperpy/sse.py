@@ -32,12 +32,15 @@ def plain(value: object) -> Any:
 
 _encode = msgspec.json.Encoder(decimal_format="number", enc_hook=plain).encode
 
+encode_text = _encode
+"""As `encode_json`, of text alone: no number that is none need be looked for."""
+
 
 def encode_json(value: Any) -> bytes:
     """JSON; what is a number in Python but none in JSON (NaN, Infinity) is null."""
     data = _encode(value)
-    # msgspec writes such a Decimal as Python calls it.
-    if b"NaN" in data or b"Infinity" in data:
+    # msgspec writes such a Decimal as Python calls it. A byte alone is found ten times faster.
+    if (b"N" in data and b"NaN" in data) or (b"I" in data and b"Infinity" in data):
         return _encode(
             _finite(msgspec.to_builtins(value, builtin_types=_AS_THEY_ARE, enc_hook=plain))
         )
@@ -145,24 +148,29 @@ class SSEDecoder:
         self._limit = limit
         self._started = False
 
-    def feed(self, read: bytes) -> Iterator[str]:
-        """The data of each event that this read completes."""
-        pending = self._pending + read
+    def feed(self, read: bytes) -> Sequence[str]:
+        """The data of each event that this read completes.
+
+        Raises for what is beyond the limit when no event before it is left to be told.
+        """
+        pending = self._pending + read if self._pending else read
         if not self._started:
             if _BOM.startswith(pending) and pending != _BOM:
                 self._pending = pending
-                return
+                return ()
             pending = pending.removeprefix(_BOM)
             self._started = True
-        start = 0
-        for end in _EVENT_END.finditer(pending):
-            if (data := _data_of(pending[start : end.start()])) is not None:
-                yield data
-            start = end.end()
-        self._pending = pending[start:]
-        if len(self._pending) > self._limit:
+        if b"\r" in pending:
+            *events, self._pending = _EVENT_END.split(pending)
+            told = [data for event in events if (data := _data_of(event)) is not None]
+        else:
+            # Nearly all write LF alone.
+            whole, _, self._pending = pending.rpartition(b"\n\n")
+            told = _plain_data(whole) if whole else []
+        if len(self._pending) > self._limit and not told:
             message = f"an event of more than {self._limit} bytes"
             raise BackendError(message)
+        return told
 
     def end(self) -> Iterator[str]:
         """The data of an event that the stream ended in the middle of, for senders that forget."""
@@ -171,12 +179,25 @@ class SSEDecoder:
             yield data
 
 
+def _plain_data(events: bytes) -> list[str]:
+    """The data of events whose lines end in LF alone."""
+    told: list[str] = []
+    for event in events.decode("utf-8", "replace").split("\n\n"):
+        if event.startswith("data: ") and "\n" not in event:
+            told.append(event[6:])
+        elif (data := _data_in(event)) is not None:
+            told.append(data)
+    return told
+
+
 def _data_of(event: bytes) -> str | None:
+    return _data_in(event.decode(errors="replace"))
+
+
+def _data_in(event: str) -> str | None:
     """The joined data lines of one event; None where it has none (a comment, a bare id)."""
-    if event.startswith(b"data: ") and b"\n" not in event and b"\r" not in event:
-        return event[6:].decode(errors="replace")
     lines: list[str] = []
-    for line in _LINE_ENDS.split(event.decode(errors="replace")):
+    for line in _LINE_ENDS.split(event):
         field, _, value = line.partition(":")
         if field == "data":
             lines.append(value.removeprefix(" "))
