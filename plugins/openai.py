@@ -142,7 +142,7 @@ class OpenAI(ModelBackend):
         await self._transport.close()
 
     async def _listing(self) -> Listing:
-        return await self._transport.get("/models", Listing, most=MOST_BYTES)
+        return await self._transport.whole("/models", None, Listing, most=MOST_BYTES)
 
     def _chat(self, prompt: Prompt, opts: GenerateOpts, *, stream: bool) -> bytes:
         return chat_body(prompt, opts, model=opts.model, limit_name=self._limit_name, stream=stream)

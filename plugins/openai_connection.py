@@ -6,7 +6,7 @@ It reads what RFC 9112 allows and gives up on what two parties could read differ
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import httptools
@@ -27,99 +27,125 @@ class Answering:
 
     __slots__ = (
         "_connection",
+        "_counted",
         "_error",
-        "_first",
+        "_fields",
         "_held",
         "_idle",
-        "_parts",
         "_total",
         "_waiter",
-        "headers",
+        "_waits",
+        "parts",
         "status",
     )
 
     def __init__(self, connection: Connection, total: Deadlines, idle: Deadlines) -> None:
         self.status = 0
-        self.headers: Mapping[str, str] = {}
+        self.parts: list[bytes] = []
+        self._fields: Sequence[tuple[bytes, bytes]] = ()
         self._connection: Connection | None = connection
-        self._parts: list[bytes] = []
-        self._held = 0
+        self._counted = self._held = 0
         self._error: BackendError | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._first: Deadlines | None = None
+        self._waits: Deadlines | None = None
         self._total, self._idle = total, idle
         total.add(self)
 
-    async def head(self, first: Deadlines) -> None:
-        """Wait for the head. Raises `BackendError`."""
-        if not self.status:
-            await self._wait(first)
-        if self._error is not None and not self.status:
-            raise self._error
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Those of the head, by their names in lower case."""
+        return {
+            name.lower().decode("latin-1"): value.decode("latin-1") for name, value in self._fields
+        }
+
+    def head(self, first: Deadlines | None) -> asyncio.Future[None]:
+        """Done when the head is there; without `first` it takes as long as the whole may.
+
+        Raises `BackendError`.
+        """
+        coming = self._coming(first)
+        if self._connection is None:
+            self.wake()
+        return coming
 
     async def read(self) -> bytes:
         """What has come since the last time; nothing at the end. Raises `BackendError`."""
-        if not self._parts:
+        parts = self.parts
+        if not parts:
             if self._connection is not None:
-                await self._wait(self._idle)
-            if not self._parts:
+                await self._coming(self._idle)
+            if not parts:
                 if self._error is not None:
                     raise self._error
                 return b""
-        parts = self._parts
         data = parts[0] if len(parts) == 1 else b"".join(parts)
-        self._parts = []
-        self._held = 0
+        parts.clear()
+        self._counted = self._held = 0
         if self._connection is not None:
             self._connection.go_on()
         return data
 
     def close(self) -> None:
         """Break off what has not come yet."""
-        self._parts = []
+        self.parts.clear()
         if self._connection is not None:
             self._connection.abort()
             self.end(None)
 
-    def begin(self, status: int, headers: dict[str, str]) -> None:
+    def begin(self, status: int, fields: Sequence[tuple[bytes, bytes]]) -> None:
         """The head is there."""
-        self.status, self.headers = status, headers
-        self._wake()
+        self.status, self._fields = status, fields
+        self.wake()
 
-    def take(self, data: bytes) -> bool:
-        """A piece of the body; whether it has become too much to hold."""
-        self._parts.append(data)
-        self._held += len(data)
-        self._wake()
+    def count(self) -> int:
+        """How many bytes have come into `parts` since the last time."""
+        parts = self.parts
+        fresh = sum(map(len, parts[self._counted :] if self._counted else parts))
+        self._counted = len(parts)
+        self._held += fresh
+        return fresh
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it has become too much to hold."""
         return self._held > _MOST_HELD
 
     def end(self, error: BackendError | None) -> None:
         """Nothing more comes: it is complete, or this went wrong."""
         self._connection, self._error = None, error
         self._total.remove(self)
-        self._wake()
+        self.wake()
 
     def expire(self) -> None:
         """It took too long."""
         connection = self._connection
         if connection is not None:
-            self._parts = []
+            self.parts.clear()
             self.end(BackendTimeout())
             connection.abort()
 
-    async def _wait(self, deadlines: Deadlines) -> None:
-        waiter = self._waiter = asyncio.get_running_loop().create_future()
-        deadlines.add(self)
-        try:
-            await waiter
-        finally:
-            self._waiter = None
-            deadlines.remove(self)
-
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """There is news for who waits."""
         waiter = self._waiter
-        if waiter is not None and not waiter.done():
+        if waiter is None:
+            return
+        self._waiter = None
+        if self._waits is not None:
+            self._waits.remove(self)
+        if waiter.done():
+            return
+        if self._error is not None and not self.status:
+            waiter.set_exception(self._error)
+        else:
             waiter.set_result(None)
+
+    def _coming(self, deadlines: Deadlines | None) -> asyncio.Future[None]:
+        """Done at the next news. Who is cancelled meanwhile closes, which ends the wait as well."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        self._waits = deadlines
+        if deadlines is not None:
+            deadlines.add(self)
+        return self._waiter
 
 
 class Connection(asyncio.Protocol):
@@ -127,6 +153,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_answering",
+        "_beside",
         "_body",
         "_bounded",
         "_complete",
@@ -138,10 +165,14 @@ class Connection(asyncio.Protocol):
         "_odd",
         "_parser",
         "_paused",
-        "_raw",
         "_reused",
         "_transport",
+        "_whole",
+        "on_body",
     )
+
+    on_body: Callable[[bytes], None]
+    """Where a piece of a body goes: no frame of ours for each of what may be thousands."""
 
     def __init__(
         self, free: Callable[[Connection], None], gone: Callable[[Connection], None]
@@ -151,7 +182,7 @@ class Connection(asyncio.Protocol):
         self._parser: Any = None
         self._answering: Answering | None = None
         self._headers: list[tuple[bytes, bytes]] = []
-        self._raw = self._body = 0
+        self._beside = self._body = self._whole = 0
         self._bounded = self._complete = self._excess = False
         self._lasts = self._paused = self._reused = False
         self._odd = ""
@@ -163,12 +194,13 @@ class Connection(asyncio.Protocol):
 
     def ask(self, request: bytes, total: Deadlines, idle: Deadlines) -> Answering:
         """Send a whole request; its answer is to come."""
+        answering = self._answering = Answering(self, total, idle)
         self._reused = self._parser is not None
+        self.on_body = answering.parts.append
         self._parser = httptools.HttpResponseParser(self)
         self._headers = []
-        self._raw = self._body = 0
+        self._beside = self._body = 0
         self._bounded = self._complete = self._excess = False
-        answering = self._answering = Answering(self, total, idle)
         self._transport.write(request)
         return answering
 
@@ -195,22 +227,32 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Read on in the answer; what nobody has asked for ends the connection."""
-        if self._answering is None:
+        answering = self._answering
+        if answering is None:
             self._transport.abort()
             return
-        self._raw += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._excess = self._complete
             if not self._complete:
                 self._odd = self._odd or f"{type(error).__name__}: {error}"
-        if not self._odd and self._raw - self._body > _MOST_HEAD + _MOST_FRAMING * self._body:
-            self._odd = "too much beside its body"
+        if self._excess:
+            del answering.parts[self._whole :]
+        body = answering.count()
+        self._body += body
+        self._beside += len(data) - body
+        if self._beside > _MOST_HEAD + _MOST_FRAMING * self._body:
+            self._odd = self._odd or "too much beside its body"
         if self._odd:
             self._fail(BackendError(f"the provider's answer is malformed: {self._odd}"))
         elif self._complete:
             self._end()
+        elif body:
+            if answering.is_full and not self._paused:
+                self._paused = True
+                self._transport.pause_reading()
+            answering.wake()
 
     def eof_received(self) -> None:
         """Nothing more comes, so nothing more is sent."""
@@ -227,7 +269,7 @@ class Connection(asyncio.Protocol):
             return
         told = f"{type(exc).__name__}: {exc}" if exc else "it was closed"
         error = BackendError(f"the connection to the provider was lost: {told}")
-        error.stale = self._reused and not self._raw
+        error.stale = self._reused and not self._beside
         self._fail(error)
 
     # --- httptools' side
@@ -247,30 +289,21 @@ class Connection(asyncio.Protocol):
         self._headers = []
         if self._complete or self._answering is None or 100 <= status < 200:
             return
-        known = {name.lower().decode("latin-1"): value.decode("latin-1") for name, value in headers}
-        coded = known.get("transfer-encoding")
-        self._bounded = coded is not None or "content-length" in known or status in (204, 304)
+        known = {name.lower(): value for name, value in headers}
+        coded = b"transfer-encoding" in known
+        self._bounded = coded or b"content-length" in known or status in (204, 304)
         self._odd = _oddity(known, headers)
         if status < 100 or self._parser.get_http_version() not in _VERSIONS:
             self._odd = "its status line is none of HTTP/1.1"
         if not self._odd:
-            self._answering.begin(status, known)
-
-    def on_body(self, body: bytes) -> None:
-        """A piece of it."""
-        answering = self._answering
-        if self._odd or self._complete or answering is None:
-            return
-        self._body += len(body)
-        if answering.take(body) and not self._paused:
-            self._paused = True
-            self._transport.pause_reading()
+            self._answering.begin(status, headers)
 
     def on_message_complete(self) -> None:
         """The end, unless it was one that only announces another."""
-        if not self._complete:
+        if not self._complete and self._answering is not None:
             self._complete = self._parser.get_status_code() >= 200
             self._lasts = self._parser.should_keep_alive()
+            self._whole = len(self._answering.parts)
 
     def _end(self) -> None:
         answering, self._answering = self._answering, None
@@ -290,15 +323,15 @@ class Connection(asyncio.Protocol):
             answering.end(error)
 
 
-def _oddity(known: dict[str, str], headers: list[tuple[bytes, bytes]]) -> str:
+def _oddity(known: dict[bytes, bytes], headers: Sequence[tuple[bytes, bytes]]) -> str:
     """What keeps a head from being understood; nothing if it can be."""
-    coded = known.get("transfer-encoding")
+    coded = known.get(b"transfer-encoding")
     if coded is not None:
         twice = sum(name.lower() == b"transfer-encoding" for name, _ in headers) > 1
-        if twice or coded.strip().lower() != "chunked":
+        if twice or coded.strip().lower() != b"chunked":
             return "its Transfer-Encoding is not chunked"
-        if "content-length" in known:
+        if b"content-length" in known:
             return "it has a Content-Length beside its Transfer-Encoding"
-    if known.get("content-encoding", "identity").strip().lower() != "identity":
+    if known.get(b"content-encoding", b"identity").strip().lower() != b"identity":
         return "its Content-Encoding was not asked for"
     return ""

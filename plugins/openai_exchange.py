@@ -30,7 +30,11 @@ class Exchange(Protocol):
     """An answer whose head is there. Header names are in lower case."""
 
     status: int
-    headers: Mapping[str, str]
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What its head says."""
+        ...
 
     async def read(self) -> bytes:
         """What has come of the body since the last time, at least a byte; nothing at its end.

@@ -49,9 +49,7 @@ class Pool:
         """Post, or get what has no body; the answer once its head is there."""
         request = self._request(path, body, call_id)
         connection = self._last() or await self._connect(first_byte)
-        first = self._first.get(first_byte)
-        if first is None:
-            first = self._first[first_byte] = Deadlines(first_byte)
+        first = self._until_head(first_byte)
         answering = connection.ask(request, self._total, self._idle)
         try:
             await answering.head(first)
@@ -78,6 +76,15 @@ class Pool:
             if connection.is_open:
                 return connection
         return None
+
+    def _until_head(self, seconds: float) -> Deadlines | None:
+        """The deadlines of heads; none where they may take as long as the whole."""
+        if seconds >= self._timeouts.total:
+            return None
+        first = self._first.get(seconds)
+        if first is None:
+            first = self._first[seconds] = Deadlines(seconds)
+        return first
 
     async def _connect(self, first_byte: float) -> Connection:
         loop = asyncio.get_running_loop()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator
 from typing import Literal, TypeVar
 
 import msgspec
 
-from harperpy import BackendError, Batched, GenerateChunk, SSEDecoder
+from harperpy import BackendError, Batched, GenerateChunk, HarperError, SSEDecoder
 
 from .openai_answers import ChunkReader
 from .openai_exchange import Exchange, Timeouts, Upstream
@@ -46,15 +46,29 @@ class Transport:
         kind = Pool if through == "own" else Session
         self._upstream: Upstream = kind(base, known, timeouts, kept=kept)
 
-    async def whole(self, path: str, body: bytes, kind: type[T], call_id: int | None = None) -> T:
-        """The JSON answer to a post, as `kind`. Raises `BackendError` and what `refusal` makes."""
-        exchange = await self._ask(path, body, self._timeouts.whole_first_byte, call_id)
-        return _decoded(await _read_all(exchange, _MOST_ANSWER), kind, path)
+    async def whole(
+        self,
+        path: str,
+        body: bytes | None,
+        kind: type[T],
+        call_id: int | None = None,
+        *,
+        most: int = _MOST_ANSWER,
+    ) -> T:
+        """The JSON answer to a post, or a get of what has no body, as `kind`.
 
-    async def get(self, path: str, kind: type[T], *, most: int) -> T:
-        """The JSON answer to a get, of at most so many bytes. Raises as `whole`."""
-        exchange = await self._ask(path, None, self._timeouts.whole_first_byte, None)
-        return _decoded(await _read_all(exchange, most), kind, path)
+        Raises `BackendError`, also for one of more than `most` bytes, and what `refusal` makes.
+        """
+        first_byte = self._timeouts.whole_first_byte
+        exchange = await self._upstream.send(path, body, first_byte, call_id)
+        if exchange.status != 200:
+            raise await self._refusal(exchange)
+        data = await _read_all(exchange, most)
+        try:
+            return msgspec.json.decode(data, type=kind)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            message = f"the answer from {path} is not what it should be"
+            raise BackendError(message) from error
 
     def chunks(
         self, path: str, body: bytes, n: int | None = None, call_id: int | None = None
@@ -69,15 +83,20 @@ class Transport:
         self, path: str, body: bytes, n: int | None, call_id: int | None
     ) -> AsyncGenerator[list[GenerateChunk]]:
         reader, events = ChunkReader(n), SSEDecoder()
-        exchange = await self._ask(path, body, self._timeouts.stream_first_byte, call_id)
+        first_byte = self._timeouts.stream_first_byte
+        exchange = await self._upstream.send(path, body, first_byte, call_id)
+        if exchange.status != 200:
+            raise await self._refusal(exchange)
         batch: list[GenerateChunk] = []
         try:
             while not reader.ended and (read := await exchange.read()):
-                _collect(batch, reader, events.feed(read))
+                for data in events.feed(read):
+                    batch += reader.read(data)
                 if batch:
                     yield batch
                     batch = []
-            _collect(batch, reader, events.end())
+            for data in events.end():
+                batch += reader.read(data)
         except BackendError:
             if batch:
                 yield batch
@@ -94,21 +113,10 @@ class Transport:
         """Close the connections."""
         await self._upstream.close()
 
-    async def _ask(
-        self, path: str, body: bytes | None, first_byte: float, call_id: int | None
-    ) -> Exchange:
-        """A good answer's head, and its body to be read. Raises what `refusal` makes of others."""
-        exchange = await self._upstream.send(path, body, first_byte, call_id)
-        if exchange.status != 200:
-            told = await _read_all(exchange, _MOST_ERROR)
-            raise refusal(exchange.status, told, exchange.headers, self._secret)
-        return exchange
-
-
-def _collect(batch: list[GenerateChunk], reader: ChunkReader, events: Iterable[str]) -> None:
-    """Add what the events bring; what came before one that is wrong is there when this raises."""
-    for data in events:
-        batch += reader.read(data)
+    async def _refusal(self, exchange: Exchange) -> HarperError:
+        """What an answer that is no good one means."""
+        told = await _read_all(exchange, _MOST_ERROR)
+        return refusal(exchange.status, told, exchange.headers, self._secret)
 
 
 async def _read_all(exchange: Exchange, most: int) -> bytes:
@@ -125,11 +133,3 @@ async def _read_all(exchange: Exchange, most: int) -> bytes:
     finally:
         exchange.close()
     return b"".join(parts)
-
-
-def _decoded(data: bytes, kind: type[T], path: str) -> T:
-    try:
-        return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        message = f"the answer from {path} is not what it should be"
-        raise BackendError(message) from error
