@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -20,10 +20,11 @@ from harperpy import (
 from .openai_calls import Called, Calls, Function, whole_call
 from .openai_refusals import our_code
 
+C = TypeVar("C", bound=Choice)
+
 _TEXTS = ("text_tokens", "audio_tokens", "image_tokens")
 _OF_PROMPT = (*_TEXTS, "cache_write_tokens")
 _OF_COMPLETION = (*_TEXTS, "accepted_prediction_tokens", "rejected_prediction_tokens")
-_OF_THE_WHOLE = (("system_fingerprint", str), ("service_tier", str), ("moderation", dict))
 _MOST_TOKENS = 2**53
 
 
@@ -44,23 +45,23 @@ class Usage(_Struct):
         asked, answered = _count(self.prompt_tokens), _count(self.completion_tokens)
         if asked is None and answered is None:
             return None
-        return TokenUsage(
-            prompt_tokens=asked,
-            completion_tokens=answered,
-            cached_tokens=_count((self.prompt_tokens_details or {}).get("cached_tokens")),
-            reasoning_tokens=_count((self.completion_tokens_details or {}).get("reasoning_tokens")),
-            prompt_details=_counts(self.prompt_tokens_details, _OF_PROMPT),
-            completion_details=_counts(self.completion_tokens_details, _OF_COMPLETION),
-        )
+        usage = TokenUsage(prompt_tokens=asked, completion_tokens=answered)
+        if details := self.prompt_tokens_details:
+            usage.cached_tokens = _count(details.get("cached_tokens"))
+            usage.prompt_details = _counts(details, _OF_PROMPT)
+        if details := self.completion_tokens_details:
+            usage.reasoning_tokens = _count(details.get("reasoning_tokens"))
+            usage.completion_details = _counts(details, _OF_COMPLETION)
+        return usage
 
 
-def _counts(details: dict[str, Any] | None, names: tuple[str, ...]) -> dict[str, int] | None:
-    found = ((name, _count((details or {}).get(name))) for name in names)
+def _counts(details: dict[str, Any], names: tuple[str, ...]) -> dict[str, int] | None:
+    found = ((name, _count(details.get(name))) for name in names)
     return {name: count for name, count in found if count is not None} or None
 
 
 def _count(value: Any) -> int | None:
-    if isinstance(value, float) and value.is_integer():
+    if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and 0 <= value < _MOST_TOKENS else None
 
@@ -118,9 +119,13 @@ class _Whole(_Struct):
         found: dict[str, Any] = {}
         if self.usage is not None and (usage := self.usage.tokens()) is not None:
             found["usage"] = usage
-        for name, kind in _OF_THE_WHOLE:
-            if isinstance(value := getattr(self, name), kind):
-                found[name] = value
+        if isinstance(self.system_fingerprint, str):
+            found["system_fingerprint"] = self.system_fingerprint
+        if isinstance(self.service_tier, str):
+            found["service_tier"] = self.service_tier
+        moderation = self.moderation
+        if isinstance(moderation, dict):
+            found["moderation"] = cast("Any", moderation)
         return found
 
 
@@ -168,33 +173,37 @@ _SILENCE = _Said()
 
 def whole_answer(completion: Completion, n: int | None) -> GenerateResult:
     """An answer's choices, as many as were asked for. Raises `BackendError` where there is none."""
-    given = sorted(completion.choices, key=lambda choice: choice.index)
-    choices = [_whole_choice(choice) for choice in given[: n or 1]]
-    if not choices:
+    given = completion.choices
+    if not given:
         message = "an answer without a choice"
         raise BackendError(message)
-    result = GenerateResult(**choices[0], **completion.told)
-    result.others = [Choice(**other) for other in choices[1:]]
+    if len(given) > 1:
+        given = sorted(given, key=lambda choice: choice.index)[: n or 1]
+    result = _whole_choice(given[0], GenerateResult)
+    for name, value in completion.told.items():
+        setattr(result, name, value)
+    if len(given) > 1:
+        result.others = [_whole_choice(choice, Choice) for choice in given[1:]]
     return result
 
 
-def _whole_choice(choice: _Choice) -> dict[str, Any]:
-    said = choice.message
+def _whole_choice(choice: _Choice, kind: type[C]) -> C:
+    said, likely = choice.message, choice.logprobs
     if said is None:
         message = "a choice without a message"
         raise BackendError(message)
     calls = [whole_call(call) for call in said.calls]
-    return {
-        "content": said.content or "",
-        "refusal": said.refusal,
-        "tool_calls": calls or None,
-        "finish_reason": finish_reason(choice.finish_reason or "stop", calls=bool(calls)),
-        "logprobs": choice.logprobs.content if choice.logprobs else None,
-        "refusal_logprobs": choice.logprobs.refusal if choice.logprobs else None,
-        "reasoning_content": said.thought,
-        "annotations": said.annotations,
-        "audio": said.audio,
-    }
+    return kind(
+        content=said.content or "",
+        refusal=said.refusal,
+        tool_calls=calls or None,
+        finish_reason=finish_reason(choice.finish_reason or "stop", calls=bool(calls)),
+        logprobs=likely.content if likely else None,
+        refusal_logprobs=likely.refusal if likely else None,
+        reasoning_content=said.thought,
+        annotations=said.annotations,
+        audio=said.audio,
+    )
 
 
 def finish_reason(given: str, *, calls: bool) -> Any:
@@ -288,29 +297,22 @@ class ChunkReader:
         return GenerateChunk(index=index, delta_tool_calls=held_back, finish_reason=reason)
 
     def _chunk(self, choice: _Choice) -> GenerateChunk | None:
-        index, said = choice.index, choice.delta or choice.message or _SILENCE
+        index, said = choice.index, choice.delta or choice.message or _Said()
         if index not in self._calls:
             if not 0 <= index < self._n:
                 return None
             self._calls[index] = Calls()
-        if (
-            choice.finish_reason
-            or choice.logprobs
-            or said.refusal
-            or said.tool_calls
-            or said.function_call
-            or said.reasoning_content
-            or said.reasoning
-            or said.annotations
-            or said.audio
-        ):
-            return self._more_than_text(choice, said)
-        return GenerateChunk(index=index, delta_content=said.content) if said.content else None
+        text, said.content = said.content, None
+        if said == _SILENCE and choice.finish_reason is None and choice.logprobs is None:
+            return GenerateChunk(index=index, delta_content=text) if text else None
+        return self._more_than_text(choice, said, text or None)
 
-    def _more_than_text(self, choice: _Choice, said: _Said) -> GenerateChunk | None:
+    def _more_than_text(
+        self, choice: _Choice, said: _Said, text: str | None
+    ) -> GenerateChunk | None:
         calls = self._calls[choice.index]
         deltas = calls.read(said.calls)
-        pieces = (said.content, said.refusal, deltas, said.thought, said.annotations, said.audio)
+        pieces = (text, said.refusal, deltas, said.thought, said.annotations, said.audio)
         likely = choice.logprobs and (choice.logprobs.content or choice.logprobs.refusal)
         reason = choice.finish_reason
         if reason:
@@ -320,7 +322,7 @@ class ChunkReader:
             return None
         return GenerateChunk(
             index=choice.index,
-            delta_content=said.content or None,
+            delta_content=text,
             delta_refusal=said.refusal or None,
             delta_tool_calls=deltas or None,
             delta_reasoning_content=said.thought,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -38,6 +39,9 @@ _PLAIN = (
     "service_tier",
     "store",
 )
+_SAID = ("name", "tool_call_id", "refusal", "reasoning_content", "audio")
+_said_of = attrgetter(*_SAID)
+_NOTHING = (None,) * len(_SAID)
 
 
 def chat_body(
@@ -51,9 +55,7 @@ def chat_body(
     }
     if model:
         body["model"] = model
-    for name in _PLAIN:
-        if (value := getattr(opts, name)) is not None:
-            body[name] = value
+    body |= {name: value for name in _PLAIN if (value := getattr(opts, name)) is not None}
     if opts.max_tokens is not None:
         body[limit_name] = opts.max_tokens
     if opts.response_format not in (None, "text"):
@@ -75,17 +77,14 @@ def encoded(body: dict[str, Any]) -> bytes:
 
 
 def _message(message: Message) -> dict[str, Any]:
-    body: dict[str, Any] = {"role": message.role}
-    if isinstance(message.content, str):
-        silent = message.tool_calls or message.refusal or message.audio
-        body["content"] = message.content or (None if silent else "")
-    else:
-        body["content"] = message.content
+    body: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.content == "" and (message.tool_calls or message.refusal or message.audio):
+        body["content"] = None
     if message.tool_calls:
         body["tool_calls"] = [openai_tool_call(call) for call in message.tool_calls]
-    for name in ("name", "tool_call_id", "refusal", "reasoning_content", "audio"):
-        if (value := getattr(message, name)) is not None:
-            body[name] = value
+    if (said := _said_of(message)) != _NOTHING:
+        given = zip(_SAID, said, strict=True)
+        body.update((name, value) for name, value in given if value is not None)
     return body
 
 
