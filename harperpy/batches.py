@@ -11,6 +11,8 @@ from .sse import SSE, Encoded
 T = TypeVar("T")
 
 _NONE: Any = object()
+# What stands around the data of a plain event.
+_BEFORE, _AFTER = b"data: ", b"\n\n"
 
 
 class Batched(AsyncIterator[T], Generic[T]):
@@ -43,25 +45,25 @@ class Batched(AsyncIterator[T], Generic[T]):
 class EncodedEvents(AsyncIterator[SSE]):
     """Events of plain one-line data, several at a time; for who sends them as their bytes."""
 
-    __slots__ = ("_texts",)
+    __slots__ = ("_batches", "_left")
 
-    def __init__(self, batches: AsyncIterator[Sequence[str]]) -> None:
-        self._texts = Batched(batches)
+    def __init__(self, batches: AsyncIterator[Encoded]) -> None:
+        self._batches = batches
+        self._left: Iterator[bytes] = iter(())
 
     async def __anext__(self) -> SSE:
-        return SSE(data=await anext(self._texts))
+        while (data := next(self._left, None)) is None:
+            batch = await anext(self._batches)
+            self._left = iter(batch[len(_BEFORE) : -len(_AFTER)].split(_AFTER + _BEFORE))
+        return SSE(data=data.decode())
 
-    async def encoded(self) -> AsyncIterator[Encoded]:
+    def encoded(self) -> AsyncIterator[Encoded]:
         """The bytes of each batch, the same that its events have one by one."""
-        try:
-            async for batch in self._texts.batches():
-                yield Encoded(("data: " + "\n\ndata: ".join(batch) + "\n\n").encode())
-        finally:
-            await self.aclose()
+        return self._batches
 
     async def aclose(self) -> None:
         """Close the source."""
-        await self._texts.aclose()
+        await aclose(self._batches)
 
 
 def batches_of(items: AsyncIterable[T] | Iterable[T]) -> AsyncIterator[Sequence[T]]:

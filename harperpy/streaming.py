@@ -13,7 +13,7 @@ from .backend import aclose
 from .batches import EncodedEvents, batches_of
 from .errors import HarperError, ServerError
 from .messages import Choice, GenerateChunk, TokenUsage, ToolCall, ToolCallDelta, as_json_text
-from .sse import SSE, encode_json
+from .sse import SSE, Encoded, encode_json, encode_text
 
 logger = logging.getLogger("harperpy.streaming")
 
@@ -59,16 +59,14 @@ def openai_usage(usage: TokenUsage) -> dict[str, Any]:
         "completion_tokens": answered,
         "total_tokens": asked + answered,
     }
-    of_prompt = dict(usage.prompt_details or {})
-    if usage.cached_tokens is not None:
-        of_prompt["cached_tokens"] = usage.cached_tokens
-    of_completion = dict(usage.completion_details or {})
-    if usage.reasoning_tokens is not None:
-        of_completion["reasoning_tokens"] = usage.reasoning_tokens
-    if of_prompt:
-        body["prompt_tokens_details"] = of_prompt
-    if of_completion:
-        body["completion_tokens_details"] = of_completion
+    if usage.prompt_details or usage.cached_tokens is not None:
+        body["prompt_tokens_details"] = of_prompt = dict(usage.prompt_details or {})
+        if usage.cached_tokens is not None:
+            of_prompt["cached_tokens"] = usage.cached_tokens
+    if usage.completion_details or usage.reasoning_tokens is not None:
+        body["completion_tokens_details"] = of_completion = dict(usage.completion_details or {})
+        if usage.reasoning_tokens is not None:
+            of_completion["reasoning_tokens"] = usage.reasoning_tokens
     return body
 
 
@@ -123,36 +121,41 @@ async def _events(
     encoder: _ChunkEncoder,
     *,
     include_usage: bool,
-) -> AsyncIterator[list[str]]:
-    """The data of the events that one batch after the other makes."""
+) -> AsyncIterator[Encoded]:
+    """The events that one batch after the other makes."""
     try:
         async for batch in source:
-            if deltas := [delta for token in batch for delta in encoder.deltas(token)]:
-                yield deltas
-        last = encoder.finish()
-        if include_usage and encoder.usage is not None:
-            last.append(encoder.usage_chunk(encoder.usage))
-        yield [*last, "[DONE]"]
+            if events := encoder.events(batch):
+                yield events
+        yield encoder.last(include_usage=include_usage)
     except Exception as error:
         if not encoder.started:
             raise
         logger.warning("a stream failed after it had begun: %r", error)
-        yield [encode_json(openai_error(error)).decode()]
+        yield Encoded(b"data: %b\n\n" % encode_json(openai_error(error)))
     finally:
         await aclose(source)
 
 
 class _Choice:
-    """What has been said of one answer of a stream; `head` is what stands before its deltas."""
+    """What has been said of one answer of a stream.
 
-    __slots__ = ("calls", "head", "index", "reason", "started")
+    `head` is what stands before its deltas, `text_head` what stands before one that is text.
+    """
 
-    def __init__(self, index: int, head: str) -> None:
+    __slots__ = ("calls", "head", "index", "reason", "started", "text_head")
+
+    def __init__(self, index: int, envelope: bytes) -> None:
         self.index = index
-        self.head = head
+        self.put_in(envelope)
         self.started = False
         self.reason: str | None = None
         self.calls: dict[str | int, int] = {}
+
+    def put_in(self, envelope: bytes) -> None:
+        """Take the envelope's beginning for that of each event."""
+        self.head = b'%b,"choices":[{"index":%d,"delta":' % (envelope, self.index)
+        self.text_head = self.head + b'{"content":'
 
 
 class _ChunkEncoder:
@@ -167,31 +170,60 @@ class _ChunkEncoder:
             "created": int(time.time()),
             "model": model,
         }
-        self._head = encode_json(self._envelope).decode()[:-1]
-        self._tail = '}],"usage":null}' if include_usage else "}]}"
-        self._plain_tail = f'}},"logprobs":null,"finish_reason":null{self._tail}'
+        self._head = self._opening()
+        self._tail = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
+        self._text_tail = b'},"logprobs":null,"finish_reason":null' + self._tail
         self._functions = functions
         self._choices: dict[int, _Choice] = {}
         self._last = -1
         self.started = False
         self.usage: TokenUsage | None = None
 
-    def deltas(self, token: GenerateChunk | str) -> list[str]:
-        """The chunks for one token: one for each kind of piece that it holds."""
-        if isinstance(token, str):
-            return [self._text(0, token)]
-        opened = self._opened(token.index) if token.index > self._last else []
-        if _is_text(token):
-            return [*opened, self._text(token.index, token.delta_content)]
-        return opened + self._pieces(token)
+    def events(self, batch: Iterable[GenerateChunk | str]) -> Encoded:
+        """The events of a batch: of each token one for each kind of piece that it holds."""
+        told: list[bytes] = []
+        for token in batch:
+            if isinstance(token, str):
+                self._add_text(0, token, told)
+                continue
+            if token.index > self._last:
+                self._open(token.index, told)
+            if _is_text(token):
+                self._add_text(token.index, token.delta_content, told)
+            else:
+                self._add_pieces(token, told)
+        return Encoded(b"".join(told))
 
-    def _opened(self, index: int) -> list[str]:
+    def last(self, *, include_usage: bool) -> Encoded:
+        """The last chunk of each choice: nothing new, and why it ended. Then the usage, the end."""
+        told: list[bytes] = []
+        for at in sorted(self._choices) or [0]:
+            one = self._choice(at)
+            reason = openai_finish_reason(
+                one.reason, calls=bool(one.calls), functions=self._functions
+            )
+            self._add(one, {}, told, reason)
+        if include_usage and self.usage is not None:
+            tail = encode_json({"choices": [], "usage": openai_usage(self.usage)})
+            told.append(b"%b,%b\n\n" % (self._head, tail[1:]))
+        return Encoded(b"".join([*told, b"data: [DONE]\n\n"]))
+
+    def _open(self, index: int, told: list[bytes]) -> None:
         """A beginning for each choice before this one: clients count them as they come."""
         lower = range(self._last + 1, index)
         self._last = index
-        return [self._chunk(self._choice(at), {"content": ""}) for at in lower]
+        for at in lower:
+            self._add(self._choice(at), {"content": ""}, told)
 
-    def _pieces(self, token: GenerateChunk) -> list[str]:
+    def _add_text(self, index: int, text: str | None, told: list[bytes]) -> None:
+        """As `_add`, by the shorter way that most chunks can go."""
+        choice = self._choices.get(index)
+        if choice is None or not choice.started:
+            self._add(self._choice(index), {"content": text}, told)
+        else:
+            told += (choice.text_head, encode_text(text), self._text_tail)
+
+    def _add_pieces(self, token: GenerateChunk, told: list[bytes]) -> None:
         if token.usage is not None:
             self.usage = token.usage
         self._tell(token)
@@ -206,36 +238,21 @@ class _ChunkEncoder:
         if token.delta_tool_calls and (calls := self._calls(choice, token.delta_tool_calls)):
             parts.append(calls)
         likely = openai_logprobs(token)
-        if likely is None:
-            return [self._chunk(choice, part) for part in parts]
-        first, *others = parts or [{"content": ""}]
-        return [
-            self._chunk(choice, first, logprobs=likely),
-            *(self._chunk(choice, part) for part in others),
-        ]
-
-    def finish(self) -> list[str]:
-        """The last chunk of each choice: nothing new, and why it ended."""
-        choices = [self._choices[index] for index in sorted(self._choices)] or [self._choice(0)]
-        return [
-            self._chunk(
-                one,
-                {},
-                openai_finish_reason(one.reason, calls=bool(one.calls), functions=self._functions),
-            )
-            for one in choices
-        ]
-
-    def usage_chunk(self, usage: TokenUsage) -> str:
-        """The chunk with the usage and no choice."""
-        tail = encode_json({"choices": [], "usage": openai_usage(usage)}).decode()
-        return f"{self._head},{tail[1:]}"
+        if likely is not None and not parts:
+            parts.append({"content": ""})
+        for part in parts:
+            self._add(choice, part, told, logprobs=likely)
+            likely = None
 
     def _choice(self, index: int) -> _Choice:
         choice = self._choices.get(index)
         if choice is None:
-            choice = self._choices[index] = _Choice(index, self._choice_head(index))
+            choice = self._choices[index] = _Choice(index, self._head)
         return choice
+
+    def _opening(self) -> bytes:
+        """What each event begins with."""
+        return b"data: " + encode_json(self._envelope)[:-1]
 
     def _tell(self, token: GenerateChunk) -> None:
         """Take into the envelope what a provider says of the whole answer."""
@@ -243,34 +260,26 @@ class _ChunkEncoder:
             told = getattr(token, name)
             if told is not None and told != self._envelope.get(name):
                 self._envelope[name] = told
-                self._head = encode_json(self._envelope).decode()[:-1]
+                self._head = self._opening()
                 for choice in self._choices.values():
-                    choice.head = self._choice_head(choice.index)
+                    choice.put_in(self._head)
 
-    def _choice_head(self, index: int) -> str:
-        return f'{self._head},"choices":[{{"index":{index},"delta":'
-
-    def _text(self, index: int, text: str | None) -> str:
-        """As `_chunk`, by the shorter way that most chunks can go."""
-        choice = self._choices.get(index)
-        if choice is None or not choice.started:
-            return self._chunk(self._choice(index), {"content": text})
-        return f'{choice.head}{{"content":{encode_json(text).decode()}{self._plain_tail}'
-
-    def _chunk(
+    def _add(
         self,
         choice: _Choice,
         delta: dict[str, Any],
+        told: list[bytes],
         reason: str | None = None,
         logprobs: dict[str, Any] | None = None,
-    ) -> str:
+    ) -> None:
         if not choice.started:
             choice.started = self.started = True
             delta = {"role": "assistant", **delta}
-        body = encode_json(delta).decode()
-        ended = f'"{reason}"' if reason else "null"
-        likely = encode_json(logprobs).decode() if logprobs else "null"
-        return f'{choice.head}{body},"logprobs":{likely},"finish_reason":{ended}{self._tail}'
+        ended = b'"%b"' % reason.encode() if reason else b"null"
+        likely = encode_json(logprobs) if logprobs else b"null"
+        body = encode_json(delta)
+        told += (choice.head, body, b',"logprobs":', likely, b',"finish_reason":', ended)
+        told.append(self._tail)
 
     def _calls(self, choice: _Choice, deltas: Iterable[ToolCallDelta | ToolCall]) -> dict[str, Any]:
         calls = [_call(choice, delta) for delta in deltas]
