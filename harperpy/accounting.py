@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import msgspec
 
 from .auth import User, extract_tenant_id
-from .errors import HarperError, TransactionError
+from .errors import HarperError
 from .signal import AbortSignal
 
 logger = logging.getLogger("harperpy.accounting")
@@ -72,27 +72,6 @@ class Caller:
     def tenant(self) -> str | None:
         """The tenant the user's calls are billed to."""
         return extract_tenant_id(self.user)
-
-
-class Asking:
-    """A `with` block that waits for a model: refused to who holds the database's write lock."""
-
-    __slots__ = ("_caller",)
-
-    def __init__(self, caller: Caller) -> None:
-        self._caller = caller
-
-    def __enter__(self) -> None:
-        if self._caller.writing:
-            message = (
-                "this request's transaction has written and keeps all other writers waiting, so no "
-                "model is asked now: ask it before the first write, or after `await tx.commit()`"
-            )
-            raise TransactionError(message)
-        self._caller.asking += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._caller.asking -= 1
 
 
 current_caller: ContextVar[Caller | None] = ContextVar("harperpy_caller", default=None)

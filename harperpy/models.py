@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any, TypeAlias, TypeVar, cast
 
 import msgspec
@@ -21,7 +22,7 @@ from .backend import (
     define_backend,
 )
 from .batches import Batched
-from .calls import Call, Opts, Recorder, Weigh, asked_tokens
+from .calls import Call, Opts, Weigh
 from .errors import BackendError, NotImplementedYet
 from .fanout import all_of, interleaved, joined, topped_up
 from .messages import (
@@ -41,6 +42,7 @@ from .messages import (
 from .parts import ContentPart, part_type
 from .permission import Permission
 from .prompts import options_in, to_prompt
+from .recorder import Recorder, asked_tokens
 from .routing import Candidate, Kind, ModelInfo, Registration, Routes
 from .vectors import Vector
 from .vocabulary import Vocabulary, embed_inputs
@@ -57,6 +59,8 @@ _IDLE: dict[Capability, tuple[Any, ...]] = {
     "store": (False,),
     "audio": (),
 }
+_needing = attrgetter(*_IDLE)
+_NOTHING = (None,) * len(_IDLE)
 _EVERYONES_PARTS = ("text", "refusal")
 
 OptsType = TypeVar("OptsType", GenerateOpts, EmbedOpts)
@@ -142,30 +146,15 @@ class Models:
         """
         prompt, settings = _ask(given, opts, options)
         calls = self._calls("generate", prompt, settings)
-
-        async def answer(call: Call) -> GenerateResult:
-            async def attempt(candidate: Candidate, recorder: Recorder) -> GenerateResult:
-                asked = call.prompt_for(candidate, prompt)
-                result = await _answer(candidate.backend, asked, call.opts_for(candidate, recorder))
-                if result.usage is None:
-                    told = [result.content, *(other.content for other in result.others)]
-                    tokens = sum(map(estimate_tokens, told))
-                    result.usage = recorder.estimate(prompt, tokens)
-                recorder.call.finish_reason = result.finish_reason
-                recorder.count(result.usage)
-                return result
-
-            return await call.whole(attempt)
-
         if len(calls) > 1:
-            return joined(await all_of([answer(call) for call in calls]))
-        result = await answer(calls[0])
+            return joined(await all_of([_answer(call, prompt) for call in calls]))
+        result = await _answer(calls[0], prompt)
         count = settings.n or 1
         if (given_many := 1 + len(result.others)) >= count:
             return result
         # Some providers do not know `n`, and do not say so.
         more = (self._one_call("generate", prompt, settings, at) for at in range(given_many, count))
-        return joined([result, *await all_of([answer(call) for call in more])])
+        return joined([result, *await all_of([_answer(call, prompt) for call in more])])
 
     def generate_stream(
         self, given: GenerateInput, *, opts: GenerateOpts | None = None, **options: Any
@@ -233,7 +222,9 @@ class Models:
     ) -> Call:
         caller = current_caller.get() or Caller()
         call = Call(self._ledger, method, opts, caller, weigh)
-        needs: dict[Capability, str] = {**dict.fromkeys(opts.requires, "model"), **requires}
+        needs: Mapping[Capability, str] = requires
+        if opts.requires:
+            needs = {**dict.fromkeys(opts.requires, "model"), **requires}
         may = _permission(caller)
         call.resolve(lambda: self._routes.candidates(kind, opts.model, needs, may))
         return call
@@ -244,12 +235,31 @@ def _permission(caller: Caller | None) -> Permission | None:
     return caller.user.role.permission if caller and caller.user else None
 
 
-async def _answer(backend: ModelBackend, prompt: Prompt, opts: GenerateOpts) -> GenerateResult:
-    """The backend's whole answer; one that only streams is drained."""
+def _answer(call: Call, prompt: Prompt) -> Coroutine[Any, Any, GenerateResult]:
+    """A call's whole answer."""
+    return call.whole(partial(_attempt, call, prompt))
+
+
+async def _attempt(
+    call: Call, prompt: Prompt, candidate: Candidate, recorder: Recorder
+) -> GenerateResult:
+    asked, opts = call.prompt_for(candidate, prompt), call.opts_for(candidate, recorder)
+    backend = candidate.backend
     if hasattr(backend, "generate"):
-        return await cast("Generates", backend).generate(prompt, opts)
+        result = await cast("Generates", backend).generate(asked, opts)
+    else:
+        result = await _drained(cast("Streams", backend).generate_stream(asked, opts))
+    if result.usage is None:
+        told = [result.content, *(other.content for other in result.others)]
+        result.usage = recorder.estimate(prompt, sum(map(estimate_tokens, told)))
+    recorder.call.finish_reason = result.finish_reason
+    recorder.count(result.usage)
+    return result
+
+
+async def _drained(chunks: AsyncIterator[GenerateChunk]) -> GenerateResult:
+    """The whole answer of a backend that only streams."""
     assembly = Assembly()
-    chunks = cast("Streams", backend).generate_stream(prompt, opts)
     try:
         async for chunk in chunks:
             assembly.add(chunk)
@@ -261,7 +271,7 @@ async def _answer(backend: ModelBackend, prompt: Prompt, opts: GenerateOpts) -> 
 def _ask(
     given: GenerateInput, opts: GenerateOpts | None, options: dict[str, Any]
 ) -> tuple[Prompt, GenerateOpts]:
-    if isinstance(given, Mapping):
+    if not isinstance(given, Prompt) and isinstance(given, Mapping):
         options = options if opts is not None else {**options_in(given), **options}
     settings = _settings(GenerateOpts, opts, options)
     if settings.tool_mode == "auto":
@@ -305,9 +315,10 @@ def _requires(base: Capability, prompt: Prompt, opts: GenerateOpts) -> dict[Capa
         needs |= {"custom_tools": "tools"} if "custom" in kinds else {}
     if opts.response_format not in (None, "text"):
         needs["structured_output"] = "response_format"
-    for option, idle in _IDLE.items():
-        if (value := getattr(opts, option)) is not None and value not in idle:
-            needs[option] = option
+    if (asked := _needing(opts)) != _NOTHING:
+        for (option, idle), value in zip(_IDLE.items(), asked, strict=True):
+            if value is not None and value not in idle:
+                needs[option] = option
     if opts.modalities and "audio" in opts.modalities:
         needs["audio"] = "modalities"
     for at, message in enumerate(prompt.messages):

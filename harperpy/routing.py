@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias
 
@@ -17,6 +17,7 @@ Kind: TypeAlias = Literal["generative", "embedding"]
 """What a model is for."""
 
 DEFAULT = "default"
+_MOST_KEPT = 1024
 
 _BASE: dict[Kind, frozenset[Capability]] = {
     "generative": frozenset({"generate", "stream"}),
@@ -73,6 +74,7 @@ class Routes:
     def __init__(self, created: int = 0) -> None:
         self._created = created
         self._frozen = False
+        self._found: dict[tuple[object, ...], tuple[Candidate, ...]] = {}
         self._by_name: dict[Kind, dict[str, Registration]] = {"generative": {}, "embedding": {}}
 
     def add(self, registration: Registration, *, replace: bool = False) -> None:
@@ -140,12 +142,32 @@ class Routes:
         name: str | None,
         requires: Mapping[Capability, str],
         permission: Permission | None = None,
-    ) -> list[Candidate]:
+    ) -> Sequence[Candidate]:
         """Those that may serve, in order. Raises as `find`, or `CapabilityError` if none can.
 
         `requires` says for each capability which field of the request asked for it. Those that the
         permission does not have are left out; the first one then does not exist.
         """
+        unlimited = permission is None or permission.super_user or permission.models is None
+        if not self._frozen or not unlimited or not isinstance(name, str):
+            return self._candidates(kind, name, requires, permission)
+        # No backend comes or changes any more, so neither does what is found.
+        asked = (kind, name, *requires)
+        found = self._found.get(asked)
+        if found is None:
+            found = tuple(self._candidates(kind, name, requires, None))
+            if len(self._found) >= _MOST_KEPT:
+                self._found.clear()
+            self._found[asked] = found
+        return found
+
+    def _candidates(
+        self,
+        kind: Kind,
+        name: str | None,
+        requires: Mapping[Capability, str],
+        permission: Permission | None,
+    ) -> Sequence[Candidate]:
         first = self.find(kind, name)
         if permission is not None and not _may_use(permission, first, name or DEFAULT):
             raise _no_model(name or DEFAULT)

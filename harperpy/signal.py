@@ -63,7 +63,7 @@ class AbortSignal:
 
     def guard(self) -> Guard:
         """A `with` block that the signal ends: its task is cancelled and `Aborted` raised."""
-        return Guard(self)
+        return Guard(self, self._callbacks)
 
     @classmethod
     def any_of(cls, *signals: AbortSignal | None) -> AbortSignal:
@@ -118,23 +118,28 @@ class AbortController:
 
 
 class Guard:
-    """Ends its block when the signal fires, by the rules of `asyncio.timeout`."""
+    """Ends its block when the signal fires, by the rules of `asyncio.timeout`.
 
-    __slots__ = ("_before", "_fired", "_remove", "_signal", "_task")
+    It may be entered many times, one after the other.
+    """
 
-    def __init__(self, signal: AbortSignal) -> None:
+    __slots__ = ("_before", "_callbacks", "_fired", "_signal", "_task")
+
+    def __init__(self, signal: AbortSignal, callbacks: dict[int, Callable[[], None]]) -> None:
         self._signal = signal
+        self._callbacks = callbacks
         self._fired = False
 
     def __enter__(self) -> Self:
-        self._signal.raise_if_aborted()
+        if self._signal.reason is not None:
+            raise Aborted(self._signal.reason)
         task = asyncio.current_task()
         if task is None:
             message = "an AbortSignal guards a task; there is none here"
             raise RuntimeError(message)
         self._task = task
         self._before = task.cancelling()
-        self._remove = self._signal.add_callback(self._fire)
+        self._callbacks[id(self)] = self._fire
         return self
 
     def __exit__(
@@ -143,7 +148,7 @@ class Guard:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._remove()
+        self._callbacks.pop(id(self), None)
         if not self._fired:
             return
         # Someone else cancelled this task too: then the cancellation is theirs to see.

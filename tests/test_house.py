@@ -56,6 +56,7 @@ ORDER = (
     "pricing",
     "rules",
     "limits",
+    "recorder",
     "calls",
     "models",
     "streaming",

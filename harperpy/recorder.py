@@ -1,0 +1,128 @@
+"""Recorder: one attempt at a model, timed and counted until its row is written."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from operator import attrgetter
+
+from .accounting import Ledger, ModelCall
+from .errors import (
+    Aborted,
+    BackendError,
+    BackendTimeout,
+    CapabilityError,
+    ModelNotFound,
+    TransactionError,
+)
+from .messages import GenerateChunk, Prompt, TokenUsage, estimate_tokens
+
+_MOST_COUNTED = 2**53
+_LONGEST_TEXT = 256
+_COUNTED = (
+    "prompt_tokens",
+    "completion_tokens",
+    "embedding_tokens",
+    "cached_tokens",
+    "reasoning_tokens",
+    "gpu_ms",
+)
+_counts_of = attrgetter(*_COUNTED)
+
+
+class Recorder:
+    """Times one attempt and writes its row when it is closed, once.
+
+    `most_tokens` is how much it may answer at most, where an admission says so.
+    """
+
+    __slots__ = ("_closed", "_deltas", "_ledger", "_letters", "_started", "call", "most_tokens")
+
+    def __init__(self, ledger: Ledger, call: ModelCall, most_tokens: int | None = None) -> None:
+        ledger.begin(call)
+        self._ledger = ledger
+        self.most_tokens = most_tokens
+        self._started = time.perf_counter()
+        self._closed = False
+        self._deltas = self._letters = 0
+        self.call = call
+
+    def observe(self, batch: Sequence[GenerateChunk]) -> None:
+        """Note what has come: when the first of it did, usage, how much was said, why it ended."""
+        if self.call.ttft_ms is None:
+            self.call.ttft_ms = self._elapsed()
+        for chunk in batch:
+            if text := chunk.delta_content:
+                self._deltas += 1
+                self._letters += len(text)
+            elif chunk.delta_tool_calls:
+                self._deltas += 1
+            if chunk.finish_reason:
+                self.call.finish_reason = clipped(chunk.finish_reason)
+            if chunk.usage:
+                self.count(chunk.usage)
+
+    def count(self, usage: TokenUsage) -> None:
+        """Note the tokens a provider reported; what no database could hold is left out."""
+        for field, value in zip(_COUNTED, _counts_of(usage), strict=True):
+            if value is not None and _is_count(value):
+                setattr(self.call, field, value)
+
+    def estimate(self, prompt: Prompt, completion_tokens: int | None = None) -> TokenUsage:
+        """Tokens for a provider that reported none; the row says so.
+
+        A streamed delta is a token for most providers; some send more text at once.
+        """
+        self.call.usage_estimated = True
+        if completion_tokens is None:
+            completion_tokens = max(self._deltas, self._letters // 5)
+        asked = asked_tokens(prompt)
+        return TokenUsage(prompt_tokens=asked, completion_tokens=completion_tokens)
+
+    def close(self, error: BaseException | None, prompt: Prompt | None = None) -> None:
+        """Write the row. A stream left early is billed for what it had produced."""
+        if self._closed:
+            return
+        self._closed = True
+        call = self.call
+        call.latency_ms = self._elapsed()
+        call.success = error is None
+        if error is not None:
+            call.error_code = error_code(error)
+            call.upstream_status = getattr(error, "upstream_status", None)
+        if prompt is not None and self._deltas and call.completion_tokens is None:
+            self.count(self.estimate(prompt))
+        self._ledger.record(call)
+
+    def _elapsed(self) -> float:
+        return round((time.perf_counter() - self._started) * 1000, 3)
+
+
+def asked_tokens(prompt: Prompt) -> int:
+    """About how many tokens a prompt is."""
+    return sum(estimate_tokens(message.text) + 4 for message in prompt.messages)
+
+
+def clipped(value: object) -> str | None:
+    """Text as a row holds it, whoever sent it."""
+    return str(value)[:_LONGEST_TEXT] if value else None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < _MOST_COUNTED
+
+
+def error_code(error: BaseException) -> str:
+    """The code a failed attempt's row carries."""
+    if isinstance(error, (asyncio.CancelledError, GeneratorExit, Aborted, TransactionError)):
+        return "aborted"
+    if isinstance(error, (BackendTimeout, TimeoutError)):
+        return "timeout"
+    if isinstance(error, CapabilityError):
+        return "capability_unsupported"
+    if isinstance(error, ModelNotFound):
+        return "backend_not_found"
+    if isinstance(error, BackendError) and error.stale:
+        return "connection_lost"
+    return "backend_error"
