@@ -24,24 +24,60 @@ from harperpy import (
 
 from .schema import ChatRequest, EmbeddingRequest
 
-# Given only where a provider gave them.
-_OF_THE_WHOLE = ("system_fingerprint", "service_tier", "moderation")
-_OF_A_MESSAGE = ("reasoning_content", "annotations", "audio")
+
+class _Message(msgspec.Struct, omit_defaults=True):
+    """What was said. What has no default is always told, the rest where there is some."""
+
+    role: str
+    content: str | None
+    refusal: str | None
+    function_call: Any = None
+    tool_calls: list[Any] | None = None
+    reasoning_content: str | None = None
+    annotations: list[Any] | None = None
+    audio: dict[str, Any] | None = None
 
 
-def completion(result: GenerateResult, request: ChatRequest) -> dict[str, Any]:
+class _Choice(msgspec.Struct):
+    """One answer."""
+
+    index: int
+    message: _Message
+    logprobs: Any
+    finish_reason: str
+
+
+class _Completion(msgspec.Struct, omit_defaults=True):
+    """A whole completion; the last ones where a provider told them."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[_Choice]
+    usage: Any
+    system_fingerprint: str | None = None
+    service_tier: str | None = None
+    moderation: dict[str, Any] | None = None
+
+
+def completion(result: GenerateResult, request: ChatRequest) -> msgspec.Struct:
     """A `chat.completion` object."""
     functions = bool(request.functions)
-    choices = [result, *result.others]
-    body = {
-        "id": completion_id(),
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": request.model or "default",
-        "choices": [_choice(at, one, functions=functions) for at, one in enumerate(choices)],
-        "usage": openai_usage(result.usage or TokenUsage()),
-    }
-    return body | _told(result, _OF_THE_WHOLE)
+    choices = [_choice(0, result, functions=functions)]
+    for at, other in enumerate(result.others, 1):
+        choices.append(_choice(at, other, functions=functions))
+    return _Completion(
+        id=completion_id(),
+        object="chat.completion",
+        created=int(time.time()),
+        model=request.model or "default",
+        choices=choices,
+        usage=openai_usage(result.usage or TokenUsage()),
+        system_fingerprint=result.system_fingerprint,
+        service_tier=result.service_tier,
+        moderation=result.moderation,
+    )
 
 
 def embedding_list(request: EmbeddingRequest, result: EmbedResult) -> dict[str, Any]:
@@ -59,29 +95,23 @@ def embedding_list(request: EmbeddingRequest, result: EmbedResult) -> dict[str, 
     }
 
 
-def _choice(index: int, choice: Choice, *, functions: bool) -> dict[str, Any]:
+def _choice(index: int, choice: Choice, *, functions: bool) -> _Choice:
     calls = choice.tool_calls or []
     silent = calls or choice.refusal or choice.audio
-    message: dict[str, Any] = {
-        "role": "assistant",
-        "content": choice.content or (None if silent else ""),
-        "refusal": choice.refusal,
-    }
+    message = _Message(
+        role="assistant",
+        content=choice.content or (None if silent else ""),
+        refusal=choice.refusal,
+        reasoning_content=choice.reasoning_content,
+        annotations=choice.annotations,
+        audio=choice.audio,
+    )
     if calls and functions:
-        message["function_call"] = openai_tool_call(calls[0])["function"]
+        message.function_call = openai_tool_call(calls[0])["function"]
     elif calls:
-        message["tool_calls"] = [openai_tool_call(call) for call in calls]
+        message.tool_calls = [openai_tool_call(call) for call in calls]
     reason = openai_finish_reason(choice.finish_reason, calls=bool(calls), functions=functions)
-    return {
-        "index": index,
-        "message": message | _told(choice, _OF_A_MESSAGE),
-        "logprobs": openai_logprobs(choice),
-        "finish_reason": reason,
-    }
-
-
-def _told(given: Choice, names: Sequence[str]) -> dict[str, Any]:
-    return {name: value for name in names if (value := getattr(given, name)) is not None}
+    return _Choice(index, message, openai_logprobs(choice), reason)
 
 
 def _base64(vector: Sequence[float]) -> str:

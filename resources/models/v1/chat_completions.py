@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from harperpy import (
     Body,
     Context,
@@ -18,11 +16,11 @@ from harperpy import (
 
 from .answers import completion
 from .errors import OpenAIResource
-from .reading import read, unknown_fields
+from .reading import Reader
 from .schema import ChatRequest
 from .translation import to_opts, to_prompt
 
-_REQUEST = msgspec.json.Decoder(ChatRequest)
+_read = Reader(ChatRequest).read
 
 
 class V1ChatCompletions(OpenAIResource):
@@ -33,8 +31,8 @@ class V1ChatCompletions(OpenAIResource):
     @staticmethod
     async def post(target: RequestTarget, data: Body, context: Context) -> Any:
         """A `chat.completion`, or a stream of its chunks."""
-        request = await read(data, _REQUEST)
-        opts = to_opts(request, await unknown_fields(data, _REQUEST))
+        request, extra = await _read(data)
+        opts = to_opts(request, extra)
         prompt = to_prompt(request)
         if not request.stream:
             result = await context.models.generate(prompt, opts=opts)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import msgspec
-
 from harperpy import (
     Body,
     Context,
@@ -19,11 +17,11 @@ from harperpy import (
 
 from .answers import embedding_list
 from .errors import OpenAIResource
-from .reading import read, unknown_fields
+from .reading import Reader
 from .schema import EmbeddingRequest
 
 _MOST_INPUTS = 2048
-_REQUEST = msgspec.json.Decoder(EmbeddingRequest)
+_read = Reader(EmbeddingRequest).read
 
 
 class V1Embeddings(OpenAIResource):
@@ -34,8 +32,7 @@ class V1Embeddings(OpenAIResource):
     @staticmethod
     async def post(target: RequestTarget, data: Body, context: Context) -> Response:
         """A list of embeddings, in the order of the inputs."""
-        request = await read(data, _REQUEST)
-        options = await unknown_fields(data, _REQUEST)
+        request, options = await _read(data)
         if request.user is not None:
             options["user"] = request.user
         result = await context.models.embed_with_usage(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -16,14 +16,39 @@ _ANY = msgspec.json.Decoder()
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-async def read(data: Body, decoder: msgspec.json.Decoder[T]) -> T:
-    """The body as the decoder's type. Raises `InvalidBody` worded as OpenAI's clients know it."""
-    try:
-        return await data.decode(decoder)
-    except InvalidBody as error:
-        if not error.errors:
-            raise
-        raise reworded(error, decoder.type, _anything(await data.bytes())) from error
+class Reader(Generic[T]):
+    """Reads bodies as a type, and beside it what the type does not know."""
+
+    def __init__(self, kind: type[T]) -> None:
+        # Most bodies hold nothing else: this one is tried first.
+        strict: Any = msgspec.defstruct(
+            kind.__name__, [], bases=(kind,), forbid_unknown_fields=True
+        )
+        self._strict: msgspec.json.Decoder[T] = msgspec.json.Decoder(strict)
+        self._decoder = msgspec.json.Decoder(kind)
+        self._known = frozenset(kind.__struct_fields__)
+
+    async def read(self, data: Body) -> tuple[T, dict[str, Any]]:
+        """The body, and its fields that OpenAI's schema lacks: options of the provider's own.
+
+        Raises `InvalidBody` worded as OpenAI's clients know it.
+        """
+        if data.is_json and (known := self._known_only(await data.bytes())) is not None:
+            return known, {}
+        try:
+            request = await data.decode(self._decoder)
+        except InvalidBody as error:
+            raise reworded(error, self._decoder.type, _anything(await data.bytes())) from error
+        fields = decode_json(await data.bytes(), _FIELDS)
+        unknown = fields.keys() - self._known
+        return request, {name: decode_json(bytes(fields[name]), _ANY) for name in unknown}
+
+    def _known_only(self, body: bytes) -> T | None:
+        """A body that holds nothing else; what is wrong with others is told later."""
+        try:
+            return self._strict.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None
 
 
 def _anything(body: bytes) -> Any:
@@ -32,10 +57,3 @@ def _anything(body: bytes) -> Any:
         return _ANY.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-
-
-async def unknown_fields(data: Body, decoder: msgspec.json.Decoder[T]) -> dict[str, Any]:
-    """The fields that OpenAI's schema does not know: options of the provider's own."""
-    fields = decode_json(await data.bytes(), _FIELDS)
-    unknown = fields.keys() - set(decoder.type.__struct_fields__)
-    return {name: decode_json(bytes(fields[name]), _ANY) for name in unknown}

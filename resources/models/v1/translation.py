@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -36,27 +36,6 @@ from .schema import (
     ToolMessageIn,
 )
 
-# Options whose name and value are ours too.
-_SAME = (
-    "model",
-    "temperature",
-    "top_p",
-    "seed",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "n",
-    "logprobs",
-    "top_logprobs",
-    "parallel_tool_calls",
-    "reasoning_effort",
-    "verbosity",
-    "modalities",
-    "web_search_options",
-    "moderation",
-    "service_tier",
-    "store",
-)
 # Without effect on the answer, by their own contract: a provider may want them for its books.
 LABELS = (
     "user",
@@ -71,14 +50,9 @@ LABELS = (
 def to_prompt(request: ChatRequest) -> Prompt:
     """The messages and tools of a request. Raises `InvalidBody` for calls without their results."""
     _check_calls(request.messages)
-    functions = request.functions or ()
-    return Prompt(
-        messages=paired(_message(message) for message in request.messages),
-        tools=[
-            *(_tool(tool) for tool in request.tools or ()),
-            *(_function(function) for function in functions),
-        ],
-    )
+    tools = [_tool(tool) for tool in request.tools or ()]
+    tools += [_function(function) for function in request.functions or ()]
+    return Prompt(messages=paired(map(_message, request.messages)), tools=tools)
 
 
 def to_opts(request: ChatRequest, extra: Mapping[str, Any]) -> GenerateOpts:
@@ -87,21 +61,37 @@ def to_opts(request: ChatRequest, extra: Mapping[str, Any]) -> GenerateOpts:
     Raises `InvalidBody` for combinations that make no sense.
     """
     _check_together(request)
-    labels = {name: getattr(request, name) for name in LABELS}
-    told = {name: value for name, value in labels.items() if value is not None}
+    told = {name: value for name in LABELS if (value := getattr(request, name)) is not None}
     opts = GenerateOpts(
+        model=request.model,
+        temperature=request.temperature,
+        top_p=request.top_p,
         max_tokens=request.max_completion_tokens or request.max_tokens,
         stop=[request.stop] if isinstance(request.stop, str) else request.stop,
+        seed=request.seed,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
         response_format=_response_format(request.response_format),
-        tool_mode="return",
-        provider_options={**extra, **told},
-        **{name: getattr(request, name) for name in _SAME},
+        parallel_tool_calls=request.parallel_tool_calls,
+        logprobs=request.logprobs,
+        top_logprobs=request.top_logprobs,
+        n=request.n,
+        logit_bias=request.logit_bias,
+        reasoning_effort=request.reasoning_effort,
+        verbosity=request.verbosity,
+        modalities=cast("list[str] | None", request.modalities),
+        web_search_options=request.web_search_options,
+        moderation=request.moderation,
+        service_tier=request.service_tier,
+        store=request.store,
+        provider_options={**extra, **told} if extra else told,
     )
     if request.audio is not None:
         opts.audio = msgspec.to_builtins(request.audio)
     if request.prediction is not None:
         opts.prediction = msgspec.to_builtins(request.prediction)
-    _choose(opts, request)
+    if request.tools or request.functions or request.tool_choice or request.function_call:
+        _choose(opts, request)
     return opts
 
 
@@ -111,7 +101,8 @@ def _message(message: MessageIn) -> Message:
     if isinstance(message, ToolMessageIn):
         told.tool_call_id = message.tool_call_id
         return told
-    told.name = message.name
+    if message.name is not None:
+        told.name = message.name
     if isinstance(message, AssistantMessageIn):
         calls = [_call(call) for call in message.tool_calls or ()]
         if message.function_call is not None:
@@ -252,20 +243,21 @@ def _check_calls(messages: list[MessageIn]) -> None:
     called: set[str] = set()
     has_function_call = False
     for at, message in enumerate(messages):
-        path = f"messages[{at}]"
         if isinstance(message, ToolMessageIn):
-            _check_result(message, path, called)
+            _check_result(message, f"messages[{at}]", called)
             waiting.pop(message.tool_call_id, None)
             continue
-        _check_answered(waiting)
-        called = set()
+        if waiting:
+            raise _not_answered(waiting)
+        called.clear()
         if isinstance(message, AssistantMessageIn):
-            called = {call.id for call in message.tool_calls or ()}
+            called.update(call.id for call in message.tool_calls or ())
+            waiting = dict.fromkeys(called, f"messages[{at}]")
             has_function_call = has_function_call or message.function_call is not None
         elif isinstance(message, FunctionMessageIn) and not has_function_call:
-            raise _no_response(message, path)
-        waiting = dict.fromkeys(called, path)
-    _check_answered(waiting)
+            raise _no_response(message, f"messages[{at}]")
+    if waiting:
+        raise _not_answered(waiting)
 
 
 def _check_result(message: ToolMessageIn, path: str, called: set[str]) -> None:
@@ -289,10 +281,10 @@ def _no_response(message: ToolMessageIn | FunctionMessageIn, path: str) -> Inval
     return InvalidBody(told, param=f"{path}.role")
 
 
-def _check_answered(waiting: dict[str, str]) -> None:
-    for call, path in waiting.items():
-        told = (
-            "An assistant message with 'tool_calls' must be followed by tool messages responding "
-            f"to each 'tool_call_id'. {call!r} has no response."
-        )
-        raise InvalidBody(told, param=f"{path}.tool_calls")
+def _not_answered(waiting: dict[str, str]) -> InvalidBody:
+    call, path = next(iter(waiting.items()))
+    told = (
+        "An assistant message with 'tool_calls' must be followed by tool messages responding "
+        f"to each 'tool_call_id'. {call!r} has no response."
+    )
+    return InvalidBody(told, param=f"{path}.tool_calls")
