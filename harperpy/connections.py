@@ -84,9 +84,9 @@ class Connections(web.Server):
         return bool(self.fresh or (self._fronts and self._fronts.fresh))
 
     @property
-    def count(self) -> int:
-        """How many there are."""
-        return len(self.connections) + (0 if self._fronts is None else len(self._fronts.all))
+    def connections(self) -> list[Any]:
+        """All that there are, of either kind."""
+        return [*super().connections, *(() if self._fronts is None else self._fronts.all)]
 
     def pre_shutdown(self) -> None:
         """End those that are idle."""

@@ -41,7 +41,7 @@ class Wire:
         """The aiohttp server that calls this wire."""
         connections = self._connections = Connections(self.handle, self._port)
         if self._port.meter is not None:
-            self._port.meter.watch(lambda: connections.count, lambda: self._sockets)
+            self._port.meter.watch(lambda: len(connections.connections), lambda: self._sockets)
         return connections
 
     async def handle(self, raw: web.BaseRequest) -> web.StreamResponse:

@@ -250,7 +250,7 @@ models:
             "http: {quux: 1}",
             (
                 "http.quux: unknown key; the known keys are "
-                "compressionThreshold, cors, corsAccessList, headersTimeout, host, "
+                "compressionThreshold, cors, corsAccessList, front, headersTimeout, host, "
                 "keepAliveTimeout, maxBodySize, maxConcurrentRequests, maxHeaderSize, port, "
                 "requestQueueLimit, timeout, workers"
             ),
