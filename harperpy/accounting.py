@@ -34,8 +34,6 @@ class Caller:
     """The way by which it came: `rest`, `ops`, or `system` for the server itself."""
     request_id: str | None
     """As in `x-request-id`, the rows and the log."""
-    signal: AbortSignal | None
-    """Fires when nobody waits for the answer any more."""
     call_headers: dict[str, str]
     """What an answer's head says of the model calls made for it."""
 
@@ -44,29 +42,26 @@ class Caller:
         "asking",
         "call_headers",
         "request_id",
-        "signal",
         "source",
         "user",
         "writing",
     )
 
     def __init__(
-        self,
-        *,
-        user: User | None = None,
-        app: str | None = None,
-        request_id: str | None = None,
-        signal: AbortSignal | None = None,
-        source: str = "system",
+        self, user: User | None = None, request_id: str | None = None, source: str = "system"
     ) -> None:
         self.user = user
-        self.app = app
+        self.app = None
         self.request_id = request_id
-        self.signal = signal
         self.source = source
         self.call_headers = {}
         self.writing = False
         self.asking = 0
+
+    @property
+    def signal(self) -> AbortSignal | None:
+        """Fires when nobody waits for the answer any more; None where somebody always does."""
+        return None
 
     @property
     def tenant(self) -> str | None:

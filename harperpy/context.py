@@ -38,7 +38,6 @@ class Context(Caller):
     WebSocket's user may not go on, or `server_shutdown` if the server could not wait.
     """
 
-    signal: AbortSignal  # pyright: ignore[reportIncompatibleVariableOverride]  # here always
     request: Request
     """What arrived."""
     models: Models
@@ -93,9 +92,8 @@ class Context(Caller):
         types: ContentTypes | None = None,
         background: Background | None = None,
     ) -> None:
-        self._controller = AbortController()
-        signal = self._controller.signal
-        super().__init__(user=user, request_id=request.id, signal=signal, source=source)
+        super().__init__(user, request.id, source)
+        self._controller: AbortController | None = None
         self.started = time.perf_counter()
         self.request = request
         self.models = models
@@ -111,6 +109,13 @@ class Context(Caller):
         self._background = background
         self._handled = False
         self._transaction: Transaction | None = None
+
+    @property
+    def signal(self) -> AbortSignal:
+        """Fires when nobody waits for the answer any more."""
+        if self._controller is None:
+            self._controller = AbortController()
+        return self._controller.signal
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -245,6 +250,8 @@ class Context(Caller):
 
     def abort(self, reason: str) -> None:
         """Fire the signal: the server calls this when the client has left."""
+        if self._controller is None:
+            self._controller = AbortController()
         self._controller.abort(reason)
 
 

@@ -42,18 +42,25 @@ def credential_of(request: Request, headers: Collection[str] = ()) -> str | None
     which the answer names the first.
     """
     header = request.headers.get("authorization")
-    keys = {f"Bearer {key}" for name in headers if (key := request.headers.get(name))}
-    if keys:
-        told = {_plain(one) for one in (*keys, *([] if header is None else [header]))}
-        if len(told) > 1:
-            message = f"Authorization, {', '.join(headers)}: expected one credential, got several."
-            raise InvalidCredentials(message)
-        header = header or keys.pop()
+    for name in headers:
+        if name in request.headers:
+            header = _agreed(request, header, headers)
+            break
     if header is not None or not request.websocket:
         return header
     offered = (name for name in _offered(request.headers) if name.startswith(_BEARER))
     bearer = next(offered, None)
     return None if bearer is None else f"Bearer {bearer.removeprefix(_BEARER)}"
+
+
+def _agreed(request: Request, header: str | None, headers: Collection[str]) -> str | None:
+    """The credential that all of these headers hold."""
+    keys = {f"Bearer {key}" for name in headers if (key := request.headers.get(name))}
+    told = {_plain(one) for one in (*keys, *([] if header is None else [header]))}
+    if len(told) > 1:
+        message = f"Authorization, {', '.join(headers)}: expected one credential, got several."
+        raise InvalidCredentials(message)
+    return header or (keys.pop() if keys else None)
 
 
 def _plain(header: str) -> str:

@@ -39,34 +39,21 @@ _FORBIDDEN = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-class Reply:
+class Reply(msgspec.Struct, eq=False):
     """A status, headers, and a body: bytes, or an iterator that one task steps and closes.
 
     `committed` says that the head was sent while the first item was still awaited; `socket` is
     what a 101 is followed by. `check` raises what refuses who reads events by now.
     """
 
-    __slots__ = (
-        *("body", "check", "committed", "headers"),
-        *("keepalive", "socket", "source", "status"),
-    )
-
-    def __init__(
-        self,
-        status: int,
-        headers: CIMultiDict[str],
-        body: bytes | AsyncIterator[bytes] = b"",
-        *,
-        keepalive: float | None = None,
-    ) -> None:
-        self.status = status
-        self.headers = headers
-        self.body = body
-        self.keepalive = keepalive
-        self.committed = False
-        self.source: AsyncIterator[Any] | None = None
-        self.socket: Socket | None = None
-        self.check: Callable[[], Awaitable[None]] | None = None
+    status: int
+    headers: CIMultiDict[str]
+    body: bytes | AsyncIterator[bytes] = b""
+    keepalive: float | None = None
+    committed: bool = False
+    source: AsyncIterator[Any] | None = None
+    socket: Socket | None = None
+    check: Callable[[], Awaitable[None]] | None = None
 
     async def close(self) -> None:
         """Close the body's iterator and what it is made from, begun or not."""
@@ -145,6 +132,8 @@ async def _render_response(
         media = headers.get("Content-Type") or context.types.negotiate(context.accept)
         data = context.types.serialize(response.data, media.partition(";")[0])
         return _whole(response.status, headers, media, data, context, keep_status=True)
+    if isinstance(body, bytes) and body and "Content-Type" in headers:
+        return Reply(response.status, headers, body)
     if body is None or isinstance(body, (str, bytes)):
         data = body.encode() if isinstance(body, str) else body or b""
         media = TEXT if isinstance(body, str) else OCTETS
