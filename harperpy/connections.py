@@ -13,7 +13,8 @@ from aiohttp.web_protocol import RequestHandler
 
 from .context import Context
 from .deadlines import Deadlines
-from .front import Front, Fronts
+from .front import Front
+from .fronts import Fronts
 from .port import UNSENT_BYTES, Port, refusal
 from .signal import DISCONNECTED, SHUTDOWN
 
@@ -76,7 +77,7 @@ class Connections(web.Server):
         """A new connection."""
         if self._meter is not None:
             self._meter.connected()
-        return self._plain() if self._fronts is None else self._fronts()
+        return self._plain() if self._fronts is None else Front(self._fronts)
 
     @property
     def awaits_first(self) -> bool:

@@ -4,82 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from contextvars import copy_context
-from email.utils import formatdate
+from collections.abc import Awaitable
 from http import HTTPStatus
-from time import time
 from typing import Any, cast
 
 from multidict import CIMultiDict
 
 from .content import Body
 from .context import Context
-from .deadlines import Deadlines
 from .delivery import Delivery
+from .fronts import Fronts
 from .heads import Head, read_head
 from .negotiation import OCTETS
-from .port import SERVER, UNSENT_BYTES, Port, refusal
+from .port import UNSENT_BYTES, refusal
 from .rendering import Reply
 from .request import Request
 from .signal import DISCONNECTED, SHUTDOWN
 
-_MOST_BODY_BYTES = 256 * 1024
 _MOST_AHEAD_BYTES = 64 * 1024
 # From here on a copy costs more than a second write.
 _LARGE = 64 * 1024
-# What has to be seen as it arrives is not for who waits until it has arrived.
-_BODY_SECONDS = 1.0
 _BODILESS = frozenset({204, 304})
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus
 }
 
 logger = logging.getLogger("harperpy.wire")
-
-
-class Fronts:
-    """The connections of one port that speak the common form.
-
-    `hand_over` lets another protocol go on with a transport and what came over it.
-    """
-
-    def __init__(self, port: Port, hand_over: Callable[[Any, bytes], None]) -> None:
-        self.port = port
-        self.hand_over = hand_over
-        self.all: set[Front] = set()
-        self.fresh: set[Front] = set()
-        self.idle = Deadlines(port.http.keep_alive_timeout_seconds)
-        self.bodies = Deadlines(_BODY_SECONDS)
-        self.loop = asyncio.get_running_loop()
-        self.context = copy_context()
-        http = port.http
-        self.most_head = http.max_header_size
-        self.most_body = min(http.max_body_size, _MOST_BODY_BYTES)
-        self._second = 0
-        self._stamp = ""
-
-    def __call__(self) -> Front:
-        """A new connection."""
-        return Front(self)
-
-    def close(self) -> None:
-        """End what is idle, and the rest after its answer."""
-        for front in [*self.all]:
-            front.close()
-
-    async def shutdown(self, seconds: float | None) -> None:
-        """As `close`; cut off what takes longer than so many seconds."""
-        await asyncio.gather(*(front.shutdown(seconds) for front in self.all))
-
-    def stamp(self) -> str:
-        """The end of a head: who answers, and when."""
-        second = int(time())
-        if second != self._second:
-            self._second = second
-            date = formatdate(second, usegmt=True)
-            self._stamp = f"Server: {SERVER}\r\nDate: {date}\r\n\r\n"
-        return self._stamp
 
 
 class Front(asyncio.Protocol):
@@ -145,6 +95,7 @@ class Front(asyncio.Protocol):
         if self._needed:
             self._hand_over()
         else:
+            self._fronts.flush()
             self.transport.close()
 
     def close(self) -> None:
@@ -163,7 +114,8 @@ class Front(asyncio.Protocol):
                 self._context.abort(SHUTDOWN)
             self._task.cancel()
             await asyncio.wait((self._task,), timeout=seconds)
-        self.transport.abort()
+        self._fronts.flush()
+        self.transport.close()
 
     def _leave(self) -> None:
         fronts = self._fronts
@@ -175,6 +127,7 @@ class Front(asyncio.Protocol):
     def _hand_over(self) -> None:
         """Let another protocol go on, as if it had been there from the beginning."""
         self._leave()
+        self._fronts.flush()
         data, self._buffer = self._buffer, b""
         if self._closing:
             self.transport.close()
@@ -300,8 +253,10 @@ class Front(asyncio.Protocol):
         if body:
             headers.setdefault("Content-Type", OCTETS)
         head = self._head_bytes(reply.status, headers, length)
-        if len(body) < _LARGE:
+        if self._closing:
             self.transport.write(head + body)
+        elif len(body) < _LARGE:
+            self._fronts.send(self.transport, head + body)
         else:
             self.transport.write(head)
             self.transport.write(body)

@@ -113,6 +113,7 @@ ORDER = (
     "delivery",
     "port",
     "heads",
+    "fronts",
     "front",
     "connections",
     "websocket",

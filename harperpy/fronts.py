@@ -1,0 +1,87 @@
+"""Fronts: what the connections of one port share that speak HTTP/1.1 in its common form."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextvars import copy_context
+from email.utils import formatdate
+from time import time
+from typing import Any, Protocol
+
+from .deadlines import Deadlines
+from .port import SERVER, Port
+
+_MOST_BODY_BYTES = 256 * 1024
+# What has to be seen as it arrives is not for who waits until it has arrived.
+_BODY_SECONDS = 1.0
+
+
+class Shared(Protocol):
+    """A connection that they look after."""
+
+    def expire(self) -> None:
+        """It was idle for too long, or its body takes too long."""
+        ...
+
+    def close(self) -> None:
+        """End it when it has answered what it was asked."""
+        ...
+
+    async def shutdown(self, seconds: float | None) -> None:
+        """As `close`; cut it off after so many seconds."""
+        ...
+
+
+class Fronts:
+    """The connections of one port that speak the common form.
+
+    `hand_over` lets another protocol go on with a transport and what came over it.
+    """
+
+    def __init__(self, port: Port, hand_over: Callable[[Any, bytes], None]) -> None:
+        self.port = port
+        self.hand_over = hand_over
+        self.all: set[Shared] = set()
+        self.fresh: set[Shared] = set()
+        self.idle = Deadlines(port.http.keep_alive_timeout_seconds)
+        self.bodies = Deadlines(_BODY_SECONDS)
+        self.loop = asyncio.get_running_loop()
+        self.context = copy_context()
+        http = port.http
+        self.most_head = http.max_header_size
+        self.most_body = min(http.max_body_size, _MOST_BODY_BYTES)
+        self._second = 0
+        self._stamp = ""
+        self._unsent: list[tuple[Any, bytes]] = []
+
+    def close(self) -> None:
+        """End what is idle, and the rest after its answer."""
+        self.flush()
+        for front in [*self.all]:
+            front.close()
+
+    async def shutdown(self, seconds: float | None) -> None:
+        """As `close`; cut off what takes longer than so many seconds."""
+        await asyncio.gather(*(front.shutdown(seconds) for front in self.all))
+
+    def send(self, transport: Any, data: bytes) -> None:
+        """Write this when all that can run now has run."""
+        if not self._unsent:
+            self.loop.call_soon(self.flush)
+        self._unsent.append((transport, data))
+
+    def flush(self) -> None:
+        """Write what waits for its turn."""
+        unsent, self._unsent = self._unsent, []
+        for transport, data in unsent:
+            transport.write(data)
+
+    def stamp(self) -> str:
+        """The end of a head: who answers, and when."""
+        second = int(time())
+        if second != self._second:
+            self._second = second
+            date = formatdate(second, usegmt=True)
+            self._stamp = f"Server: {SERVER}\r\nDate: {date}\r\n\r\n"
+        return self._stamp
