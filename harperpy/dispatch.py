@@ -155,11 +155,11 @@ class Dispatch:
 
     async def _answer(self, context: Context, found: Found | None, early: Early) -> Reply:
         request = context.request
-        if not self._cors.admits(request):
+        if "origin" in request.headers and not self._cors.admits(request):
             what = "open a WebSocket here" if request.websocket else "post this with a password"
             message = f"Origin: pages of this origin may not {what}"
             raise ClientError(message, status=403, code="origin_not_allowed")
-        if (preflight := self._cors.preflight(request)) is not None:
+        if request.method == "OPTIONS" and (preflight := self._cors.preflight(request)):
             return Reply(204, CIMultiDict(preflight))
         if request.path == _HEALTH and request.method in ("GET", "HEAD"):
             return await self._report_health(context)
@@ -260,7 +260,9 @@ class Dispatch:
             header = _credential(context, found)
             if header is not None:
                 address = caller_address(context)
-                context.user = await self._authenticators.identify(header, address)
+                who = self._authenticators
+                known = who.remembered(header, address)
+                context.user = known or await who.identify(header, address)
                 self._auth_log.succeeded(context)
             elif request.trusted or (self._authorize_local and _is_local(request)):
                 context.user = await self._local_user()

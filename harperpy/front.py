@@ -316,13 +316,12 @@ class Front(asyncio.Protocol):
             headers["Connection"] = "close"
         elif "Connection" in headers:
             self._closing = headers["Connection"].lower() == "close"
-        lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
-        text = "".join(lines)
-        if not text.count("\n") == text.count("\r") == len(lines):
+        text = "\r\n".join(map(": ".join, headers.items()))
+        if not text.count("\n") == text.count("\r") == len(headers) - 1:
             message = "a header of the answer holds the end of a line"
             raise ValueError(message)
         first = _STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n"
-        return f"{first}{text}{length}{self._fronts.stamp()}".encode()
+        return f"{first}{text}\r\n{length}{self._fronts.stamp()}".encode()
 
     def _failed(self, error: Exception) -> None:
         """Answer what cannot be sent as it is; end what had begun."""
