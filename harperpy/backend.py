@@ -45,6 +45,8 @@ class ModelBackend:
     `max_retries` counts further attempts after errors that say `retryable`. `features` names what
     else it can do; a call that needs what is not there is refused before the backend sees it.
     `token_input` says that `embed` takes arrays of token numbers as they are; others get text.
+
+    `provider_model` and what it can do may be settled in `open`, and stay as they are from then on.
     """
 
     name: str = ""

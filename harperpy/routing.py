@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Literal, TypeAlias
+from operator import attrgetter
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -18,6 +19,8 @@ Kind: TypeAlias = Literal["generative", "embedding"]
 
 DEFAULT = "default"
 _MOST_KEPT = 1024
+# What a listing tells of a backend, besides what it serves.
+_told_of = attrgetter("name", "provider_model", "state", "about")
 
 _BASE: dict[Kind, frozenset[Capability]] = {
     "generative": frozenset({"generate", "stream"}),
@@ -27,7 +30,7 @@ _BASE: dict[Kind, frozenset[Capability]] = {
 
 def is_pattern(name: str) -> bool:
     """Whether a name stands for many (`gpt-*`)."""
-    return any(sign in name for sign in "*?[")
+    return "*" in name or "?" in name or "[" in name
 
 
 class Registration(msgspec.Struct, frozen=True):
@@ -76,6 +79,8 @@ class Routes:
         self._frozen = False
         self._found: dict[tuple[object, ...], tuple[Candidate, ...]] = {}
         self._by_name: dict[Kind, dict[str, Registration]] = {"generative": {}, "embedding": {}}
+        self._seen: list[tuple[Any, ...]] = []
+        self._listed: list[ModelInfo] = []
 
     def add(self, registration: Registration, *, replace: bool = False) -> None:
         """Register. Raises `RegistrationError` for a taken name or a backend of the wrong kind."""
@@ -190,6 +195,19 @@ class Routes:
 
         Of a permission only what it has.
         """
+        everything = self._everything()
+        if permission is None or permission.super_user or permission.models is None:
+            return everything.copy()
+        return [one for one in everything if self._lists(permission, one)]
+
+    def _everything(self) -> list[ModelInfo]:
+        """All that is listed; made anew where a backend says something new."""
+        seen = [(one, _told_of(one.backend), *one.backend.served()) for one in self]
+        if seen != self._seen:
+            self._seen, self._listed = seen, self._anew()
+        return self._listed
+
+    def _anew(self) -> list[ModelInfo]:
         found: dict[str, ModelInfo] = {}
         for registration in self:
             names = [] if registration.is_pattern else [registration.name]
@@ -198,9 +216,7 @@ class Routes:
         for registration in self:
             for name in self._stands_for(registration):
                 found.setdefault(name, self._info(registration, name))
-        if permission is None or permission.models is None:
-            return list(found.values())
-        return [one for one in found.values() if self._lists(permission, one)]
+        return list(found.values())
 
     def _lists(self, permission: Permission, info: ModelInfo) -> bool:
         return _may_use(permission, self.find(info.kind, info.id), info.id)

@@ -9,7 +9,14 @@ import pytest
 from harperpy.plugins.openai import OpenAI
 from harperpy.plugins.openai_names import ServedNames
 
-from harperpy import GenerateResult, ModelBackend, Scope, define_backend
+from harperpy import (
+    GenerateOpts,
+    GenerateResult,
+    ModelBackend,
+    Prompt,
+    Scope,
+    define_backend,
+)
 from harperpy.testing import RunningServer, ScriptedUpstream, running
 from harperpy.upstream import Answer, listing
 from helpers import HELLO, ask, error_of, openai_client, until
@@ -363,3 +370,68 @@ async def test_a_name_is_listed_where_a_call_would_find_it() -> None:
     assert ["third None", "second vector", "first a-1", "second b-2"] == [
         answer["choices"][0]["message"]["content"] for answer in answers
     ]
+
+
+class Learner(ModelBackend):
+    """Learns in `open` what its model is called and what it can do."""
+
+    name = "learner"
+
+    async def open(self) -> None:
+        """Learn."""
+        self.provider_model = "learnt"
+        self.features = frozenset({"logit_bias"})
+
+    async def generate(self, prompt: Prompt, opts: GenerateOpts) -> GenerateResult:
+        """What it was asked for."""
+        return GenerateResult(content=f"{opts.model} {opts.logit_bias}")
+
+
+async def test_a_backend_may_learn_what_it_is_before_the_first_call() -> None:
+    """What `open` settles is listed, found by its name, and asked for what it can do."""
+
+    def register(scope: Scope) -> None:
+        scope.models.register_backend("generative", "mine", Learner())
+
+    async with running(handle_application=register) as server:
+        names = await listed(server)
+        body = {**HELLO, "model": "learnt", "logit_bias": {"1": 2}}
+        answer = await ask(server, "POST", CHAT, json=body)
+
+    assert {"mine", "learnt"} <= set(names)
+    assert "learnt {'1': 2.0}" == answer.json["choices"][0]["message"]["content"]
+
+
+async def test_a_listing_tells_what_a_backend_says_now() -> None:
+    """Its state, what people should know of it, and each name it serves; not what it said once."""
+    served = ["my-first"]
+
+    class Changing(Learner):
+        """Says something new in between."""
+
+        def served(self) -> Sequence[str]:
+            """The same list, whatever is in it."""
+            return served
+
+        async def open(self) -> None:
+            """Learn nothing."""
+
+    backend = Changing()
+
+    def register(scope: Scope) -> None:
+        scope.models.register_backend("generative", "my-*", backend)
+
+    async with running(handle_application=register) as server:
+        first = await listed(server)
+        served.append("my-second")
+        before = (await ask(server, "GET", MODELS)).json["data"]
+        backend.state, backend.about = "is tired", "It yawns"
+        after = (await ask(server, "GET", MODELS)).json["data"]
+
+    assert ["my-first"] == [name for name in first if name.startswith("my-")]
+    told = [[model for model in each if model["id"].startswith("my-")] for each in (before, after)]
+    for each in told:
+        assert ["my-first", "my-second"] == [one["id"] for one in each]
+    assert not any("state" in one or "description" in one for one in told[0])
+    assert {"is tired"} == {one["state"] for one in told[1]}
+    assert all(one["description"].startswith("It yawns") for one in told[1])

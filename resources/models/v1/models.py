@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import msgspec
 
 from harperpy import (
     Context,
@@ -16,6 +16,24 @@ from harperpy import (
 from .errors import OpenAIResource
 
 
+class _Model(msgspec.Struct, omit_defaults=True, gc=False):
+    """A model as OpenAI tells of it; a description and a state where there is something to say."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    description: str | None = None
+    state: str = "ready"
+
+
+class _Models(msgspec.Struct, gc=False):
+    """A list of them."""
+
+    object: str
+    data: list[_Model]
+
+
 class V1Models(OpenAIResource):
     """OpenAI's list of models, and one of it."""
 
@@ -26,7 +44,7 @@ class V1Models(OpenAIResource):
         """All models, or the one the path names. Raises `ModelNotFound`."""
         listed = context.models.list()
         if target.id is None:
-            return json_response(200, {"object": "list", "data": [_model(info) for info in listed]})
+            return json_response(200, _Models("list", [_model(info) for info in listed]))
         for info in listed:
             if info.id == target.id:
                 return json_response(200, _model(info))
@@ -34,17 +52,8 @@ class V1Models(OpenAIResource):
         raise ModelNotFound(message)
 
 
-def _model(info: ModelInfo) -> dict[str, Any]:
-    model: dict[str, Any] = {
-        "id": info.id,
-        "object": "model",
-        "created": info.created,
-        "owned_by": info.owned_by,
-    }
-    if info.about:
-        model["description"] = (
-            f"{info.about}; for real work point models.{info.kind}.default at a provider"
-        )
-    if info.state != "ready":
-        model["state"] = info.state
-    return model
+def _model(info: ModelInfo) -> _Model:
+    about = info.about
+    if about:
+        about += f"; for real work point models.{info.kind}.default at a provider"
+    return _Model(info.id, "model", info.created, info.owned_by, about or None, info.state)
