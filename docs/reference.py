@@ -47,6 +47,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "AbortSignal",
         "AbortController",
         "Deadlines",
+        "Outbox",
     ),
     "Users": (
         *("User", "Role", "Permission", "Grants", "TableRights", "permission.AttributeRights"),

@@ -76,6 +76,7 @@ from .models import Models
 from .negotiation import ContentType, ContentTypes
 from .operations import NoParameters, Operations
 from .options import Options
+from .outbox import Outbox
 from .parts import (
     AudioPart,
     ContentPart,
@@ -206,6 +207,7 @@ __all__ = [
     "NotImplementedYet",
     "Operations",
     "Options",
+    "Outbox",
     "Part",
     "Parts",
     "Permission",

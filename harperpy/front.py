@@ -95,7 +95,7 @@ class Front(asyncio.Protocol):
         if self._needed:
             self._hand_over()
         else:
-            self._fronts.flush()
+            self._fronts.outbox.flush()
             self.transport.close()
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class Front(asyncio.Protocol):
                 self._context.abort(SHUTDOWN)
             self._task.cancel()
             await asyncio.wait((self._task,), timeout=seconds)
-        self._fronts.flush()
+        self._fronts.outbox.flush()
         self.transport.close()
 
     def _leave(self) -> None:
@@ -127,7 +127,7 @@ class Front(asyncio.Protocol):
     def _hand_over(self) -> None:
         """Let another protocol go on, as if it had been there from the beginning."""
         self._leave()
-        self._fronts.flush()
+        self._fronts.outbox.flush()
         data, self._buffer = self._buffer, b""
         if self._closing:
             self.transport.close()
@@ -256,7 +256,7 @@ class Front(asyncio.Protocol):
         if self._closing:
             self.transport.write(head + body)
         elif len(body) < _LARGE:
-            self._fronts.send(self.transport, head + body)
+            self._fronts.outbox.send(self.transport, head + body)
         else:
             self.transport.write(head)
             self.transport.write(body)

@@ -10,6 +10,7 @@ from time import time
 from typing import Any, Protocol
 
 from .deadlines import Deadlines
+from .outbox import Outbox
 from .port import SERVER, Port
 
 _MOST_BODY_BYTES = 256 * 1024
@@ -46,6 +47,7 @@ class Fronts:
         self.fresh: set[Shared] = set()
         self.idle = Deadlines(port.http.keep_alive_timeout_seconds)
         self.bodies = Deadlines(_BODY_SECONDS)
+        self.outbox = Outbox()
         self.loop = asyncio.get_running_loop()
         self.context = copy_context()
         http = port.http
@@ -53,29 +55,16 @@ class Fronts:
         self.most_body = min(http.max_body_size, _MOST_BODY_BYTES)
         self._second = 0
         self._stamp = ""
-        self._unsent: list[tuple[Any, bytes]] = []
 
     def close(self) -> None:
         """End what is idle, and the rest after its answer."""
-        self.flush()
+        self.outbox.flush()
         for front in [*self.all]:
             front.close()
 
     async def shutdown(self, seconds: float | None) -> None:
         """As `close`; cut off what takes longer than so many seconds."""
         await asyncio.gather(*(front.shutdown(seconds) for front in self.all))
-
-    def send(self, transport: Any, data: bytes) -> None:
-        """Write this when all that can run now has run."""
-        if not self._unsent:
-            self.loop.call_soon(self.flush)
-        self._unsent.append((transport, data))
-
-    def flush(self) -> None:
-        """Write what waits for its turn."""
-        unsent, self._unsent = self._unsent, []
-        for transport, data in unsent:
-            transport.write(data)
 
     def stamp(self) -> str:
         """The end of a head: who answers, and when."""

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import httptools
 
-from harperpy import BackendError, BackendTimeout, Deadlines
+from harperpy import BackendError, BackendTimeout, Deadlines, Outbox
 
 # The same as most servers allow.
 _MOST_HEAD = 64 << 10
@@ -192,7 +192,7 @@ class Connection(asyncio.Protocol):
         """Whether it can be used, as far as anybody knows."""
         return not self._transport.is_closing()
 
-    def ask(self, request: bytes, total: Deadlines, idle: Deadlines) -> Answering:
+    def ask(self, request: bytes, outbox: Outbox, total: Deadlines, idle: Deadlines) -> Answering:
         """Send a whole request; its answer is to come."""
         answering = self._answering = Answering(self, total, idle)
         self._reused = self._parser is not None
@@ -201,7 +201,7 @@ class Connection(asyncio.Protocol):
         self._headers = []
         self._beside = self._body = 0
         self._bounded = self._complete = self._excess = False
-        self._transport.write(request)
+        outbox.send(self._transport, request)
         return answering
 
     def go_on(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from yarl import URL
 
-from harperpy import BackendError, BackendTimeout, ConfigError, Deadlines
+from harperpy import BackendError, BackendTimeout, ConfigError, Deadlines, Outbox
 
 from .openai_connection import Answering, Connection
 from .openai_exchange import Timeouts
@@ -36,6 +36,7 @@ class Pool:
         self._heads: dict[tuple[str, str], bytes] = {}
         self._free: list[Connection] = []
         self._open: set[Connection] = set()
+        self._outbox = Outbox()
         self._keeping = Deadlines(_KEPT_SECONDS)
         self._total = Deadlines(timeouts.total)
         self._idle = Deadlines(timeouts.idle)
@@ -50,7 +51,7 @@ class Pool:
         request = self._request(path, body, call_id)
         connection = self._last() or await self._connect(first_byte)
         first = self._until_head(first_byte)
-        answering = connection.ask(request, self._total, self._idle)
+        answering = connection.ask(request, self._outbox, self._total, self._idle)
         try:
             await answering.head(first)
         except BaseException as error:

@@ -101,6 +101,7 @@ ORDER = (
     "cors",
     "throttle",
     "deadlines",
+    "outbox",
     "options",
     "entries",
     "scope",
