@@ -149,6 +149,10 @@ class Attempt(msgspec.Struct):
 class Admission(Protocol):
     """Who decides whether an attempt may be made."""
 
+    def concerns(self, call: ModelCall) -> bool:
+        """Whether it has to be asked about this one."""
+        ...
+
     async def admit(self, attempt: Attempt) -> None:
         """Set aside what the attempt may take at most. Raises what refuses it."""
         ...

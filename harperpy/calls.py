@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, TypeAlias, TypeVar, cast
 
 import msgspec
@@ -33,8 +34,8 @@ T = TypeVar("T")
 Given = TypeVar("Given")
 Opts: TypeAlias = GenerateOpts | EmbedOpts
 _Batch: TypeAlias = Sequence[GenerateChunk]
-Weigh: TypeAlias = tuple[Callable[[], int], Callable[[], int]]
-"""About how many tokens are asked, and how many at most."""
+Weigh: TypeAlias = tuple[Callable[[Any], int], Callable[[Any], int], Any]
+"""About how many tokens are asked, and how many at most, of what."""
 
 _FALLS_BACK = frozenset({401, 403, 404, 408, 409, 429})
 # Longer waits are the caller's to make: it learns of them by Retry-After.
@@ -52,9 +53,9 @@ class Call:
         "_ledger",
         "_method",
         "_opts",
-        "_plan",
         "_synced",
         "_weigh",
+        "plan",
         "signal",
     )
 
@@ -64,7 +65,7 @@ class Call:
         method: Method,
         opts: Opts,
         caller: Caller,
-        weigh: Weigh = (int, int),
+        weigh: Weigh = (int, int, 0),
     ) -> None:
         self._ledger = ledger
         self._weigh = weigh
@@ -72,7 +73,7 @@ class Call:
         self._method: Method = method
         self._opts = opts
         self._caller = caller
-        self._plan: Sequence[Candidate] = ()
+        self.plan: Sequence[Candidate] = ()
         keeper = ledger.keeper
         self._synced = None if keeper is None else keeper.synced
         signal = caller.signal
@@ -80,16 +81,9 @@ class Call:
             signal = AbortSignal.any_of(signal, opts.signal)
         self.signal = signal
 
-    def resolve(self, find: Callable[[], Sequence[Candidate]]) -> None:
-        """Find the candidates now; a refusal is raised from the call itself, and recorded."""
-        try:
-            plan = find()
-        except HarperError as error:
-            Recorder(self._ledger, self._row(None)).close(error)
-            raise
-        # Another candidate is the better retry: only the last one is asked again.
-        last = plan[-1]
-        self._plan = [*plan, *[last] * last.backend.max_retries]
+    def refuse(self, error: HarperError) -> None:
+        """Record that there is nobody to ask."""
+        Recorder(self._ledger, self._row()).close(error)
 
     def opts_for(self, candidate: Candidate, recorder: Recorder) -> Any:
         """The options as this candidate's backend sees them: its own model's name, one signal."""
@@ -117,7 +111,7 @@ class Call:
     @property
     def gives_many(self) -> bool:
         """Whether whoever answers can give `n` answers at once."""
-        return all("n" in candidate.backend.features for candidate in self._plan)
+        return all("n" in candidate.backend.features for candidate in self.plan)
 
     def whole(
         self, attempt: Callable[[Candidate, Recorder], Awaitable[T]]
@@ -201,7 +195,7 @@ class Call:
         try:
             while True:
                 try:
-                    return await attempt(self._plan[at], given)
+                    return await attempt(self.plan[at], given)
                 except Exception as error:
                     # A connection that was gone is no attempt of its own.
                     anew = not anew and isinstance(error, BackendError) and error.stale
@@ -227,9 +221,9 @@ class Call:
 
     def _pause(self, error: Exception, at: int) -> float | None:
         """Seconds before the attempt after that one, None where there is none."""
-        if at + 1 == len(self._plan):
+        if at + 1 == len(self.plan):
             return None
-        if self._plan[at + 1] is not self._plan[at]:
+        if self.plan[at + 1] is not self.plan[at]:
             return 0.0 if falls_back(error) else None
         pause = _pause(error, at)
         return pause if pause < _LONGEST_WAIT else None
@@ -237,10 +231,10 @@ class Call:
     async def _begin(self, candidate: Candidate) -> Recorder:
         """Have one more attempt admitted and noted. Raises what refuses it."""
         row = self._row(candidate)
-        most = None
-        if self._ledger.admission is not None:
+        admission, most = self._ledger.admission, None
+        if admission is not None and admission.concerns(row):
             attempt = self._attempt(row)
-            await self._ledger.admission.admit(attempt)
+            await admission.admit(attempt)
             most = attempt.most_allowed
         self._attempts += 1
         recorder = Recorder(self._ledger, row, most)
@@ -248,7 +242,9 @@ class Call:
         return recorder
 
     def _attempt(self, row: ModelCall) -> Attempt:
-        attempt = Attempt(self._caller, row, self._attempts, *self._weigh)
+        about, most, given = self._weigh
+        asked = partial(about, given), partial(most, given)
+        attempt = Attempt(self._caller, row, self._attempts, *asked)
         if isinstance(self._opts, GenerateOpts):
             attempt.most_tokens = self._opts.max_tokens
             attempt.answers = self._opts.n or 1
@@ -262,25 +258,27 @@ class Call:
         if isinstance(error, Exception) and self._synced is not None:
             await self._synced()
 
-    def _row(self, candidate: Candidate | None) -> ModelCall:
+    def _row(self, candidate: Candidate | None = None) -> ModelCall:
         id_, caller, opts = self._ledger.next_id(), self._caller, self._opts
-        user = caller.user
         call = ModelCall(
             id=id_,
             created=id_ / 1000,
             method=self._method,
             model=clipped(opts.model) or DEFAULT,
-            tenant=caller.tenant,
-            user=user.username if user else None,
-            app=caller.app,
-            request_id=caller.request_id,
-            api_key=user.key_id if user else None,
         )
+        call.app = caller.app
+        call.request_id = caller.request_id
+        if (user := caller.user) is not None:
+            call.tenant = caller.tenant
+            call.user = user.username
+            call.api_key = user.key_id
         if isinstance(opts, GenerateOpts):
-            call.adapter = clipped(opts.adapter)
-            call.conversation_id = clipped(opts.conversation_id)
+            if opts.adapter is not None:
+                call.adapter = clipped(opts.adapter)
+            if opts.conversation_id is not None:
+                call.conversation_id = clipped(opts.conversation_id)
         if candidate is not None:
-            call.backend = candidate.registration.backend.name
+            call.backend = candidate.backend.name
             call.backend_name = candidate.registration.name
             call.provider_model = clipped(candidate.provider_model)
         return call

@@ -63,6 +63,10 @@ class Limits:
         await self.store.begin(self.clock())
         await self._refresh()
 
+    def concerns(self, call: ModelCall) -> bool:
+        """Whether there are rules, of which one may meet a call."""
+        return bool(self._rules) or self._epoch.now() != self._seen
+
     async def admit(self, attempt: Attempt) -> None:
         """Set aside what the attempt may take at most; `attempt.most_allowed` says what that is.
 

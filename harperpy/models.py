@@ -23,7 +23,7 @@ from .backend import (
 )
 from .batches import Batched
 from .calls import Call, Opts, Weigh
-from .errors import BackendError, NotImplementedYet
+from .errors import BackendError, HarperError, NotImplementedYet
 from .fanout import all_of, interleaved, joined, topped_up
 from .messages import (
     Capability,
@@ -45,7 +45,7 @@ from .prompts import options_in, to_prompt
 from .recorder import Recorder, asked_tokens
 from .routing import Candidate, Kind, ModelInfo, Registration, Routes
 from .vectors import Vector
-from .vocabulary import Vocabulary, embed_inputs
+from .vocabulary import EmbedInputs, Vocabulary, embed_inputs
 
 # Options that need a capability of their name, and the values that everyone honours.
 _IDLE: dict[Capability, tuple[Any, ...]] = {
@@ -59,8 +59,13 @@ _IDLE: dict[Capability, tuple[Any, ...]] = {
     "store": (False,),
     "audio": (),
 }
-_needing = attrgetter(*_IDLE)
-_NOTHING = (None,) * len(_IDLE)
+_needing = attrgetter(*_IDLE, "response_format", "modalities")
+_NOTHING = (None,) * (len(_IDLE) + 2)
+# What most calls need, and nothing else.
+_PLAIN: dict[str, Mapping[Capability, str]] = {
+    "generate": {"generate": "model"},
+    "generateStream": {"stream": "stream"},
+}
 _EVERYONES_PARTS = ("text", "refusal")
 
 OptsType = TypeVar("OptsType", GenerateOpts, EmbedOpts)
@@ -117,9 +122,8 @@ class Models:
         """As `embed`, with the tokens it took. Raises `InvalidBody` for what is no input."""
         settings = _settings(EmbedOpts, opts, options)
         inputs = embed_inputs(given)
-        call = self._call(
-            "embedding", "embed", settings, {"embed": "model"}, (inputs.estimate, inputs.most)
-        )
+        weigh = EmbedInputs.estimate, EmbedInputs.most, inputs
+        call = self._call("embedding", "embed", settings, {"embed": "model"}, weigh)
 
         async def attempt(candidate: Candidate, recorder: Recorder) -> EmbedResult:
             backend = cast("Embeds", candidate.backend)
@@ -150,7 +154,7 @@ class Models:
             return joined(await all_of([_answer(call, prompt) for call in calls]))
         result = await _answer(calls[0], prompt)
         count = settings.n or 1
-        if (given_many := 1 + len(result.others)) >= count:
+        if count == 1 or (given_many := 1 + len(result.others)) >= count:
             return result
         # Some providers do not know `n`, and do not say so.
         more = (self._one_call("generate", prompt, settings, at) for at in range(given_many, count))
@@ -202,15 +206,8 @@ class Models:
         return self._generating(method, prompt, _one_of(opts, index))
 
     def _generating(self, method: Method, prompt: Prompt, opts: GenerateOpts) -> Call:
-        base: Capability = "generate" if method == "generate" else "stream"
-        needs = _requires(base, prompt, opts)
-        return self._call(
-            "generative",
-            method,
-            opts,
-            needs,
-            (partial(asked_tokens, prompt), partial(most_tokens, prompt)),
-        )
+        needs = _requires(method, prompt, opts)
+        return self._call("generative", method, opts, needs, (asked_tokens, most_tokens, prompt))
 
     def _call(
         self,
@@ -222,11 +219,13 @@ class Models:
     ) -> Call:
         caller = current_caller.get() or Caller()
         call = Call(self._ledger, method, opts, caller, weigh)
-        needs: Mapping[Capability, str] = requires
         if opts.requires:
-            needs = {**dict.fromkeys(opts.requires, "model"), **requires}
-        may = _permission(caller)
-        call.resolve(lambda: self._routes.candidates(kind, opts.model, needs, may))
+            requires = {**dict.fromkeys(opts.requires, "model"), **requires}
+        try:
+            call.plan = self._routes.plan(kind, opts.model, requires, _permission(caller))
+        except HarperError as error:
+            call.refuse(error)
+            raise
         return call
 
 
@@ -306,25 +305,36 @@ def _one_of(opts: GenerateOpts, index: int) -> GenerateOpts:
     return msgspec.structs.replace(opts, n=None, seed=seed)
 
 
-def _requires(base: Capability, prompt: Prompt, opts: GenerateOpts) -> dict[Capability, str]:
+def _requires(method: Method, prompt: Prompt, opts: GenerateOpts) -> Mapping[Capability, str]:
     """What a call needs, and the field that asks for it."""
-    needs: dict[Capability, str] = {base: "stream" if base == "stream" else "model"}
+    plain = _PLAIN[method]
+    asked = _needing(opts)
+    if asked == _NOTHING and not prompt.tools and _is_text(prompt):
+        return plain
+    needs = dict[Capability, str](plain)
     if prompt.tools and opts.tool_choice != "none":
         kinds = {tool.type for tool in prompt.tools}
         needs |= {"tools": "tools"} if "function" in kinds else {}
         needs |= {"custom_tools": "tools"} if "custom" in kinds else {}
     if opts.response_format not in (None, "text"):
         needs["structured_output"] = "response_format"
-    if (asked := _needing(opts)) != _NOTHING:
-        for (option, idle), value in zip(_IDLE.items(), asked, strict=True):
-            if value is not None and value not in idle:
-                needs[option] = option
+    for (option, idle), value in zip(_IDLE.items(), asked, strict=False):
+        if value is not None and value not in idle:
+            needs[option] = option
     if opts.modalities and "audio" in opts.modalities:
         needs["audio"] = "modalities"
     for at, message in enumerate(prompt.messages):
         if not isinstance(message.content, str):
             needs |= _parts_needed(message.content, f"messages[{at}].content")
     return needs
+
+
+def _is_text(prompt: Prompt) -> bool:
+    """Whether each message is text and nothing else."""
+    for message in prompt.messages:  # noqa: SIM110  # a generator would take longer than the look
+        if not isinstance(message.content, str):
+            return False
+    return True
 
 
 def _parts_needed(parts: Sequence[ContentPart], path: str) -> dict[Capability, str]:

@@ -29,6 +29,7 @@ _COUNTED = (
     "gpu_ms",
 )
 _counts_of = attrgetter(*_COUNTED)
+_NO_MORE = [None] * len(_COUNTED[2:])
 
 
 class Recorder:
@@ -65,9 +66,15 @@ class Recorder:
 
     def count(self, usage: TokenUsage) -> None:
         """Note the tokens a provider reported; what no database could hold is left out."""
-        for field, value in zip(_COUNTED, _counts_of(usage), strict=True):
-            if value is not None and _is_count(value):
-                setattr(self.call, field, value)
+        asked, answered, *rarer = _counts_of(usage)
+        if asked is not None and _is_count(asked):
+            self.call.prompt_tokens = asked
+        if answered is not None and _is_count(answered):
+            self.call.completion_tokens = answered
+        if rarer != _NO_MORE:
+            for field, value in zip(_COUNTED[2:], rarer, strict=True):
+                if value is not None and _is_count(value):
+                    setattr(self.call, field, value)
 
     def estimate(self, prompt: Prompt, completion_tokens: int | None = None) -> TokenUsage:
         """Tokens for a provider that reported none; the row says so.

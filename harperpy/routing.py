@@ -48,15 +48,11 @@ class Registration(msgspec.Struct, frozen=True):
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """A registration and the provider's model name to ask it for."""
+    """A registration, its backend, and the provider's model name to ask it for."""
 
     registration: Registration
+    backend: ModelBackend
     provider_model: str | None
-
-    @property
-    def backend(self) -> ModelBackend:
-        """The backend itself."""
-        return self.registration.backend
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -77,7 +73,7 @@ class Routes:
     def __init__(self, created: int = 0) -> None:
         self._created = created
         self._frozen = False
-        self._found: dict[tuple[object, ...], tuple[Candidate, ...]] = {}
+        self._found: dict[tuple[object, ...], Sequence[Candidate]] = {}
         self._by_name: dict[Kind, dict[str, Registration]] = {"generative": {}, "embedding": {}}
         self._seen: list[tuple[Any, ...]] = []
         self._listed: list[ModelInfo] = []
@@ -141,6 +137,27 @@ class Routes:
                 return _candidate(registration, name)
         raise _no_model(name)
 
+    def plan(
+        self,
+        kind: Kind,
+        name: str | None,
+        requires: Mapping[Capability, str],
+        permission: Permission | None = None,
+    ) -> Sequence[Candidate]:
+        """Whom to ask, one after the other. Raises as `candidates`."""
+        unlimited = permission is None or permission.super_user or permission.models is None
+        if not self._frozen or not unlimited or not isinstance(name, str):
+            return _planned(self.candidates(kind, name, requires, permission))
+        # No backend comes or changes any more, so neither does what is found.
+        asked = (kind, name, *requires)
+        found = self._found.get(asked)
+        if found is None:
+            found = _planned(self.candidates(kind, name, requires))
+            if len(self._found) >= _MOST_KEPT:
+                self._found.clear()
+            self._found[asked] = found
+        return found
+
     def candidates(
         self,
         kind: Kind,
@@ -153,26 +170,6 @@ class Routes:
         `requires` says for each capability which field of the request asked for it. Those that the
         permission does not have are left out; the first one then does not exist.
         """
-        unlimited = permission is None or permission.super_user or permission.models is None
-        if not self._frozen or not unlimited or not isinstance(name, str):
-            return self._candidates(kind, name, requires, permission)
-        # No backend comes or changes any more, so neither does what is found.
-        asked = (kind, name, *requires)
-        found = self._found.get(asked)
-        if found is None:
-            found = tuple(self._candidates(kind, name, requires, None))
-            if len(self._found) >= _MOST_KEPT:
-                self._found.clear()
-            self._found[asked] = found
-        return found
-
-    def _candidates(
-        self,
-        kind: Kind,
-        name: str | None,
-        requires: Mapping[Capability, str],
-        permission: Permission | None,
-    ) -> Sequence[Candidate]:
         first = self.find(kind, name)
         if permission is not None and not _may_use(permission, first, name or DEFAULT):
             raise _no_model(name or DEFAULT)
@@ -245,6 +242,12 @@ class Routes:
         )
 
 
+def _planned(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    # Another candidate is the better retry: only the last one is asked again.
+    last = candidates[-1]
+    return (*candidates, *[last] * last.backend.max_retries)
+
+
 def missing(backend: ModelBackend, requires: Iterable[Capability]) -> list[Capability]:
     """The required capabilities that a backend lacks, in the order given."""
     able = backend.capabilities()
@@ -255,7 +258,7 @@ def _candidate(registration: Registration, asked: str) -> Candidate:
     provider_model = registration.backend.provider_model
     if provider_model is None and registration.is_pattern:
         provider_model = asked
-    return Candidate(registration, provider_model)
+    return Candidate(registration, registration.backend, provider_model)
 
 
 def _may_use(permission: Permission, candidate: Candidate, asked: str | None = None) -> bool:
