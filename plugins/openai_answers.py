@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -61,9 +62,9 @@ def _counts(details: dict[str, Any], names: tuple[str, ...]) -> dict[str, int] |
 
 
 def _count(value: Any) -> int | None:
-    if type(value) is float and value.is_integer():
-        value = int(value)
-    return value if type(value) is int and 0 <= value < _MOST_TOKENS else None
+    if type(value) is int:
+        return value if 0 <= value < _MOST_TOKENS else None
+    return _count(int(value)) if type(value) is float and value.is_integer() else None
 
 
 class _Said(_Struct):
@@ -113,20 +114,19 @@ class _Whole(_Struct):
     service_tier: Any = None
     moderation: Any = None
 
-    @property
-    def told(self) -> dict[str, Any]:
-        """All of it that is what it should be, by harperpy's names."""
-        found: dict[str, Any] = {}
+    def tell(self, told: GenerateResult | GenerateChunk) -> bool:
+        """Tell all of it that is what it should be; whether that is anything."""
+        tells = False
         if self.usage is not None and (usage := self.usage.tokens()) is not None:
-            found["usage"] = usage
+            told.usage, tells = usage, True
         if isinstance(self.system_fingerprint, str):
-            found["system_fingerprint"] = self.system_fingerprint
+            told.system_fingerprint, tells = self.system_fingerprint, True
         if isinstance(self.service_tier, str):
-            found["service_tier"] = self.service_tier
+            told.service_tier, tells = self.service_tier, True
         moderation = self.moderation
         if isinstance(moderation, dict):
-            found["moderation"] = cast("Any", moderation)
-        return found
+            told.moderation, tells = cast("Any", moderation), True
+        return tells
 
 
 class Completion(_Whole):
@@ -167,6 +167,12 @@ class Embeddings(_Struct):
         return [one.read() for one in sorted(self.data, key=lambda one: one.index)]
 
 
+# What few answers have besides text.
+_RARER = (
+    *("refusal", "tool_calls", "function_call", "reasoning_content"),
+    *("reasoning", "annotations", "audio"),
+)
+_rarer_of, _NOTHING_RARER = attrgetter(*_RARER), (None,) * len(_RARER)
 _decode = msgspec.json.Decoder(_Chunk).decode
 _SILENCE = _Said()
 
@@ -180,8 +186,7 @@ def whole_answer(completion: Completion, n: int | None) -> GenerateResult:
     if len(given) > 1:
         given = sorted(given, key=lambda choice: choice.index)[: n or 1]
     result = _whole_choice(given[0], GenerateResult)
-    for name, value in completion.told.items():
-        setattr(result, name, value)
+    completion.tell(result)
     if len(given) > 1:
         result.others = [_whole_choice(choice, Choice) for choice in given[1:]]
     return result
@@ -192,18 +197,19 @@ def _whole_choice(choice: _Choice, kind: type[C]) -> C:
     if said is None:
         message = "a choice without a message"
         raise BackendError(message)
-    calls = [whole_call(call) for call in said.calls]
-    return kind(
-        content=said.content or "",
-        refusal=said.refusal,
-        tool_calls=calls or None,
-        finish_reason=finish_reason(choice.finish_reason or "stop", calls=bool(calls)),
-        logprobs=likely.content if likely else None,
-        refusal_logprobs=likely.refusal if likely else None,
-        reasoning_content=said.thought,
-        annotations=said.annotations,
-        audio=said.audio,
-    )
+    result = kind(content=said.content or "")
+    calls: list[Called] = []
+    if _rarer_of(said) != _NOTHING_RARER:
+        calls = said.calls
+        result.tool_calls = [whole_call(call) for call in calls] or None
+        result.refusal = said.refusal
+        result.reasoning_content = said.thought
+        result.annotations = said.annotations
+        result.audio = said.audio
+    if likely is not None:
+        result.logprobs, result.refusal_logprobs = likely.content, likely.refusal
+    result.finish_reason = finish_reason(choice.finish_reason or "stop", calls=bool(calls))
+    return result
 
 
 def finish_reason(given: str, *, calls: bool) -> Any:
@@ -225,7 +231,7 @@ class ChunkReader:
         self._n = n or 1
         # Most providers say in each event the same of the answer as a whole.
         self._last = _Chunk()
-        self._news: dict[str, Any] = {}
+        self._news: GenerateChunk | None = None
         self._calls: dict[int, Calls] = {}
         self.reasons: set[int] = set()
         self.ended = False
@@ -253,23 +259,31 @@ class ChunkReader:
             or event.moderation != last.moderation
             or event.usage is not None
         ):
-            self._news |= event.told
+            news = self._news or GenerateChunk()
+            if event.tell(news):
+                self._news = news
             self._last = event
         chunks: list[GenerateChunk] = []
         for choice in event.choices or ():
             chunk = self._chunk(choice)
             if chunk is not None:
                 chunks.append(chunk)
-        return self._with_news(chunks) if self._news else chunks
+        return chunks if self._news is None else self._with_news(self._news, chunks)
 
-    def _with_news(self, chunks: list[GenerateChunk]) -> list[GenerateChunk]:
+    def _with_news(
+        self, news: GenerateChunk, chunks: list[GenerateChunk]
+    ) -> Sequence[GenerateChunk]:
         # Usage may be the last that is heard. The rest alone would pass for the answer's beginning.
-        if not chunks and "usage" in self._news:
+        if not chunks:
+            if news.usage is None:
+                return chunks
             chunks = [GenerateChunk()]
-        if chunks:
-            for name, value in self._news.items():
-                setattr(chunks[0], name, value)
-            self._news = {}
+        first = chunks[0]
+        first.usage = news.usage
+        first.system_fingerprint = news.system_fingerprint
+        first.service_tier = news.service_tier
+        first.moderation = news.moderation
+        self._news = None
         return chunks
 
     @property
@@ -288,7 +302,7 @@ class ChunkReader:
             message = "the stream ended before the answer did"
             raise BackendError(message)
         chunks = [self._ended(index) for index in sorted(silent)]
-        return [*chunks, GenerateChunk(**self._news)] if self._news else chunks
+        return chunks if self._news is None else [*chunks, self._news]
 
     def _ended(self, index: int) -> GenerateChunk:
         calls = self._calls.get(index) or Calls()

@@ -68,6 +68,12 @@ class Answering:
             self.wake()
         return coming
 
+    def whole(self) -> bytes | None:
+        """The body, where nobody has read of it and all of it is here already."""
+        if self._connection is not None or self._error is not None:
+            return None
+        return b"".join(self.parts)
+
     async def read(self) -> bytes:
         """What has come since the last time; nothing at the end. Raises `BackendError`."""
         parts = self.parts
@@ -292,7 +298,8 @@ class Connection(asyncio.Protocol):
         known = {name.lower(): value for name, value in headers}
         coded = b"transfer-encoding" in known
         self._bounded = coded or b"content-length" in known or status in (204, 304)
-        self._odd = _oddity(known, headers)
+        if coded or b"content-encoding" in known:
+            self._odd = _oddity(known, headers)
         if status < 100 or self._parser.get_http_version() not in _VERSIONS:
             self._odd = "its status line is none of HTTP/1.1"
         if not self._odd:

@@ -36,6 +36,10 @@ class Exchange(Protocol):
         """What its head says."""
         ...
 
+    def whole(self) -> bytes | None:
+        """The body, where nobody has read of it and all of it is here already."""
+        ...
+
     async def read(self) -> bytes:
         """What has come of the body since the last time, at least a byte; nothing at its end.
 

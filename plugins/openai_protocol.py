@@ -18,11 +18,8 @@ from harperpy import (
     openai_tool_call,
 )
 
-_PLAIN = (
-    "temperature",
-    "top_p",
-    "stop",
-    "seed",
+# Options that are told as they are, and those of them that few calls have.
+_RARE = (
     "presence_penalty",
     "frequency_penalty",
     "logprobs",
@@ -39,9 +36,22 @@ _PLAIN = (
     "service_tier",
     "store",
 )
-_SAID = ("name", "tool_call_id", "refusal", "reasoning_content", "audio")
-_said_of = attrgetter(*_SAID)
-_NOTHING = (None,) * len(_SAID)
+_rare_of = attrgetter(*_RARE, "response_format")
+_NOTHING_RARE = (None,) * (len(_RARE) + 1)
+_encode = msgspec.json.Encoder().encode
+
+
+class _Message(msgspec.Struct, omit_defaults=True, gc=False):
+    """One turn as it is told."""
+
+    role: str
+    content: Any
+    name: str | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    audio: dict[str, Any] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
 
 
 def chat_body(
@@ -55,11 +65,18 @@ def chat_body(
     }
     if model:
         body["model"] = model
-    body |= {name: value for name in _PLAIN if (value := getattr(opts, name)) is not None}
+    if opts.temperature is not None:
+        body["temperature"] = opts.temperature
+    if opts.top_p is not None:
+        body["top_p"] = opts.top_p
+    if opts.stop is not None:
+        body["stop"] = opts.stop
+    if opts.seed is not None:
+        body["seed"] = opts.seed
     if opts.max_tokens is not None:
         body[limit_name] = opts.max_tokens
-    if opts.response_format not in (None, "text"):
-        body["response_format"] = _response_format(opts.response_format)
+    if _rare_of(opts) != _NOTHING_RARE:
+        _add_rare(body, opts)
     if prompt.tools:
         _add_tools(body, prompt.tools, opts)
     if stream:
@@ -70,22 +87,36 @@ def chat_body(
 def encoded(body: dict[str, Any]) -> bytes:
     """A body's JSON. Raises `InvalidBody` for one that is nested beyond what can be written."""
     try:
-        return msgspec.json.encode(body)
+        return _encode(body)
     except RecursionError as error:
         message = "the body is nested too deeply"
         raise InvalidBody(message) from error
 
 
-def _message(message: Message) -> dict[str, Any]:
-    body: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.content == "" and (message.tool_calls or message.refusal or message.audio):
-        body["content"] = None
+def _message(message: Message) -> _Message:
+    content = message.content
+    if content == "" and (message.tool_calls or message.refusal or message.audio):
+        content = None
+    told = _Message(
+        message.role,
+        content,
+        message.name,
+        message.tool_call_id,
+        message.refusal,
+        message.reasoning_content,
+        message.audio,
+    )
     if message.tool_calls:
-        body["tool_calls"] = [openai_tool_call(call) for call in message.tool_calls]
-    if (said := _said_of(message)) != _NOTHING:
-        given = zip(_SAID, said, strict=True)
-        body.update((name, value) for name, value in given if value is not None)
-    return body
+        told.tool_calls = [openai_tool_call(call) for call in message.tool_calls]
+    return told
+
+
+def _add_rare(body: dict[str, Any], opts: GenerateOpts) -> None:
+    for name in _RARE:
+        if (value := getattr(opts, name)) is not None:
+            body[name] = value
+    if opts.response_format not in (None, "text"):
+        body["response_format"] = _response_format(opts.response_format)
 
 
 def _add_tools(body: dict[str, Any], tools: list[ToolDef], opts: GenerateOpts) -> None:

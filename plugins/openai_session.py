@@ -26,6 +26,10 @@ class Answered:
         self._response = response
         self._idle = idle
 
+    def whole(self) -> bytes | None:
+        """It is read."""
+        return None
+
     async def read(self) -> bytes:
         """What has come since the last time."""
         with _as_ours():

@@ -68,15 +68,15 @@ def completion(result: GenerateResult, request: ChatRequest) -> msgspec.Struct:
     for at, other in enumerate(result.others, 1):
         choices.append(_choice(at, other, functions=functions))
     return _Completion(
-        id=completion_id(),
-        object="chat.completion",
-        created=int(time.time()),
-        model=request.model or "default",
-        choices=choices,
-        usage=openai_usage(result.usage or TokenUsage()),
-        system_fingerprint=result.system_fingerprint,
-        service_tier=result.service_tier,
-        moderation=result.moderation,
+        completion_id(),
+        "chat.completion",
+        int(time.time()),
+        request.model or "default",
+        choices,
+        openai_usage(result.usage or TokenUsage()),
+        result.system_fingerprint,
+        result.service_tier,
+        result.moderation,
     )
 
 
@@ -96,16 +96,13 @@ def embedding_list(request: EmbeddingRequest, result: EmbedResult) -> dict[str, 
 
 
 def _choice(index: int, choice: Choice, *, functions: bool) -> _Choice:
-    calls = choice.tool_calls or []
+    calls = choice.tool_calls
     silent = calls or choice.refusal or choice.audio
-    message = _Message(
-        role="assistant",
-        content=choice.content or (None if silent else ""),
-        refusal=choice.refusal,
-        reasoning_content=choice.reasoning_content,
-        annotations=choice.annotations,
-        audio=choice.audio,
-    )
+    content = choice.content or (None if silent else "")
+    message = _Message("assistant", content, choice.refusal)
+    message.reasoning_content = choice.reasoning_content
+    message.annotations = choice.annotations
+    message.audio = choice.audio
     if calls and functions:
         message.function_call = openai_tool_call(calls[0])["function"]
     elif calls:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from operator import attrgetter
+from typing import Any
 
 import msgspec
 
@@ -24,6 +25,7 @@ from .schema import (
     ChatRequest,
     CustomChoice,
     CustomToolCallIn,
+    DeveloperMessageIn,
     FunctionChoice,
     FunctionIn,
     FunctionMessageIn,
@@ -32,8 +34,10 @@ from .schema import (
     MessageIn,
     Named,
     ResponseFormatIn,
+    SystemMessageIn,
     ToolIn,
     ToolMessageIn,
+    UserMessageIn,
 )
 
 # Without effect on the answer, by their own contract: a provider may want them for its books.
@@ -45,14 +49,47 @@ LABELS = (
     "prompt_cache_options",
     "prompt_cache_retention",
 )
+# Options that few requests have, and those of them that are told as they are.
+_AS_THEY_ARE = (
+    "presence_penalty",
+    "frequency_penalty",
+    "parallel_tool_calls",
+    "logprobs",
+    "top_logprobs",
+    "n",
+    "logit_bias",
+    "reasoning_effort",
+    "verbosity",
+    "modalities",
+    "web_search_options",
+    "moderation",
+    "service_tier",
+    "store",
+)
+_RARE = (
+    *_AS_THEY_ARE,
+    *("response_format", "audio", "prediction"),
+    *("tools", "functions", "tool_choice", "function_call"),
+)
+_labels_of, _rare_of = attrgetter(*LABELS), attrgetter(*_RARE)
+_NO_LABELS, _NOTHING_RARE = (None,) * len(LABELS), (None,) * len(_RARE)
+# Who says text, and parts of messages, and nothing else.
+_SPEAKERS: dict[type, Any] = {
+    SystemMessageIn: "system",
+    DeveloperMessageIn: "developer",
+    UserMessageIn: "user",
+}
 
 
 def to_prompt(request: ChatRequest) -> Prompt:
     """The messages and tools of a request. Raises `InvalidBody` for calls without their results."""
-    _check_calls(request.messages)
+    messages = request.messages
+    if not (request.tools or request.functions) and _SPEAKERS.keys() >= {*map(type, messages)}:
+        return Prompt(messages=[_spoken(message) for message in messages])
+    _check_calls(messages)
     tools = [_tool(tool) for tool in request.tools or ()]
     tools += [_function(function) for function in request.functions or ()]
-    return Prompt(messages=paired(map(_message, request.messages)), tools=tools)
+    return Prompt(messages=paired(map(_message, messages)), tools=tools)
 
 
 def to_opts(request: ChatRequest, extra: Mapping[str, Any]) -> GenerateOpts:
@@ -60,8 +97,6 @@ def to_opts(request: ChatRequest, extra: Mapping[str, Any]) -> GenerateOpts:
 
     Raises `InvalidBody` for combinations that make no sense.
     """
-    _check_together(request)
-    told = {name: value for name in LABELS if (value := getattr(request, name)) is not None}
     opts = GenerateOpts(
         model=request.model,
         temperature=request.temperature,
@@ -69,30 +104,36 @@ def to_opts(request: ChatRequest, extra: Mapping[str, Any]) -> GenerateOpts:
         max_tokens=request.max_completion_tokens or request.max_tokens,
         stop=[request.stop] if isinstance(request.stop, str) else request.stop,
         seed=request.seed,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-        response_format=_response_format(request.response_format),
-        parallel_tool_calls=request.parallel_tool_calls,
-        logprobs=request.logprobs,
-        top_logprobs=request.top_logprobs,
-        n=request.n,
-        logit_bias=request.logit_bias,
-        reasoning_effort=request.reasoning_effort,
-        verbosity=request.verbosity,
-        modalities=cast("list[str] | None", request.modalities),
-        web_search_options=request.web_search_options,
-        moderation=request.moderation,
-        service_tier=request.service_tier,
-        store=request.store,
-        provider_options={**extra, **told} if extra else told,
     )
+    if request.stream_options and not request.stream:
+        message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+        raise InvalidBody(message, param="stream_options")
+    if _rare_of(request) != _NOTHING_RARE:
+        _add_rare(opts, request)
+    if (labels := _labels_of(request)) != _NO_LABELS:
+        told = zip(LABELS, labels, strict=True)
+        opts.provider_options = {name: label for name, label in told if label is not None}
+    if extra:
+        opts.provider_options = {**extra, **opts.provider_options}
+    return opts
+
+
+def _add_rare(opts: GenerateOpts, request: ChatRequest) -> None:
+    _check_together(request)
+    for name in _AS_THEY_ARE:
+        setattr(opts, name, getattr(request, name))
+    opts.response_format = _response_format(request.response_format)
     if request.audio is not None:
         opts.audio = msgspec.to_builtins(request.audio)
     if request.prediction is not None:
         opts.prediction = msgspec.to_builtins(request.prediction)
     if request.tools or request.functions or request.tool_choice or request.function_call:
         _choose(opts, request)
-    return opts
+
+
+def _spoken(message: Any) -> Message:
+    """As `_message`, of one that is nothing but said."""
+    return Message(role=_SPEAKERS[type(message)], content=message.content or "", name=message.name)
 
 
 def _message(message: MessageIn) -> Message:
@@ -220,9 +261,6 @@ def _response_format(given: ResponseFormatIn | None) -> Any:
 
 def _check_together(request: ChatRequest) -> None:
     """Parameters that are only allowed beside others, or instead of them."""
-    if request.stream_options and not request.stream:
-        message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
-        raise InvalidBody(message, param="stream_options")
     if request.top_logprobs is not None and not request.logprobs:
         message = "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled."
         raise InvalidBody(message, param="top_logprobs")
