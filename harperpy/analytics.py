@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from math import exp, log
 from typing import Any, TypeAlias, TypeVar
 
@@ -64,13 +65,23 @@ class Distribution:
             self._smallest = value
         if value > self._largest:  # noqa: PLR1730
             self._largest = value
-        if value > _SMALLEST:
-            bucket = int(log(value) * _PER_STEP + _ZERO)
-        elif value < -_SMALLEST:
-            bucket = -int(log(-value) * _PER_STEP + _ZERO)
-        else:
-            bucket = 0
+        bucket = _bucket(value)
         self._buckets[bucket] = self._buckets.get(bucket, 0) + 1
+
+    def add_all(self, values: Sequence[float]) -> None:
+        """Take in all of these, of which there is one at least, in a part of the time."""
+        ranked = sorted(values)
+        self.count += len(ranked)
+        self.total += sum(ranked)
+        self._smallest = min(self._smallest, ranked[0])
+        self._largest = max(self._largest, ranked[-1])
+        end = 0
+        while end < len(ranked):
+            begin, value = end, ranked[end]
+            bucket = _bucket(value)
+            most = exp((bucket + 1 - _ZERO) * _STEP) if bucket > 0 else value
+            end = bisect_right(ranked, most, begin + 1)
+            self._buckets[bucket] = self._buckets.get(bucket, 0) + end - begin
 
     def columns(self) -> Row:
         """What its row says."""
@@ -100,6 +111,11 @@ class Ratio:
         self.count += 1
         self.total += value
 
+    def add_many(self, count: int, total: int) -> None:
+        """Take in so many more, of which so many were true."""
+        self.count += count
+        self.total += total
+
     def columns(self) -> Row:
         """What its row says."""
         return {"count": self.count, "total": self.total, "ratio": self.total / self.count}
@@ -122,6 +138,7 @@ class Analytics:
         self._numbers: dict[Key, Distribution] = {}
         self._ratios: dict[Key, Ratio] = {}
         self._gauges: dict[Key, Callable[[], Any]] = {}
+        self._read: list[Callable[[], None]] = []
         self._turned: list[Callable[[], None]] = []
         self._began = time.perf_counter()
         self._last_id = 0
@@ -168,6 +185,10 @@ class Analytics:
         """The series of a metric's truths, until the period ends."""
         return self._series(self._ratios, (metric, path, method, kind), Ratio)
 
+    def on_read(self, function: Callable[[], None]) -> None:
+        """Call this before anything is read: who adds many values at a time is to add the rest."""
+        self._read.append(function)
+
     def on_turn(self, function: Callable[[], None]) -> None:
         """Call this when a period ends: who keeps series is to let go of them."""
         self._turned.append(function)
@@ -193,7 +214,12 @@ class Analytics:
             row["time"] = row["time"] if at is None else at
         return rows
 
+    def _gather(self) -> None:
+        for function in self._read:
+            function()
+
     def _measured(self, metric: str | None) -> Iterator[tuple[Key, Series]]:
+        self._gather()
         counted: list[tuple[Key, Series]] = [*self._numbers.items(), *self._ratios.items()]
         for key, series in counted:
             if series.count and metric in (None, key[0]):
@@ -223,6 +249,7 @@ class Analytics:
     @property
     def idle(self) -> bool:
         """Whether nothing has been counted in this period."""
+        self._gather()
         return not self._held
 
     @property
@@ -249,6 +276,12 @@ class Analytics:
 
 
 _EMPTY: Row = dict.fromkeys(("id", "count", "total", "mean", *_PERCENTILES, "ratio"))
+
+
+def _bucket(value: float) -> int:
+    if value > _SMALLEST:
+        return int(log(value) * _PER_STEP + _ZERO)
+    return -int(log(-value) * _PER_STEP + _ZERO) if value < -_SMALLEST else 0
 
 
 def _value(bucket: int) -> float:

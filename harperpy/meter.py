@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
-from .analytics import Analytics, Distribution, Ratio
+from .analytics import Analytics, Ratio
 from .resource import METHOD_VERBS
 
 _METHODS = frozenset({*METHOD_VERBS, "OPTIONS"})
 _OTHER = "other"
+# Counted together, answers take a part of the time; so many are soon counted.
+_TOGETHER = 512
+_Answer: TypeAlias = tuple[tuple[str | None, str], int, float, int, int]
+"""Its path and method, its status, its milliseconds, its bytes, and those of its request."""
 
 
 class Meter:
@@ -18,7 +24,9 @@ class Meter:
         self._analytics = analytics
         self._port = port
         self._kind = kind
+        self._answers: list[_Answer] = []
         self._requests: dict[tuple[str | None, str], _Requests] = {}
+        analytics.on_read(self._count)
         analytics.on_turn(self._requests.clear)
 
     def watch(self, connections: Callable[[], int], sockets: Callable[[], int]) -> None:
@@ -34,23 +42,27 @@ class Meter:
         self, path: str | None, method: str, status: int, ms: float, sent: int, received: int
     ) -> None:
         """An answer's head was ready after so long; so many bytes of bodies in both directions."""
-        requests = self._requests.get((path, method)) or self._series(path, method)
-        requests.duration.add(ms)
-        requests.success.add(status < 400)
-        (requests.statuses.get(status) or requests.status(status)).add(True)  # noqa: FBT003
-        requests.sent.add(sent)
-        if received:
-            self._analytics.record(received, "bytes-received", path, requests.method, self._kind)
+        answers = self._answers
+        answers.append(((path, method), status, ms, sent, received))
+        if len(answers) >= _TOGETHER:
+            self._count()
 
     def transferred(self, path: str | None, method: str, ms: float) -> None:
         """A stream took so long from its head to its end."""
-        requests = self._requests.get((path, method)) or self._series(path, method)
-        self._analytics.record(ms, "transfer", path, requests.method, self._kind)
+        method = self._series(path, method).method
+        self._analytics.record(ms, "transfer", path, method, self._kind)
 
     def lost(self, path: str | None, method: str) -> None:
         """The client left before its answer was complete."""
-        requests = self._requests.get((path, method)) or self._series(path, method)
-        requests.success.add(False)  # noqa: FBT003
+        self._series(path, method).success.add(False)  # noqa: FBT003
+
+    def _count(self) -> None:
+        answers, self._answers = self._answers, []
+        groups: dict[tuple[str | None, str], list[_Answer]] = defaultdict(list)
+        for answer in answers:
+            groups[answer[0]].append(answer)
+        for key, group in groups.items():
+            self._series(*key).add_all(group)
 
     def _series(self, path: str | None, method: str) -> _Requests:
         """Those of one mount and method. A method that nobody knows is no series of its own."""
@@ -65,30 +77,26 @@ class Meter:
 class _Requests:
     """The series of the requests by one method for one mount."""
 
-    __slots__ = (
-        "_analytics",
-        "_kind",
-        "_path",
-        "duration",
-        "method",
-        "sent",
-        "statuses",
-        "success",
-    )
+    __slots__ = ("_analytics", "_duration", "_key", "_sent", "method", "success")
 
     def __init__(
         self, analytics: Analytics, path: str | None, method: str, kind: str | None
     ) -> None:
-        self._analytics, self._path, self._kind = analytics, path, kind
+        self._analytics = analytics
+        self._key = path, method, kind
         self.method = method
-        self.duration: Distribution = analytics.distribution("duration", path, method, kind)
-        self.success: Ratio = analytics.ratio("success", path, method, kind)
-        self.sent: Distribution = analytics.distribution("bytes-sent", path, method, kind)
-        self.statuses: dict[int, Ratio] = {}
+        self._duration = analytics.distribution("duration", *self._key)
+        self.success: Ratio = analytics.ratio("success", *self._key)
+        self._sent = analytics.distribution("bytes-sent", *self._key)
 
-    def status(self, status: int) -> Ratio:
-        """The series of the answers with this status."""
-        metric = f"response_{status}"
-        made = self._analytics.ratio(metric, self._path, self.method, self._kind)
-        self.statuses[status] = made
-        return made
+    def add_all(self, answers: Sequence[_Answer]) -> None:
+        """Take in all of these."""
+        analytics, key = self._analytics, self._key
+        _, statuses, ms, sent, received = zip(*answers, strict=True)
+        self._duration.add_all(ms)
+        self._sent.add_all(sent)
+        for status, count in Counter(statuses).items():
+            self.success.add_many(count, count * (status < 400))
+            analytics.ratio(f"response_{status}", *key).add_many(count, count)
+        if any(received):
+            analytics.distribution("bytes-received", *key).add_all([*filter(None, received)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from operator import methodcaller
 from typing import Any
 
@@ -22,6 +23,8 @@ from .analytics_operations import AnalyticsOperations, DescribeMetric, GetAnalyt
 # Rows that wait for a database that is away: at most so many.
 _MOST_WAITING = 10_000
 _CLEANING_SECONDS = 3600.0
+# Counted together, calls take a part of the time; so many are soon counted.
+_TOGETHER = 512
 
 
 def handle_application(scope: Scope) -> None:
@@ -35,7 +38,7 @@ def handle_application(scope: Scope) -> None:
     if analytics is None:
         return
     reporter = Reporter(scope, analytics, waiting)
-    scope.ledger.subscribe(lambda call: measure_call(analytics, call))
+    scope.ledger.subscribe(CallMeter(analytics).add)
     scope.on_close(reporter.close)
     scope.create_task(reporter.run(), name="analytics")
     if analytics.index == 0:
@@ -88,22 +91,54 @@ class Reporter:
             del waiting[: len(batch)]
 
 
-def measure_call(analytics: Analytics, call: ModelCall) -> None:
-    """Count a finished model call, by its backend and method."""
-    backend, method = call.backend, call.method
-    record = analytics.record
-    record(call.success, "model_call", backend, method)
-    record(call.latency_ms, f"model-{method}", backend)
-    tokens = (call.prompt_tokens, call.completion_tokens, call.embedding_tokens)
-    if any(tokens):
-        record(sum(filter(None, tokens)), f"model-{method}-tokens", backend)
-    if method != "generateStream" or call.ttft_ms is None:
-        return
-    record(call.ttft_ms, "ttft_ms", backend, method)
-    # The first token's time is known by itself.
-    seconds, more = (call.latency_ms - call.ttft_ms) / 1000, (call.completion_tokens or 0) - 1
-    if seconds > 0 and more > 0:
-        record(more / seconds, "tokens_per_s", backend, method)
+class CallMeter:
+    """Counts finished model calls by their backend and method, many at a time."""
+
+    def __init__(self, analytics: Analytics) -> None:
+        self._analytics = analytics
+        self._ended: list[ModelCall] = []
+        analytics.on_read(self._count)
+
+    def add(self, call: ModelCall) -> None:
+        """Take one more in."""
+        ended = self._ended
+        ended.append(call)
+        if len(ended) >= _TOGETHER:
+            self._count()
+
+    def _count(self) -> None:
+        ended, self._ended = self._ended, []
+        groups: dict[tuple[str, str], list[ModelCall]] = defaultdict(list)
+        for call in ended:
+            groups[call.backend, call.method].append(call)
+        for (backend, method), calls in groups.items():
+            truths, numbers = self._analytics.ratio, self._analytics.distribution
+            succeeded = sum(call.success for call in calls)
+            truths("model_call", backend, method).add_many(len(calls), succeeded)
+            numbers(f"model-{method}", backend).add_all([call.latency_ms for call in calls])
+            if tokens := [some for call in calls if (some := _tokens(call))]:
+                numbers(f"model-{method}-tokens", backend).add_all(tokens)
+            if method == "generateStream":
+                self._count_streams(backend, method, calls)
+
+    def _count_streams(self, backend: str, method: str, calls: list[ModelCall]) -> None:
+        numbers = self._analytics.distribution
+        if firsts := [call.ttft_ms for call in calls if call.ttft_ms is not None]:
+            numbers("ttft_ms", backend, method).add_all(firsts)
+        if speeds := [speed for call in calls if (speed := _speed(call))]:
+            numbers("tokens_per_s", backend, method).add_all(speeds)
+
+
+def _tokens(call: ModelCall) -> int:
+    asked, answered = call.prompt_tokens or 0, call.completion_tokens or 0
+    return asked + answered + (call.embedding_tokens or 0)
+
+
+def _speed(call: ModelCall) -> float | None:
+    """Tokens a second after the first, whose time is known by itself."""
+    more = (call.completion_tokens or 0) - 1
+    seconds = 0.0 if call.ttft_ms is None else (call.latency_ms - call.ttft_ms) / 1000
+    return more / seconds if seconds > 0 and more > 0 else None
 
 
 async def _clean(scope: Scope) -> None:

@@ -17,6 +17,7 @@ from harperpy import (
     Analytics,
     Body,
     InvalidBody,
+    ModelCall,
     NotFound,
     RequestTarget,
     Resource,
@@ -111,6 +112,24 @@ async def test_percentiles_are_within_a_percent(values: Sequence[float]) -> None
             plugin.record(value, "size")
         (row,) = await found(server, "size")
 
+    assert_measured(values, row)
+
+
+@pytest.mark.parametrize("values", DATA.values(), ids=DATA)
+async def test_percentiles_of_model_calls_are_as_good(values: Sequence[float]) -> None:
+    """Calls count many at a time, and the row is the one that they would make one by one."""
+    values = RANDOM.sample(values, len(values))
+    async with running(DAY) as server:
+        for number, value in enumerate(values):
+            call = ModelCall(id=number, created=0, method="embed", model="m", latency_ms=value)
+            server.server.core.ledger.record(call)
+        (row,) = await found(server, "model-embed")
+
+    assert_measured(values, row)
+
+
+def assert_measured(values: Sequence[float], row: Row) -> None:
+    """Check what a row says of these values."""
     ranked = sorted(values)
     assert len(values) == row["count"]
     assert sum(values) == pytest.approx(row["total"])
@@ -342,6 +361,17 @@ async def test_requests_count_by_mount_and_method() -> None:
     assert (15, 3) == told["bytes-sent"][post]
     assert {post: (9, 3)} == told["bytes-received"]
     assert not any(text in everything for text in ("secret", "nowhere", "PURGE", "/"))
+
+
+async def test_however_many_requests_each_counts_once() -> None:
+    """They are counted many at a time, and none is missed or counted twice in between."""
+    async with running(DAY, resources={"things": Thing}) as server:
+        for number in range(1, 1201):
+            await ask(server, "GET", f"/things/{number:04}")
+            if number in (511, 512, 513, 1200):
+                durations, sent = await sums(server, "duration"), await sums(server, "bytes-sent")
+                assert number == durations["things", "GET"][1]
+                assert (6 * number, number) == sent["things", "GET"]
 
 
 async def test_a_stream_has_a_head_and_a_transfer() -> None:
