@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from .accounting import CallRow, ModelCall, row_of
+from .accounting import CallRow, ModelCall
 from .errors import ServiceUnavailable
 
 logger = logging.getLogger("harperpy.accounting")
@@ -26,6 +26,7 @@ _SEGMENT = 1 << 20
 # What an outcome adds to its intent: numbers, and the reason it ended for.
 _MOST_ADDED = 1024
 _encode = msgspec.json.Encoder().encode_into
+_row_of = msgspec.structs.astuple
 
 
 class Waiting(msgspec.Struct):
@@ -55,14 +56,15 @@ class Journal:
         self._lock = self._file = -1
         self._number = 0
         self._position = self._size = 0
-        self._line = bytearray()
+        # What is left of the segment when all that was promised is in it.
+        self._left = 0
+        self._begun, self._over = bytearray(INTENT), bytearray(OUTCOME)
         self._promised: dict[int, tuple[int, int]] = {}
-        self._sum = 0
         self._sizes: dict[int, int] = {}
         self._ended: list[CallRow] = []
         self.forgotten = 0
         """How many calls that ended do not wait any more."""
-        self._noted = self._safe = 0
+        self._safe = 0, 0
         self._syncing: asyncio.Future[None] | None = None
 
     def begin(self, call: ModelCall) -> None:
@@ -70,32 +72,34 @@ class Journal:
         if self._closing:
             message = "the server is stopping"
             raise ServiceUnavailable(message)
-        self._encode(INTENT, call)
-        length = len(self._line)
+        line, _ = _encoded(self._begun, call)
+        length = len(line)
         promise = length + _MOST_ADDED
-        needed = length + self._sum + promise
         try:
-            if self._position + needed > self._size:
-                self._new_segment(needed)
-            self._write()
+            if self._left < length + promise:
+                self._new_segment(length + promise)
+            self._write(line)
         except OSError as error:
             message = f"the journal of model calls cannot be written: {error.strerror or error}"
             raise ServiceUnavailable(message, headers={"Retry-After": "1"}) from error
         self._promised[call.id] = promise, self._number
-        self._sum += promise
+        self._left -= length + promise
 
     def end(self, call: ModelCall) -> None:
         """Note how a call ended, in the room set aside for it."""
         if self._lock < 0:
             return
-        row = row_of(self._encode(OUTCOME, call))
+        line, call = _encoded(self._over, call)
+        promise, _ = self._promised.pop(call.id, (0, 0))
         try:
-            self._write()
+            self._write(line)
+            self._left += promise - len(line)
         except OSError as error:
+            self._left += promise
             logger.warning("the end of model call %d is in memory alone: %s", call.id, error)
-        self._sum -= self._promised.pop(call.id, (0, 0))[0]
-        self._ended.append(row)
-        if len(self._ended) == 1:
+        ended = self._ended
+        ended.append(_row_of(call))
+        if len(ended) == 1:
             self.told()
         if self._closing and not self._promised:
             self._let_go()
@@ -143,31 +147,18 @@ class Journal:
         os.close(self._lock)
         self._lock = self._file = -1
 
-    def _encode(self, kind: bytes, call: ModelCall) -> ModelCall:
-        """Make its line. The call, without what no text can hold."""
-        line = self._line
-        line[:] = kind
-        try:
-            _encode(call, line, 1)
-        except (UnicodeEncodeError, TypeError, OverflowError):
-            call = _plain(call)
-            _encode(call, line, 1)
-        line += b"\n"
-        return call
-
-    def _write(self) -> None:
-        line = self._line
+    def _write(self, line: bytearray) -> None:
         if os.pwrite(self._file, line, self._position) != len(line):
             message = "only a part was written"
             raise OSError(message)
         self._position += len(line)
-        self._noted += 1
 
     def _new_segment(self, needed: int) -> None:
         if self._lock < 0:
             self._lock = _own(self.path)
+        promised = sum(promise for promise, _ in self._promised.values())
         # As much again for the next ones: where many run at a time, they share it, too.
-        size = max(_SEGMENT, 2 * needed)
+        size = max(_SEGMENT, 2 * (needed + promised))
         # One beside the one that is full there always is, or nothing would ever go on.
         if sum(list(self._sizes.values())) + size > max(self._most, self._size + size):
             message = f"{self._most} bytes wait for the database"
@@ -188,18 +179,19 @@ class Journal:
         if self._file >= 0:
             os.close(self._file)
         self._file, self._size, self._position = file, size, 0
+        self._left = size - promised
         self._number += 1
         self._sizes[self._number] = size
 
     async def _synced(self) -> None:
-        noted = self._noted
+        noted = self._number, self._position
         while self._safe < noted:
             if self._syncing is None:
                 self._syncing = asyncio.ensure_future(self._sync())
             await asyncio.shield(self._syncing)
 
     async def _sync(self) -> None:
-        noted = self._noted
+        noted = self._number, self._position
         file = os.dup(self._file)
         try:
             await asyncio.to_thread(os.fdatasync, file)
@@ -244,6 +236,17 @@ def _allocate(file: int, size: int) -> None:
     else:
         os.pwrite(file, bytes(size), 0)
         os.fsync(file)
+
+
+def _encoded(line: bytearray, call: ModelCall) -> tuple[bytearray, ModelCall]:
+    """Its line, and the call, without what no text can hold. The line's kind is there already."""
+    try:
+        _encode(call, line, 1)
+    except (UnicodeEncodeError, TypeError, OverflowError):
+        call = _plain(call)
+        _encode(call, line, 1)
+    line += b"\n"
+    return line, call
 
 
 def _plain(call: ModelCall) -> ModelCall:
