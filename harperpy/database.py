@@ -261,8 +261,10 @@ def _reason(error: Exception) -> object:
 
 
 def _prepare(connection: sqlite3.Connection, _: object) -> None:
+    # The system has the file in memory as well; a connection, and there are many, needs little.
     connection.executescript(
         "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON;"
+        "PRAGMA cache_size = -512;"
     )
 
 

@@ -25,6 +25,8 @@ Kind: TypeAlias = Callable[[Any], Any]
 
 # One file by two names: plugins' tables and the server's own.
 _ATTACHED = {"system": "ATTACH ? AS system", "data": "ATTACH ? AS data"}
+# What a thread has taken once stays with the process.
+_LITTLE_MEMORY = "PRAGMA system.cache_size = -512; PRAGMA data.cache_size = -512"
 _MAX_VALUE_BYTES = 1_000_000
 _MAX_PATTERN_BYTES = 100  # LIKE and GLOB try it at each place of a value
 _MAX_RESULT_BYTES = 64 * 2**20
@@ -177,6 +179,7 @@ def _open_read_only(path: Path, seconds: float) -> sqlite3.Connection:
     try:
         for statement in _ATTACHED.values():
             connection.execute(statement, (f"{path.absolute().as_uri()}?mode=ro",))
+        connection.executescript(_LITTLE_MEMORY)
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
         connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, _MAX_PATTERN_BYTES)
         connection.text_factory = _decode
