@@ -17,8 +17,10 @@ from harperpy import BackendError, BackendTimeout, Deadlines, Outbox
 _MOST_HEAD = 64 << 10
 # What chunks may cost beside their bytes; one of a single byte costs five more.
 _MOST_FRAMING = 16
-# uvloop reads up to 256 KiB at once: what is held is at most that and this.
-_MOST_HELD = 64 << 10
+# One read becomes events, chunks and an answer that are there at once, several times its size.
+ROOM = 64 << 10
+# What is held for who does not read on is at most this and one read.
+_MOST_HELD = ROOM
 _VERSIONS = ("1.1", "1.0")
 
 
@@ -84,10 +86,12 @@ class Answering:
                 if self._error is not None:
                     raise self._error
                 return b""
-        data = parts[0] if len(parts) == 1 else b"".join(parts)
-        parts.clear()
-        self._counted = self._held = 0
-        if self._connection is not None:
+        taken = len(parts) // 2 if self.is_full else len(parts)
+        data = parts[0] if taken == 1 else b"".join(parts[:taken])
+        del parts[:taken]
+        self._counted = len(parts)
+        self._held -= len(data)
+        if self._connection is not None and not parts:
             self._connection.go_on()
         return data
 
@@ -154,8 +158,11 @@ class Answering:
         return self._waiter
 
 
-class Connection(asyncio.Protocol):
-    """One connection. `free` is told when it may be used again, `gone` when it has ended."""
+class Connection(asyncio.BufferedProtocol):
+    """One connection. `free` is told when it may be used again, `gone` when it has ended.
+
+    `room` is where it reads to; connections may share it, as it is free again after each read.
+    """
 
     __slots__ = (
         "_answering",
@@ -172,6 +179,7 @@ class Connection(asyncio.Protocol):
         "_parser",
         "_paused",
         "_reused",
+        "_room",
         "_transport",
         "_whole",
         "on_body",
@@ -181,9 +189,12 @@ class Connection(asyncio.Protocol):
     """Where a piece of a body goes: no frame of ours for each of what may be thousands."""
 
     def __init__(
-        self, free: Callable[[Connection], None], gone: Callable[[Connection], None]
+        self,
+        free: Callable[[Connection], None],
+        gone: Callable[[Connection], None],
+        room: memoryview,
     ) -> None:
-        self._free, self._gone = free, gone
+        self._free, self._gone, self._room = free, gone, room
         self._transport = cast("asyncio.Transport", None)
         self._parser: Any = None
         self._answering: Answering | None = None
@@ -231,14 +242,18 @@ class Connection(asyncio.Protocol):
         """Begin."""
         self._transport = cast("asyncio.Transport", transport)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where to read to."""
+        return self._room
+
+    def buffer_updated(self, nbytes: int) -> None:
         """Read on in the answer; what nobody has asked for ends the connection."""
         answering = self._answering
         if answering is None:
             self._transport.abort()
             return
         try:
-            self._parser.feed_data(data)
+            self._parser.feed_data(self._room[:nbytes])
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._excess = self._complete
             if not self._complete:
@@ -247,7 +262,7 @@ class Connection(asyncio.Protocol):
             del answering.parts[self._whole :]
         body = answering.count()
         self._body += body
-        self._beside += len(data) - body
+        self._beside += nbytes - body
         if self._beside > _MOST_HEAD + _MOST_FRAMING * self._body:
             self._odd = self._odd or "too much beside its body"
         if self._odd:

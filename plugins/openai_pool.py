@@ -11,7 +11,7 @@ from yarl import URL
 
 from harperpy import BackendError, BackendTimeout, ConfigError, Deadlines, Outbox
 
-from .openai_connection import Answering, Connection
+from .openai_connection import ROOM, Answering, Connection
 from .openai_exchange import Timeouts
 
 _KEPT_SECONDS = 30.0
@@ -34,6 +34,7 @@ class Pool:
         self._path = url.raw_path.rstrip("/")
         self._lines = _lines(url, headers)
         self._heads: dict[tuple[str, str], bytes] = {}
+        self._room = memoryview(bytearray(ROOM))
         self._free: list[Connection] = []
         self._open: set[Connection] = set()
         self._outbox = Outbox()
@@ -94,7 +95,7 @@ class Pool:
         try:
             async with asyncio.timeout(min(self._timeouts.connect, first_byte)):
                 _, connection = await loop.create_connection(
-                    lambda: Connection(self._give_back, self._forget),
+                    lambda: Connection(self._give_back, self._forget, self._room),
                     self._host,
                     self._port,
                     ssl=self._context,
