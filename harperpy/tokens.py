@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
-import jwt
 import sqlalchemy as sa
 
 from .audit import Deed
@@ -184,6 +183,8 @@ class Tokens:
         return hmac.new(self._hash_key, token.encode(), hashlib.sha256).hexdigest()
 
     def _sign(self, user: User, subject: Subject, family: str, seconds: float) -> str:
+        import jwt  # noqa: PLC0415  # it brings cryptography; most callers have API keys
+
         now = time.time()
         claims = {
             "sub": subject,
@@ -199,6 +200,8 @@ class Tokens:
         )
 
     def _read(self, token: str, subject: Subject) -> dict[str, Any]:
+        import jwt  # noqa: PLC0415  # as in _sign
+
         try:
             claims = jwt.decode(  # pyright: ignore[reportUnknownMemberType]  # as encode
                 token,
