@@ -134,7 +134,7 @@ class Servers:
 
 def clean(environ: Mapping[str, str]) -> dict[str, str]:
     """Without what would change a server's mind."""
-    apart = ("HARPERPY_", "HDB_", "OPENAI_", "HTTP_PROXY", "HTTPS_PROXY")
+    apart = ("HARPERPY_", "HDB_", "OPENAI_", "PYTHON", "HTTP_PROXY", "HTTPS_PROXY")
     return {name: value for name, value in environ.items() if not name.upper().startswith(apart)}
 
 
