@@ -75,6 +75,7 @@ MEMORY = ("idle:1000", "slow:1000", "stuck:10")
 PACED = Scenario("latency:50", 50, "mock-t40-r20-s", stream=True)
 ONE_CHAT = Scenario("latency:1", 1, "mock-t64")
 CHAT = SPEED[1]
+STREAM = SPEED[2]
 SLOW = Scenario("slow", 1000, "mock-t400-r10", stream=True)
 STUCK = Scenario("stuck", 10, "mock-t300000", stream=True)
 ALL = (*(scenario.name for scenario in SPEED), *MEMORY, "workers", "ready", "latency")
