@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import re
@@ -31,6 +32,8 @@ READY, TAKEN, RESTART = b"r", b"t", b"n"
 HAND_OVER, CONFIG = b"h", b"c"
 STOPS = (signal.SIGINT, signal.SIGTERM)
 AGAIN = signal.SIGUSR1
+# A request makes few cycles, and a look for them takes as long as several requests.
+_GARBAGE = 50_000
 _CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -96,10 +99,17 @@ async def serve(what: Serving, inherited: Inherited | None = None) -> bool:
                 click.echo(ready(http_url(server)))
         if parent and not what.dev:
             parent.ready(lambda: False)
+        _spare_the_collector()
         await stop.wait()
     finally:
         await server.stop(hand_over=parent is not None and parent.takes_over)
     return again.is_set()
+
+
+def _spare_the_collector() -> None:
+    """What the start has made stays for good: it is not looked through again and again."""
+    gc.freeze()
+    gc.set_threshold(_GARBAGE)
 
 
 def _listen(stop: asyncio.Event, again: asyncio.Event, *, alone: bool) -> None:
