@@ -14,6 +14,8 @@ from .signal import REVOKED
 
 _CLOSE_SECONDS = 5.0
 _KEEPALIVE = b": keepalive\n\n"
+# Whatever a resource gives for these, it would be read as the next answer.
+BODILESS = frozenset({204, 304})
 
 
 class Line(Protocol):
@@ -66,7 +68,7 @@ class Delivery:
             await (self._beginning or self._prepare(reply))
             if isinstance(body, bytes):
                 await self._write(body)
-            else:
+            elif reply.status not in BODILESS:
                 async for data in body:
                     self.sent += len(data)
                     self._last = self._loop.time()
@@ -93,15 +95,21 @@ class Delivery:
             await self._write(_KEEPALIVE)
 
     async def _prepare(self, reply: Reply) -> None:
-        self.begun = time.perf_counter()
+        begun = time.perf_counter()
         self.status = reply.status
         await self._line.head(reply)
+        self.begun = begun
         if reply.keepalive is None:
             return
         self._interval, self._last = reply.keepalive, self._loop.time()
         self._quiet = self._loop.call_later(self._interval, self._listen)
         if reply.check is not None:
             self._watch = self._spawn(self._ask(reply.check, reply.keepalive))
+
+    async def _remind(self) -> None:
+        # The stream may have ended since this was to be done.
+        if self._quiet is not None:
+            await self._write(_KEEPALIVE)
 
     async def _write(self, data: bytes) -> None:
         self.sent += len(data)
@@ -121,7 +129,7 @@ class Delivery:
         # A reader that is behind needs no comment that we are alive.
         quiet = 0.0 if self._behind else self._loop.time() - self._last
         if quiet >= interval:
-            self._spawn(self._write(_KEEPALIVE))
+            self._spawn(self._remind())
             quiet = 0.0
         self._quiet = self._loop.call_later(interval - quiet, self._listen)
 

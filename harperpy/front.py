@@ -12,11 +12,11 @@ from multidict import CIMultiDict
 
 from .content import Body
 from .context import Context
-from .delivery import Delivery
+from .delivery import BODILESS, Delivery
 from .fronts import Fronts
-from .heads import Head, read_head
+from .heads import Head, read_head, told_lines
 from .negotiation import OCTETS
-from .port import UNSENT_BYTES, refusal
+from .port import SERVER, UNSENT_BYTES, refusal
 from .rendering import Reply
 from .request import Request
 from .signal import DISCONNECTED, SHUTDOWN
@@ -24,7 +24,7 @@ from .signal import DISCONNECTED, SHUTDOWN
 _MOST_AHEAD_BYTES = 64 * 1024
 # From here on a copy costs more than a second write.
 _LARGE = 64 * 1024
-_BODILESS = frozenset({204, 304})
+_SIGNED = f"Server: {SERVER}\r\n\r\n"
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus
 }
@@ -73,22 +73,24 @@ class Front(asyncio.Protocol):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """It has left, or was cut off: nobody waits for the answer any more."""
-        self._leave()
+        self._fronts.left(self)
+        self._buffer = b""
         self.resume_writing()
-        if self._task is not None:
-            if self._context is not None:
-                self._context.abort(DISCONNECTED)
-            self._task.cancel()
+        self._cancel(DISCONNECTED)
 
     def pause_writing(self) -> None:
         """The client is behind."""
-        self._drained = self._fronts.loop.create_future()
+        fronts = self._fronts
+        self._drained = fronts.loop.create_future()
+        fronts.idle.remove(self)
 
     def resume_writing(self) -> None:
         """It has caught up."""
         drained, self._drained = self._drained, None
         if drained is not None and not drained.done():
             drained.set_result(None)
+        if self._task is None:
+            self._after()
 
     def expire(self) -> None:
         """It was idle for too long, or its body takes too long."""
@@ -99,34 +101,30 @@ class Front(asyncio.Protocol):
             self.transport.close()
 
     def close(self) -> None:
-        """End it when it has answered what it was asked."""
+        """End it when it has answered what it was asked, or has begun to be asked."""
         self._closing = True
-        if self._task is None:
+        if not (self._task or self._drained or self._needed):
             self.transport.close()
 
-    async def shutdown(self, seconds: float | None) -> None:
-        """As `close`; cut it off after so many seconds, and wait for as long again."""
-        self.close()
-        if self._task is not None:
-            await asyncio.wait((self._task,), timeout=seconds)
+    def cut(self) -> None:
+        """End what it does now."""
+        self._cancel(SHUTDOWN)
+        if self._task is None:
+            self.abort()
+
+    def abort(self) -> None:
+        """End it at once."""
+        self.transport.abort()
+
+    def _cancel(self, reason: str) -> None:
         if self._task is not None:
             if self._context is not None:
-                self._context.abort(SHUTDOWN)
+                self._context.abort(reason)
             self._task.cancel()
-            await asyncio.wait((self._task,), timeout=seconds)
-        self._fronts.outbox.flush()
-        self.transport.close()
-
-    def _leave(self) -> None:
-        fronts = self._fronts
-        fronts.all.discard(self)
-        fronts.fresh.discard(self)
-        fronts.idle.remove(self)
-        fronts.bodies.remove(self)
 
     def _hand_over(self) -> None:
         """Let another protocol go on, as if it had been there from the beginning."""
-        self._leave()
+        self._fronts.left(self)
         self._fronts.outbox.flush()
         data, self._buffer = self._buffer, b""
         if self._closing:
@@ -139,10 +137,17 @@ class Front(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Take what has come."""
         self._buffer = self._buffer + data if self._buffer else data
-        if self._task is None:
+        if self._task is None and self._drained is None:
             self._next()
         elif len(self._buffer) > _MOST_AHEAD_BYTES:
             self.transport.pause_reading()
+
+    def _go_on(self) -> None:
+        """Serve what has come meanwhile, if nothing has yet."""
+        idle = self._task is None and self._drained is None
+        if idle and self._buffer and not self._closing:
+            self.transport.resume_reading()
+            self._next()
 
     def _next(self) -> None:
         """Serve the next request if it is here."""
@@ -229,10 +234,12 @@ class Front(asyncio.Protocol):
             return
         if self._closing:
             self.transport.close()
+        elif self._drained is not None:
+            # Answers that wait for their reader are not to become more: see `resume_writing`.
+            return
         elif self._buffer:
-            self.transport.resume_reading()
             # What one request has set in its context is not the next one's.
-            self._fronts.loop.call_soon(self._next, context=self._fronts.context)
+            self._fronts.loop.call_soon(self._go_on, context=self._fronts.context)
         else:
             self._fronts.idle.add(self)
 
@@ -246,7 +253,7 @@ class Front(asyncio.Protocol):
         """Send an answer that has all its bytes; how many there are in its body."""
         headers = reply.headers
         headers.popall("Content-Length", None)
-        if reply.status in _BODILESS:
+        if reply.status in BODILESS:
             body, length = b"", ""
         else:
             length = f"Content-Length: {len(body)}\r\n"
@@ -265,7 +272,7 @@ class Front(asyncio.Protocol):
     async def head(self, reply: Reply) -> None:
         """Prepare a stream's head, to go out with the first of its bytes."""
         headers = reply.headers
-        bare = reply.status in _BODILESS
+        bare = reply.status in BODILESS
         length = headers.get("Content-Length")
         if not bare:
             headers.setdefault("Content-Type", OCTETS)
@@ -311,17 +318,13 @@ class Front(asyncio.Protocol):
     def _head_bytes(self, status: int, headers: CIMultiDict[str], length: str) -> bytes:
         """A head. Raises `ValueError` for what would be more than one line of it."""
         headers.popall("Server", None)
-        headers.popall("Date", None)
         if self._closing:
             headers["Connection"] = "close"
         elif "Connection" in headers:
             self._closing = headers["Connection"].lower() == "close"
-        text = "\r\n".join(map(": ".join, headers.items()))
-        if not text.count("\n") == text.count("\r") == len(headers) - 1:
-            message = "a header of the answer holds the end of a line"
-            raise ValueError(message)
         first = _STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n"
-        return f"{first}{text}\r\n{length}{self._fronts.stamp()}".encode()
+        last = _SIGNED if "Date" in headers else self._fronts.stamp()
+        return f"{first}{told_lines(headers)}\r\n{length}{last}".encode()
 
     def _failed(self, error: Exception) -> None:
         """Answer what cannot be sent as it is; end what had begun."""

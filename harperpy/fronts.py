@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import copy_context
 from email.utils import formatdate
 from time import time
@@ -26,11 +27,15 @@ class Shared(Protocol):
         ...
 
     def close(self) -> None:
-        """End it when it has answered what it was asked."""
+        """End it when it has answered what it was asked, or has begun to be asked."""
         ...
 
-    async def shutdown(self, seconds: float | None) -> None:
-        """As `close`; cut it off after so many seconds."""
+    def cut(self) -> None:
+        """End what it does now."""
+        ...
+
+    def abort(self) -> None:
+        """End it at once."""
         ...
 
 
@@ -53,6 +58,7 @@ class Fronts:
         http = port.http
         self.most_head = http.max_header_size
         self.most_body = min(http.max_body_size, _MOST_BODY_BYTES)
+        self._empty: asyncio.Event | None = None
         self._second = 0
         self._stamp = ""
 
@@ -63,8 +69,29 @@ class Fronts:
             front.close()
 
     async def shutdown(self, seconds: float | None) -> None:
-        """As `close`; cut off what takes longer than so many seconds."""
-        await asyncio.gather(*(front.shutdown(seconds) for front in self.all))
+        """As `close`; cut off what takes longer than so many seconds, wait for as long again."""
+        self.close()
+        await self._emptied(seconds)
+        for front in [*self.all]:
+            front.cut()
+        await self._emptied(seconds)
+        for front in [*self.all]:
+            front.abort()
+
+    def left(self, front: Shared) -> None:
+        """A connection that is ours no more."""
+        self.all.discard(front)
+        self.fresh.discard(front)
+        self.idle.remove(front)
+        self.bodies.remove(front)
+        if not self.all and self._empty is not None:
+            self._empty.set()
+
+    async def _emptied(self, seconds: float | None) -> None:
+        self._empty = asyncio.Event()
+        if self.all:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), seconds)
 
     def stamp(self) -> str:
         """The end of a head: who answers, and when."""

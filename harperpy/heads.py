@@ -1,4 +1,4 @@
-"""Heads: the first lines of a request, where they are of the common form."""
+"""Heads: the first lines of a request, where they are of the common form, and of an answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MOST_DIGITS = 9
 _ELSEWHERE = frozenset({"HEAD", "CONNECT"})
 _ODD = ("transfer-encoding", "expect", "content-encoding", "upgrade")
 # A repetition of these is refused by who is strict, and of others it is rare.
-_ONCE = ("host", "content-type", "user-agent", "authorization")
+_ONCE = ("connection", "host", "content-type", "user-agent", "authorization")
 
 
 class Head:
@@ -23,14 +23,14 @@ class Head:
     __slots__ = ("_parts", "headers", "length", "method", "path", "query", "size")
 
     def __init__(
-        self, method: str, target: str, headers: CIMultiDict[str], parts: tuple[bytes, bytes]
+        self, method: str, target: str, headers: CIMultiDict[str], before: bytes, after: bytes
     ) -> None:
         self.method = method
         self.path, _, self.query = target.partition("?")
         self.headers = CIMultiDictProxy(headers)
         told = headers.get("content-length", "")
         self.length = int(told or 0)
-        before, after = self._parts = parts
+        self._parts = before, told.encode(), after
         self.size = len(before) + len(told) + len(after)
 
     def again(self, data: bytes) -> Head | None:
@@ -38,7 +38,7 @@ class Head:
 
         A client sends the same head over and over.
         """
-        before, after = self._parts
+        before, known, after = self._parts
         if not data.startswith(before):
             return None
         if not after:
@@ -48,12 +48,12 @@ class Head:
         told = data[begin:end]
         if not told.isdigit() or not data.startswith(after, end):
             return None
-        if int(told) == self.length:
+        if told == known:
             return self
         headers = CIMultiDict(self.headers)
         headers["Content-Length"] = told.decode()
         target = f"{self.path}?{self.query}" if self.query else self.path
-        return Head(self.method, target, headers, self._parts)
+        return Head(self.method, target, headers, before, after)
 
 
 def read_head(data: bytes, most: int) -> Head | None:
@@ -72,14 +72,23 @@ def read_head(data: bytes, most: int) -> Head | None:
     except (httptools.HttpParserError, httptools.HttpParserUpgrade):
         return None
     method, target = parser.get_method().decode(), found.target
-    # The parser has seen that the version is the last word of the first line.
     plain = data.isascii() and target[:1] == "/" and "#" not in target
-    if not plain or data.find(b" HTTP/1.1\r\n") < 0 or found.heads != 1 or method in _ELSEWHERE:
+    current = parser.get_http_version() == "1.1" and method not in _ELSEWHERE
+    if not plain or not current or found.heads != 1:
         return None
     headers = CIMultiDict(found.pairs)
     if not _are_common(headers):
         return None
-    return Head(method, target, headers, _parted(data, headers.get("content-length")))
+    return Head(method, target, headers, *_parted(data, headers.get("content-length")))
+
+
+def told_lines(headers: CIMultiDict[str]) -> str:
+    """An answer's headers as lines. Raises `ValueError` where one would be more than a line."""
+    text = "\r\n".join(map(": ".join, headers.items()))
+    if not text.count("\n") == text.count("\r") == len(headers) - 1:
+        message = "a header of the answer holds the end of a line"
+        raise ValueError(message)
+    return text
 
 
 def _parted(data: bytes, length: str | None) -> tuple[bytes, bytes]:

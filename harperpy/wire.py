@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
+from typing import TypeVar
 
 from aiohttp import web
 
 from .connections import ConnectedRequest, Connections
 from .content import Body
 from .context import Context
-from .delivery import Delivery
+from .delivery import BODILESS, Delivery
 from .errors import BodyTimeout, ClientError
+from .heads import told_lines
 from .incoming import Socket
 from .inflating import inflated
 from .port import SERVER, Port
@@ -19,6 +21,8 @@ from .rendering import Reply
 from .request import Request
 from .signal import DISCONNECTED
 from .websocket import converse
+
+_Response = TypeVar("_Response", bound=web.StreamResponse)
 
 
 class Wire:
@@ -139,8 +143,7 @@ class _Line:
         self.response = web.StreamResponse()
 
     async def head(self, reply: Reply) -> None:
-        reply.headers["Server"] = SERVER
-        self.response = web.StreamResponse(status=reply.status, headers=reply.headers)
+        self.response = _named(web.StreamResponse(status=reply.status, headers=reply.headers))
         await self.response.prepare(self._raw)
 
     def write(self, data: bytes) -> Awaitable[None] | None:
@@ -148,10 +151,23 @@ class _Line:
 
     async def end(self) -> None:
         await self.response.write_eof()
+        if self._raw.writer.length and self.response.status not in BODILESS:
+            # Who was promised more than came sees it by the connection's end.
+            self.response.force_close()
 
 
 def _whole(reply: Reply) -> web.Response:
-    headers = reply.headers
-    headers["Server"] = SERVER
     body = reply.body if isinstance(reply.body, bytes) else b""
-    return web.Response(status=reply.status, headers=headers, body=body or None)
+    return _named(web.Response(status=reply.status, headers=reply.headers, body=body or None))
+
+
+def _named(response: _Response) -> _Response:
+    """Say who answers; the connection ends where the answer says so.
+
+    Raises `ValueError` for a header that is more than a line.
+    """
+    told_lines(response.headers)
+    response.headers["Server"] = SERVER
+    if response.headers.get("Connection", "").lower() == "close":
+        response.force_close()
+    return response
