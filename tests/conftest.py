@@ -5,13 +5,21 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
 import helpers
 from clients import Live, live_gateways, live_local_gateway
-from harperpy.testing import RunningServer, ScriptedUpstream, running, scripted_upstream
+from harperpy.sections import Config
+from harperpy.testing import (
+    RunningServer,
+    ScriptedUpstream,
+    on_free_ports,
+    running,
+    scripted_upstream,
+)
 from llama import LlamaServer, llama_server
 from valkeys import ValkeyServer, valkey_server
 
@@ -59,6 +67,20 @@ def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """`provider` is reached over our own connections, then over aiohttp's client."""
     entry = helpers.PROVIDER.replace("maxRetries: 0", f"maxRetries: 0, transport: {request.param}")
     monkeypatch.setattr(helpers, "PROVIDER", entry)
+
+
+@pytest.fixture(params=["front", "aiohttp"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers have `http.front` on, then off."""
+
+    def without(config: Config) -> Config:
+        config = on_free_ports(config)
+        return msgspec.structs.replace(
+            config, http=msgspec.structs.replace(config.http, front=False)
+        )
+
+    if request.param == "aiohttp":
+        monkeypatch.setattr("harperpy.testing.on_free_ports", without)
 
 
 @pytest.fixture

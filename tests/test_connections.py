@@ -14,6 +14,8 @@ from harperpy import Body, EventStream, RequestTarget, Resource, Response, Scope
 from harperpy.testing import ECHO, RunningServer, running
 from helpers import ask, ask_raw
 
+pytestmark = pytest.mark.usefixtures("way")
+
 SECONDS = 30
 WHOLE = b"GET /it HTTP/1.1\r\nHost: test\r\n\r\n"
 HALF = b"GET /it HTTP/1.1\r\nHost: te"
@@ -318,6 +320,30 @@ async def test_what_nobody_awaits_is_not_taken(head: bytes, more: bytes) -> None
 
     assert sender.sent < 16 * 1024 * 1024
     assert held < 1024 * 1024
+
+
+async def test_what_nobody_reads_is_not_made() -> None:
+    """Who asks again and again and reads no answer is given no more of them than buffers hold."""
+    made: list[str] = []
+
+    def make() -> str:
+        made.append("")
+        return "x" * 200_000
+
+    body: dict[str, Any] = {"get": staticmethod(make), "public": True}
+    mounts = {"it": type("Made", (Resource,), body)}
+    async with asyncio.timeout(SECONDS), running(resources=mounts) as server:
+        with unread(server, WHOLE) as connection:
+            sender = Sender(connection, WHOLE * 1000)
+            tracemalloc.start()
+            try:
+                await still(server, sender.count)
+                held, _ = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+
+    assert 0 < len(made) < 50
+    assert held < 2 * 1024 * 1024
 
 
 # --- streams
