@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
 import msgspec
 
@@ -127,7 +127,9 @@ class Call:
             while batch is not None:
                 recorder.observe(batch)
                 yield batch
-                self._ask()
+                if caller.writing:
+                    _refuse()
+                caller.asking += 1
                 try:
                     with guard:
                         batch = await anext(batches)
@@ -212,11 +214,7 @@ class Call:
     def _ask(self) -> None:
         """A model is waited for from now on. Raises `TransactionError`."""
         if self._caller.writing:
-            message = (
-                "this request's transaction has written and keeps all other writers waiting, so no "
-                "model is asked now: ask it before the first write, or after `await tx.commit()`"
-            )
-            raise TransactionError(message)
+            _refuse()
         self._caller.asking += 1
 
     def _pause(self, error: Exception, at: int) -> float | None:
@@ -282,6 +280,14 @@ class Call:
             call.backend_name = candidate.registration.name
             call.provider_model = clipped(candidate.provider_model)
         return call
+
+
+def _refuse() -> NoReturn:
+    message = (
+        "this request's transaction has written and keeps all other writers waiting, so no "
+        "model is asked now: ask it before the first write, or after `await tx.commit()`"
+    )
+    raise TransactionError(message)
 
 
 def _knows_allowed(candidate: Candidate) -> bool:

@@ -51,18 +51,20 @@ class Recorder:
 
     def observe(self, batch: Sequence[GenerateChunk]) -> None:
         """Note what has come: when the first of it did, usage, how much was said, why it ended."""
-        if self.call.ttft_ms is None:
-            self.call.ttft_ms = self._elapsed()
+        call, deltas, letters = self.call, self._deltas, self._letters
+        if call.ttft_ms is None:
+            call.ttft_ms = self._elapsed()
         for chunk in batch:
             if text := chunk.delta_content:
-                self._deltas += 1
-                self._letters += len(text)
+                deltas += 1
+                letters += len(text)
             elif chunk.delta_tool_calls:
-                self._deltas += 1
+                deltas += 1
             if chunk.finish_reason:
-                self.call.finish_reason = clipped(chunk.finish_reason)
+                call.finish_reason = clipped(chunk.finish_reason)
             if chunk.usage:
                 self.count(chunk.usage)
+        self._deltas, self._letters = deltas, letters
 
     def count(self, usage: TokenUsage) -> None:
         """Note the tokens a provider reported; what no database could hold is left out."""

@@ -7,6 +7,7 @@ import random
 import secrets
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 from .backend import aclose
@@ -18,10 +19,11 @@ from .sse import SSE, Encoded, encode_json, encode_text
 logger = logging.getLogger("harperpy.streaming")
 
 # Pieces of an answer besides its text, and what is said of it as a whole.
-_SAID = tuple(
-    (name, f"delta_{name}") for name in ("refusal", "reasoning_content", "annotations", "audio")
-)
+_SAID = ("refusal", "reasoning_content", "annotations", "audio")
 _OF_THE_WHOLE = ("system_fingerprint", "service_tier", "moderation")
+_said_in = attrgetter(*(f"delta_{name}" for name in _SAID))
+_told_in = attrgetter(*_OF_THE_WHOLE)
+_NOTHING_SAID, _NOTHING_TOLD = (None,) * len(_SAID), (None,) * len(_OF_THE_WHOLE)
 _TYPES = {
     403: "permission_error",
     429: "rate_limit_error",
@@ -113,28 +115,50 @@ def openai_stream(
     encoder = _ChunkEncoder(
         model, id or completion_id(), include_usage=include_usage, functions=functions
     )
-    return EncodedEvents(_events(batches_of(tokens), encoder, include_usage=include_usage))
+    return EncodedEvents(_Events(batches_of(tokens), encoder, include_usage=include_usage))
 
 
-async def _events(
-    source: AsyncIterator[Sequence[GenerateChunk | str]],
-    encoder: _ChunkEncoder,
-    *,
-    include_usage: bool,
-) -> AsyncIterator[Encoded]:
+class _Events(AsyncIterator[Encoded]):
     """The events that one batch after the other makes."""
-    try:
-        async for batch in source:
-            if events := encoder.events(batch):
-                yield events
-        yield encoder.last(include_usage=include_usage)
-    except Exception as error:
-        if not encoder.started:
+
+    __slots__ = ("_ended", "_source", "_usage", "encoder")
+
+    def __init__(
+        self,
+        source: AsyncIterator[Sequence[GenerateChunk | str]],
+        encoder: _ChunkEncoder,
+        *,
+        include_usage: bool,
+    ) -> None:
+        self._source = source
+        self._usage = include_usage
+        self._ended = False
+        self.encoder = encoder
+
+    async def __anext__(self) -> Encoded:
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            while True:
+                if events := self.encoder.events(await anext(self._source)):
+                    return events
+        except StopAsyncIteration:
+            await self.aclose()
+            return self.encoder.last(include_usage=self._usage)
+        except Exception as error:
+            await self.aclose()
+            if not self.encoder.started:
+                raise
+            logger.warning("a stream failed after it had begun: %r", error)
+            return Encoded(b"data: %b\n\n" % encode_json(openai_error(error)))
+        except BaseException:
+            await self.aclose()
             raise
-        logger.warning("a stream failed after it had begun: %r", error)
-        yield Encoded(b"data: %b\n\n" % encode_json(openai_error(error)))
-    finally:
-        await aclose(source)
+
+    async def aclose(self) -> None:
+        """Close the source."""
+        self._ended = True
+        await aclose(self._source)
 
 
 class _Choice:
@@ -186,10 +210,11 @@ class _ChunkEncoder:
             if isinstance(token, str):
                 self._add_text(0, token, told)
                 continue
-            if token.index > self._last:
-                self._open(token.index, told)
+            index = token.index
+            if index > self._last:
+                self._open(index, told)
             if _is_text(token):
-                self._add_text(token.index, token.delta_content, told)
+                self._add_text(index, token.delta_content, told)
             else:
                 self._add_pieces(token, told)
         return Encoded(b"".join(told))
@@ -226,15 +251,17 @@ class _ChunkEncoder:
     def _add_pieces(self, token: GenerateChunk, told: list[bytes]) -> None:
         if token.usage is not None:
             self.usage = token.usage
-        self._tell(token)
+        if (told_of := _told_in(token)) != _NOTHING_TOLD:
+            self._tell(told_of)
         choice = self._choice(token.index)
         if token.finish_reason is not None:
             choice.reason = token.finish_reason
         parts: list[dict[str, Any]] = []
         if token.delta_content is not None:
             parts.append({"content": token.delta_content})
-        pieces = ((name, getattr(token, field)) for name, field in _SAID)
-        parts.extend({name: piece} for name, piece in pieces if piece is not None)
+        if (said := _said_in(token)) != _NOTHING_SAID:
+            pieces = zip(_SAID, said, strict=True)
+            parts.extend({name: piece} for name, piece in pieces if piece is not None)
         if token.delta_tool_calls and (calls := self._calls(choice, token.delta_tool_calls)):
             parts.append(calls)
         likely = openai_logprobs(token)
@@ -254,10 +281,9 @@ class _ChunkEncoder:
         """What each event begins with."""
         return b"data: " + encode_json(self._envelope)[:-1]
 
-    def _tell(self, token: GenerateChunk) -> None:
+    def _tell(self, of_the_whole: tuple[Any, ...]) -> None:
         """Take into the envelope what a provider says of the whole answer."""
-        for name in _OF_THE_WHOLE:
-            told = getattr(token, name)
+        for name, told in zip(_OF_THE_WHOLE, of_the_whole, strict=True):
             if told is not None and told != self._envelope.get(name):
                 self._envelope[name] = told
                 self._head = self._opening()
@@ -292,21 +318,8 @@ class _ChunkEncoder:
 
 def _is_text(token: GenerateChunk) -> bool:
     """Whether a chunk is a piece of text and nothing else, as most are."""
-    return (
-        token.delta_content is not None
-        and token.finish_reason is None
-        and token.usage is None
-        and token.delta_tool_calls is None
-        and token.delta_refusal is None
-        and token.delta_reasoning_content is None
-        and token.delta_annotations is None
-        and token.delta_audio is None
-        and token.logprobs is None
-        and token.refusal_logprobs is None
-        and token.system_fingerprint is None
-        and token.service_tier is None
-        and token.moderation is None
-    )
+    text = token.delta_content
+    return text is not None and token == GenerateChunk(delta_content=text, index=token.index)
 
 
 def _call(choice: _Choice, delta: ToolCallDelta | ToolCall) -> dict[str, Any]:

@@ -173,6 +173,7 @@ _RARER = (
     *("reasoning", "annotations", "audio"),
 )
 _rarer_of, _NOTHING_RARER = attrgetter(*_RARER), (None,) * len(_RARER)
+_beside = attrgetter("usage", "system_fingerprint", "service_tier", "moderation", "error")
 _decode = msgspec.json.Decoder(_Chunk).decode
 _SILENCE = _Said()
 
@@ -225,12 +226,12 @@ class ChunkReader:
     Of choices that nobody asked for it says nothing.
     """
 
-    __slots__ = ("_calls", "_last", "_n", "_news", "ended", "reasons")
+    __slots__ = ("_beside", "_calls", "_n", "_news", "ended", "reasons")
 
     def __init__(self, n: int | None = None) -> None:
         self._n = n or 1
         # Most providers say in each event the same of the answer as a whole.
-        self._last = _Chunk()
+        self._beside = _beside(_Chunk())
         self._news: GenerateChunk | None = None
         self._calls: dict[int, Calls] = {}
         self.reasons: set[int] = set()
@@ -250,25 +251,24 @@ class ChunkReader:
                 return ()
             message = "an event of the stream is not what it should be"
             raise BackendError(message) from error
-        if event.error is not None:
-            raise _stream_error(event.error)
-        last = self._last
-        if (
-            event.service_tier != last.service_tier
-            or event.system_fingerprint != last.system_fingerprint
-            or event.moderation != last.moderation
-            or event.usage is not None
-        ):
-            news = self._news or GenerateChunk()
-            if event.tell(news):
-                self._news = news
-            self._last = event
+        if _beside(event) != self._beside:
+            self._take(event)
         chunks: list[GenerateChunk] = []
         for choice in event.choices or ():
             chunk = self._chunk(choice)
             if chunk is not None:
                 chunks.append(chunk)
         return chunks if self._news is None else self._with_news(self._news, chunks)
+
+    def _take(self, event: _Chunk) -> None:
+        """Note what is new of the answer as a whole. Raises `BackendError` for its failure."""
+        if event.error is not None:
+            raise _stream_error(event.error)
+        news = self._news or GenerateChunk()
+        if event.tell(news):
+            self._news = news
+        event.usage = None
+        self._beside = _beside(event)
 
     def _with_news(
         self, news: GenerateChunk, chunks: list[GenerateChunk]

@@ -79,20 +79,28 @@ class Answering:
     async def read(self) -> bytes:
         """What has come since the last time; nothing at the end. Raises `BackendError`."""
         parts = self.parts
-        if not parts:
+        if not parts and self._connection is not None:
+            await self._coming(self._idle)
+        if not parts and self._error is not None:
+            raise self._error
+        if self._held > _MOST_HELD:
+            # Each byte will have several shapes at once: not all of them together.
+            return self._half()
+        data = b"".join(parts)
+        parts.clear()
+        if self._held:
+            self._held = self._counted = 0
             if self._connection is not None:
-                await self._coming(self._idle)
-            if not parts:
-                if self._error is not None:
-                    raise self._error
-                return b""
-        taken = len(parts) // 2 if self.is_full else len(parts)
-        data = parts[0] if taken == 1 else b"".join(parts[:taken])
+                self._connection.go_on()
+        return data
+
+    def _half(self) -> bytes:
+        parts = self.parts
+        taken = max(len(parts) // 2, 1)
+        data = b"".join(parts[:taken])
         del parts[:taken]
         self._counted = len(parts)
         self._held -= len(data)
-        if self._connection is not None and not parts:
-            self._connection.go_on()
         return data
 
     def close(self) -> None:
@@ -107,18 +115,20 @@ class Answering:
         self.status, self._fields = status, fields
         self.wake()
 
+    def hold(self, fresh: int) -> bool:
+        """Keep so many more bytes for who waits; whether it has become too much to hold."""
+        self._held += fresh
+        self._counted = len(self.parts)
+        if self._waiter is not None:
+            self.wake()
+        return self._held > _MOST_HELD
+
     def count(self) -> int:
         """How many bytes have come into `parts` since the last time."""
         parts = self.parts
-        fresh = sum(map(len, parts[self._counted :] if self._counted else parts))
-        self._counted = len(parts)
-        self._held += fresh
-        return fresh
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it has become too much to hold."""
-        return self._held > _MOST_HELD
+        if self._counted:
+            parts = parts[self._counted :]
+        return len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
 
     def end(self, error: BackendError | None) -> None:
         """Nothing more comes: it is complete, or this went wrong."""
@@ -269,11 +279,9 @@ class Connection(asyncio.BufferedProtocol):
             self._fail(BackendError(f"the provider's answer is malformed: {self._odd}"))
         elif self._complete:
             self._end()
-        elif body:
-            if answering.is_full and not self._paused:
-                self._paused = True
-                self._transport.pause_reading()
-            answering.wake()
+        elif body and answering.hold(body) and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
 
     def eof_received(self) -> None:
         """Nothing more comes, so nothing more is sent."""
