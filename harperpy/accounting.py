@@ -245,6 +245,8 @@ class Ledger:
 
         A number's remainder says whose it is.
         """
-        least = max(self._last_id + 1, time.time_ns() // 1000)
+        least = time.time_ns() // 1000
+        if least <= self._last_id:
+            least = self._last_id + 1
         self._last_id = least + (self._index - least) % self._of
         return self._last_id
