@@ -17,17 +17,27 @@ from .daily import DAY_MS, DIGITS, growing
 from .system import COSTS, CREATED, DIMENSIONS, TOKENS, hdb_model_calls, hdb_model_calls_daily
 
 # What SQLite runs as one statement waits for the interpreter once, and not once a row.
-_TOGETHER = 20
+_TOGETHER, _A_FEW = 50, 10
+# More values than these not every SQLite takes in one.
+_MOST_VALUES = 999
 _SLICE = 200
-_MOST_SHAPES = 64
+_MOST_SHAPES = 128
 _AT = {name: at for at, name in enumerate(ModelCall.__struct_fields__)}
 _ID, _CREATED, _SUCCESS, _COST = (_AT[name] for name in ("id", "created", "success", "cost"))
-_FLAGS = frozenset(_AT[name] for name in ("success", "usage_estimated"))
+_FLAGS = [_AT[name] for name in ("success", "usage_estimated")]
 _COLUMNS = [
     (column.name, _AT["created" if column.name == CREATED else column.name])
     for column in hdb_model_calls.columns
 ]
 _SUMS = [_AT[name] for name in TOKENS], [_AT[name] for name in COSTS]
+# In these the calls of one caller mostly do not differ.
+_ALIKE = frozenset(
+    _AT[name]
+    for name in (
+        *(*DIMENSIONS, "api_key", "adapter", "success", "error_code", "upstream_status"),
+        *("finish_reason", "usage_estimated", "price_version"),
+    )
+)
 _who_and_what = itemgetter(*(_AT[name] for name in DIMENSIONS))
 
 
@@ -36,6 +46,7 @@ class Booking:
 
     The statements are compiled once, and run by the driver on plain tuples. A column in which none
     of the rows at hand has a value is left out: to bind nothing takes longer than to bind a text.
+    Who and what the calls are is bound once for many of them, where it is the same for all.
     """
 
     def __init__(self) -> None:
@@ -43,7 +54,7 @@ class Booking:
         among = hdb_model_calls.c.id.in_(sa.select(ids.c.value))
         self._known = _text(sa.select(hdb_model_calls.c.id).where(among))
         self._grow = _text(growing(sqlite.insert(hdb_model_calls_daily)))
-        self._inserts: dict[tuple[str, ...], tuple[str, str]] = {}
+        self._inserts: dict[tuple[tuple[str, ...], tuple[str, ...], int], str] = {}
 
     def add(self, connection: sa.Connection, rows: Sequence[CallRow]) -> None:
         """Write these; one whose id is there already is left as it is."""
@@ -62,33 +73,40 @@ class Booking:
 
     def _insert(self, connection: sa.Connection, rows: Sequence[CallRow]) -> None:
         columns: list[tuple[Any, ...]] = list(zip(*rows, strict=True))
-        used = [(name, at) for name, at in _COLUMNS if _has_some(columns[at])]
-        one, many = self._statements(tuple(name for name, _ in used))
-        # The driver takes an integer as it is, and for anything else looks for an adapter.
-        values = zip(
-            *(map(int, columns[at]) if at in _FLAGS else columns[at] for _, at in used), strict=True
-        )
-        ready = list(values)
-        whole = len(ready) - len(ready) % _TOGETHER
-        batches = [
-            tuple(chain.from_iterable(ready[at : at + _TOGETHER]))
-            for at in range(0, whole, _TOGETHER)
-        ]
-        if batches:
-            connection.exec_driver_sql(many, batches)
-        if whole < len(ready):
-            connection.exec_driver_sql(one, ready[whole:])
+        for at in _FLAGS:
+            # The driver takes an integer as it is, and for anything else looks for an adapter.
+            columns[at] = tuple(map(int, columns[at]))
+        used = [one for one in _COLUMNS if _has_some(columns[one[1]])]
+        alike = all(columns[at].count(columns[at][0]) == len(rows) for at in _ALIKE)
+        common = [one for one in used if alike and one[1] in _ALIKE]
+        own = [one for one in used if one not in common]
+        values = list(zip(*(columns[at] for _, at in own), strict=True))
+        once = tuple(columns[at][0] for _, at in common)
+        names = tuple(name for name, _ in own), tuple(name for name, _ in common)
+        begin, most = 0, (_MOST_VALUES - len(common)) // len(own)
+        for size in (min(_TOGETHER, most), _A_FEW, 1):
+            end = len(values) - (len(values) - begin) % size
+            if begin < end:
+                parts = (values[at : at + size] for at in range(begin, end, size))
+                batches = [(*chain.from_iterable(part), *once) for part in parts]
+                connection.exec_driver_sql(self._statement(*names, size), batches)
+            begin = end
 
-    def _statements(self, names: tuple[str, ...]) -> tuple[str, str]:
-        """What inserts these columns of one row, and of several."""
-        found = self._inserts.get(names)
+    def _statement(self, own: tuple[str, ...], common: tuple[str, ...], size: int) -> str:
+        """What inserts so many rows, whose common columns are the same in all, and bound last."""
+        shape = own, common, size
+        found = self._inserts.get(shape)
         if found is None:
             if len(self._inserts) >= _MOST_SHAPES:
                 self._inserts.clear()
-            row: dict[str, Any] = dict.fromkeys(names)
+            blank = [(0,) * len(own)] * size
+            cells: list[sa.ColumnClause[Any]] = [sa.column(name) for name in own]
+            rows = sa.values(*cells, name="rows").data(blank).cte()
+            values: list[sa.ColumnElement[Any]] = [rows.c[name] for name in own]
+            values += [sa.bindparam(name, 0) for name in common]
             into = sa.insert(hdb_model_calls)
-            found = _text(into.values([row])), _text(into.values([row] * _TOGETHER))
-            self._inserts[names] = found
+            found = _text(into.from_select([*own, *common], sa.select(*values)))
+            self._inserts[shape] = found
         return found
 
 

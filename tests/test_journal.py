@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,44 @@ async def test_thousands_of_calls_at_a_time_share_their_segments(tmp_path: Path)
             ledger.keeper.end(one)
         await ledger.drain()
     assert [(5000,)] == told(tmp_path / "system.db", "SELECT count(*) FROM hdb_model_calls")
+
+
+VARIED: dict[str, Callable[[int], dict[str, Any]]] = {
+    "one caller": lambda number: {"user": "a", "prompt_tokens": number, "finish_reason": "stop"},
+    "two users": lambda number: {"user": "ab"[number % 2], "latency_ms": number / 8},
+    "one of them failed": lambda number: {
+        "success": number != 77,
+        "error_code": "timeout" if number == 77 else None,
+        "user": "a",
+    },
+    "some without a name": lambda number: {"tenant": "t" if number % 3 else None, "cost": 0.25},
+}
+
+
+@pytest.mark.parametrize("varied", VARIED.values(), ids=VARIED)
+@pytest.mark.parametrize("many", [1, 9, 263])
+async def test_rows_that_are_written_together_are_those_of_their_calls(
+    varied: Callable[[int], dict[str, Any]],
+    many: int,
+    tmp_path: Path,
+) -> None:
+    """Each row has what its call had, and nothing of its neighbours', however many there are."""
+    calls = [call(number, **varied(number)) for number in range(1, many + 1)]
+    async with running(root=tmp_path) as server:
+        ledger = server.server.core.ledger
+        assert ledger.keeper is not None
+        for one in calls:
+            ledger.keeper.begin(one)
+            ledger.keeper.end(one)
+        rows = {row["id"]: row for row in await server.rows()}
+
+    for one in calls:
+        row = rows.pop(one.id)
+        assert one.created == row["__createdtime__"]
+        for name in msgspec.structs.asdict(one).keys() & row.keys():
+            assert getattr(one, name) == row[name], name
+    assert not rows
+    assert told(tmp_path / "system.db", ROLL_UP) == told(tmp_path / "system.db", DAILY)
 
 
 async def test_a_segment_that_fills_while_its_calls_are_moved_is_read_to_its_end(
