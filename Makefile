@@ -11,7 +11,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help run test test-all chaos bench lint format docs clean
+.PHONY: help run test test-all chaos bench soak lint format docs clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ chaos: .venv/.dev ## the ledger against all that can go wrong, for some minutes
 
 bench: .venv/.bench ## measure it next to its peers; ARGS="--only chat --rounds 3" for some of it
 	@exec $(BIN)/python bench/run.py $(ARGS)
+
+soak: .venv/.bench ## ten minutes of everything at once, and whether its memory stays
+	@exec $(BIN)/python bench/soak.py $(ARGS)
 
 lint: .venv/.dev ## style and types of the source
 	$(BIN)/ruff check

@@ -151,7 +151,7 @@ def main() -> int:
     names = [name for name in ALL if not only or {name, name.partition(":")[0]} & only]
     peers = [name for name in FOUND if not given.peers or name in given.peers.split(",")]
     os.sched_setaffinity(0, LOAD_CPUS)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         with Servers(given.port) as servers:
             bench = Bench(servers, given.rounds, given.seconds)
@@ -223,7 +223,8 @@ def _cpu_us(run: Run) -> float:
     return run.cpu_us
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
+def interrupt(_number: int, _frame: FrameType | None) -> None:
+    """End everything, as by Ctrl-C."""
     raise KeyboardInterrupt
 
 
