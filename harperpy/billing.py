@@ -82,7 +82,7 @@ def _store(
 ) -> Store:
     kind = config.limits.store or ("memory" if of == 1 else "database")
     if kind == "memory":
-        if config.http.workers > 1 and config.limits.store:
+        if config.http.workers != 1 and config.limits.store:
             message = (
                 "config.yaml: limits.store: memory is each process's own, and http.workers is "
                 f"{config.http.workers}: expected database"

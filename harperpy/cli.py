@@ -15,6 +15,7 @@ import click
 import msgspec
 
 from .health import Health
+from .processors import processes
 from .reload import Parent
 from .scaffold import TEMPLATES, write_project
 from .sections import Config, DatabaseConfig
@@ -110,10 +111,11 @@ def run(directory: Path, root: Path | None, *, offline: bool, inherited: str | N
     """
     what = Serving(directory, root, dev=False, offline=offline, version=_version())
     config = None if inherited else told(what.config)
-    if config is None or config.http.workers == 1:
+    count = processes(config.http.workers) if config else 1
+    if config is None or count == 1:
         _serve(what, inherited)
         return
-    workers = Workers(what, config)
+    workers = Workers(what, config, count)
     code = told(lambda: asyncio.run(workers.run()))
     if workers.again:
         start_again()

@@ -52,6 +52,10 @@ ApiKey = Annotated[Secret, Meta(description="a string that is not empty")]
 Kind = Annotated[str, Meta(min_length=1, description="a kind of backend, such as echo or openai")]
 Port = Annotated[int, Meta(ge=0, le=65535, description="an integer between 0 and 65535")]
 Positive = Annotated[int, Meta(ge=1, description="an integer above 0")]
+WorkerCount = Annotated[
+    Annotated[int, Meta(ge=1)] | Literal["auto"],
+    Meta(description="an integer above 0, or auto"),
+]
 Count = Annotated[int, Meta(ge=0, description="an integer of 0 or more")]
 Size = Annotated[int, Meta(ge=1, description=_SIZE_TEXT, extra={"parse": _in_units(_BYTE_UNITS)})]
 SizeOrOff = Annotated[

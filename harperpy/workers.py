@@ -29,9 +29,10 @@ _DOUBLED_SECONDS = 0.5
 class Workers:
     """Keeps the ports and the data folder, and all workers at work."""
 
-    def __init__(self, what: Serving, config: Config) -> None:
+    def __init__(self, what: Serving, config: Config, count: int) -> None:
         self._what = what
         self._config = config
+        self._count = count
         self._root = data_root(config, what.directory, what.root)
         self._children: dict[int, Child] = {}
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
@@ -41,7 +42,7 @@ class Workers:
         """Serve until a signal; the exit code. Raises `ConfigError` if the start is refused."""
         for number in (*STOPS, AGAIN):
             asyncio.get_running_loop().add_signal_handler(number, self._signalled, number)
-        count = self._config.http.workers
+        count = self._count
         self._held = hold(self._root, places(self._config, dev=False), count)
         with TemporaryFile(dir=self._root, buffering=0) as memory:
             # Not a hole, which a full disk could not fill when it is needed.

@@ -95,6 +95,7 @@ def test_defaults(path: str, expected: object) -> None:
         ("http: {port: 65535}", "http.port", 65535),
         ("http: {host: 192.0.2.1}", "http.host", "192.0.2.1"),
         ("http: {workers: 4}", "http.workers", 4),
+        ("http: {workers: auto}", "http.workers", "auto"),
         ("http: {cors: true}", "http.cors", True),
         (
             "http: {corsAccessList: [https://a.example]}",
@@ -293,7 +294,11 @@ SQLITE = "expected an SQLite URL such as sqlite:///data/system.db (no other data
         ("http: {port: {a: 1}}", f"http.port: {PORT}, got a map"),
         ("http: {port: 2024-01-31}", f'http.port: {PORT}, got "2024-01-31"'),
         ("http: {host: ''}", 'http.host: expected a string that is not empty, got ""'),
-        ("http: {workers: 0}", "http.workers: expected an integer above 0, got 0"),
+        ("http: {workers: 0}", "http.workers: expected an integer above 0, or auto, got 0"),
+        (
+            "http: {workers: many}",
+            'http.workers: expected an integer above 0, or auto, got "many"',
+        ),
         ("http: {cors: 'yes'}", 'http.cors: expected true or false, got "yes"'),
         (
             "http: {corsAccessList: [a, 5]}",

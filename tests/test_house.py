@@ -36,6 +36,7 @@ ORDER = (
     "inflating",
     "patterns",
     "epoch",
+    "processors",
     "permission",
     "auth",
     "parts",
