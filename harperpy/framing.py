@@ -129,7 +129,8 @@ async def frames(
                     # Put before it, it would copy all of it.
                     yield lead
                     lead = b""
-                yield lead + data
+                # Bytes that are also something else would be copied even to nothing.
+                yield lead + data if lead else data
             item = await anext(source, END)
             data = None if item is END else framing.item(item)
         tail = framing.end
