@@ -83,7 +83,7 @@ class Answering:
             await self._coming(self._idle)
         if not parts and self._error is not None:
             raise self._error
-        if self._held > _MOST_HELD:
+        if self._held > _MOST_HELD and len(parts) > 1:
             # Each byte will have several shapes at once: not all of them together.
             return self._half()
         data = b"".join(parts)
@@ -96,7 +96,7 @@ class Answering:
 
     def _half(self) -> bytes:
         parts = self.parts
-        taken = max(len(parts) // 2, 1)
+        taken = len(parts) // 2
         data = b"".join(parts[:taken])
         del parts[:taken]
         self._counted = len(parts)
