@@ -19,6 +19,7 @@ from .vectors import Vector
 _LINE_ENDS = re.compile(r"\r\n|\r|\n")
 _EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 _AS_THEY_ARE = (Decimal, msgspec.Raw)
+_DATA = "data: "
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -181,11 +182,15 @@ class SSEDecoder:
 
 def _plain_data(events: bytes) -> list[str]:
     """The data of events whose lines end in LF alone."""
-    told: list[str] = []
-    for event in events.decode("utf-8", "replace").split("\n\n"):
-        if event.startswith("data: ") and "\n" not in event:
-            told.append(event[6:])
-        elif (data := _data_in(event)) is not None:
+    text = events.decode("utf-8", "replace")
+    # In most streams each event is one line of data.
+    if text.startswith(_DATA):
+        told = text[len(_DATA) :].split("\n\n" + _DATA)
+        if text.count("\n") == 2 * (len(told) - 1):
+            return told
+    told = list[str]()
+    for event in text.split("\n\n"):
+        if (data := _data_in(event)) is not None:
             told.append(data)
     return told
 

@@ -173,7 +173,6 @@ _RARER = (
     *("reasoning", "annotations", "audio"),
 )
 _rarer_of, _NOTHING_RARER = attrgetter(*_RARER), (None,) * len(_RARER)
-_beside = attrgetter("usage", "system_fingerprint", "service_tier", "moderation", "error")
 _decode = msgspec.json.Decoder(_Chunk).decode
 _SILENCE = _Said()
 
@@ -226,12 +225,12 @@ class ChunkReader:
     Of choices that nobody asked for it says nothing.
     """
 
-    __slots__ = ("_beside", "_calls", "_n", "_news", "ended", "reasons")
+    __slots__ = ("_calls", "_last", "_n", "_news", "ended", "reasons")
 
     def __init__(self, n: int | None = None) -> None:
         self._n = n or 1
         # Most providers say in each event the same of the answer as a whole.
-        self._beside = _beside(_Chunk())
+        self._last = _Chunk()
         self._news: GenerateChunk | None = None
         self._calls: dict[int, Calls] = {}
         self.reasons: set[int] = set()
@@ -251,7 +250,14 @@ class ChunkReader:
                 return ()
             message = "an event of the stream is not what it should be"
             raise BackendError(message) from error
-        if _beside(event) != self._beside:
+        last = self._last
+        if (
+            event.service_tier != last.service_tier
+            or event.system_fingerprint != last.system_fingerprint
+            or event.moderation != last.moderation
+            or event.usage is not None
+            or event.error is not None
+        ):
             self._take(event)
         chunks: list[GenerateChunk] = []
         for choice in event.choices or ():
@@ -267,8 +273,7 @@ class ChunkReader:
         news = self._news or GenerateChunk()
         if event.tell(news):
             self._news = news
-        event.usage = None
-        self._beside = _beside(event)
+        self._last = event
 
     def _with_news(
         self, news: GenerateChunk, chunks: list[GenerateChunk]
