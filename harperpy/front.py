@@ -22,6 +22,8 @@ from .request import Request
 from .signal import DISCONNECTED, SHUTDOWN
 
 _MOST_AHEAD_BYTES = 64 * 1024
+# A head that is larger is not worth its memory while nothing comes.
+_MOST_KEPT_BYTES = 2 * 1024
 # From here on a copy costs more than a second write.
 _LARGE = 64 * 1024
 _SIGNED = f"Server: {SERVER}\r\n\r\n"
@@ -173,6 +175,8 @@ class Front(asyncio.Protocol):
         fronts.idle.remove(self)
         fronts.bodies.remove(self)
         fronts.fresh.discard(self)
+        if head.size > _MOST_KEPT_BYTES:
+            self._head = None
         request = self._request(head, data[head.size : needed])
         self._task = fronts.loop.create_task(self._answer(request, head.length))
 

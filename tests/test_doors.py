@@ -32,6 +32,8 @@ from harperpy import (
 from harperpy.testing import ECHO, RunningServer, running
 from helpers import basic
 
+pytestmark = pytest.mark.usefixtures("way")
+
 SECRET = "told to those who may"
 ran: list[tuple[str, str]] = []
 """What ran, by mount and verb."""

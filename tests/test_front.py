@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import re
+import socket
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
 from typing import Any
@@ -725,6 +728,33 @@ async def test_nothing_comes_after_a_streams_end(front: str) -> None:
 
     assert 2 == len(told)
     assert told[0].endswith(b"\r\n\r\nd\r\ndata: first\n\n\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize("size", [10, 150])
+async def test_a_connection_that_is_idle_holds_little(size: int) -> None:
+    """Whatever its last head was: a few kilobytes."""
+    count = 30
+    request = ask("GET /json", *(f"X-Header-{at}: {'a' * size}" for at in range(size // 2)))
+    loop = asyncio.get_running_loop()
+    async with (
+        asyncio.timeout(SECONDS),
+        contextlib.AsyncExitStack() as stack,
+        running(config("on"), resources=MOUNTS) as server,
+    ):
+        await exchanged(server)
+        tracemalloc.start()
+        stack.callback(tracemalloc.stop)
+        for _ in range(count):
+            one = stack.enter_context(
+                socket.create_connection(("127.0.0.1", server.server.http_port))
+            )
+            one.setblocking(False)  # noqa: FBT003
+            await loop.sock_sendall(one, request)
+            assert (await loop.sock_recv(one, 65536)).startswith(b"HTTP/1.1 200 OK")
+        gc.collect()
+        held, _ = tracemalloc.get_traced_memory()
+
+    assert held < count * 8 * 1024
 
 
 # --- the end of the server

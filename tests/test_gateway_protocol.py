@@ -9,6 +9,8 @@ from harperpy import Scope
 from harperpy.testing import Answer, RunningServer, ScriptedUpstream, running
 from helpers import HELLO, ask, events, openai_client, provider
 
+pytestmark = pytest.mark.usefixtures("way")
+
 CHAT = "/v1/chat/completions"
 USER = {"role": "user", "content": "hi"}
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}

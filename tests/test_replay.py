@@ -22,6 +22,8 @@ from harperpy import (
 from harperpy.testing import RunningServer, running
 from helpers import until
 
+pytestmark = pytest.mark.usefixtures("way")
+
 SECONDS = 20
 RETRY = "retry: 1000\n\n"
 

@@ -13,6 +13,8 @@ from harperpy import Context, EventStream, RequestTarget, Resource
 from harperpy.testing import ECHO, RunningServer, running
 from helpers import basic, operation
 
+pytestmark = pytest.mark.usefixtures("way")
+
 LENT = {"resources": {"*": ["read"]}}
 
 
