@@ -5,13 +5,15 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Tests wait more than they work: one process more than the processors of a small machine.
 PROCESSES := 3
+SUITES := openai_client langchain pydantic_ai instructor mcp_sampling llm_cli node_clients
+WAYS := default transport-aiohttp front-off two-workers
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help run test test-all chaos bench soak lint format docs clean
+.PHONY: help run test test-all clients chaos bench soak lint format docs clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +26,12 @@ test: lint ## what a change must pass: lint, types, tests with branch coverage
 
 test-all: lint ## the same with the slow tests, which repeat the others on the wheel
 	$(BIN)/pytest --numprocesses=$(PROCESSES) --cov
+
+clients: .venv/.dev ## the suites of real clients, in each way to run a gateway; WAYS=two-workers for one of them
+	@for way in $(WAYS); do \
+	    echo "Real clients, $$way"; \
+	    HARPERPY_CLIENTS=$$way $(BIN)/pytest --numprocesses=$(PROCESSES) $(SUITES:%=tests/test_%.py) || exit; \
+	done
 
 chaos: .venv/.dev ## the ledger against all that can go wrong, for some minutes
 	$(BIN)/pytest tests/test_chaos.py -m slow

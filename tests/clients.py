@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import openai
 import pytest
 
-from harperpy.testing import RunningServer, ScriptedUpstream, running
+from gateway import gateway
+from harperpy.testing import RunningServer, ScriptedUpstream
 from llama import weights
 from provider import provider_upstream
 
@@ -141,10 +142,10 @@ async def gateways() -> AsyncGenerator[dict[str, Live]]:
     async with provider_upstream() as upstream:
         target = f'baseUrl: "{upstream.url}"'
         limit, echo = ", firstByteTimeoutMs: 300", "{backend: echo}"
-        async with running(CONFIG.format(target=target, limit=limit, echo=echo)) as first:
+        async with gateway(CONFIG.format(target=target, limit=limit, echo=echo)) as first:
             target = f'baseUrl: "{first.url}/v1", apiKey: {first.api_key}'
             echo = f"{{backend: openai, model: echo, {target}}}"
-            async with running(CONFIG.format(target=target, limit="", echo=echo)) as second:
+            async with gateway(CONFIG.format(target=target, limit="", echo=echo)) as second:
                 yield {
                     "direct": await _live(first, upstream),
                     "chain": await _live(second, upstream),
@@ -154,7 +155,7 @@ async def gateways() -> AsyncGenerator[dict[str, Live]]:
 @asynccontextmanager
 async def local_gateway() -> AsyncGenerator[Live]:
     """A gateway whose models are the local ones, on their real weights."""
-    async with running(LOCAL) as server, provider_upstream() as upstream:
+    async with gateway(LOCAL) as server, provider_upstream() as upstream:
         yield await _live(server, upstream)
 
 

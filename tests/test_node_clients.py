@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from harperpy.testing import RunningServer, ScriptedUpstream, running
+from gateway import gateway
+from harperpy.testing import RunningServer, ScriptedUpstream
 from helpers import one_at_a_time, until
 from llama import weights
 from provider import last_text, provider_upstream, vector
@@ -106,10 +107,10 @@ async def run(version: str, script: str, **environ: str) -> None:
 
 
 @asynccontextmanager
-async def gateway(url: str, key: str = "sk-of-the-provider") -> AsyncGenerator[RunningServer]:
+async def gateway_to(url: str, key: str = "sk-of-the-provider") -> AsyncGenerator[RunningServer]:
     """A server in front of the provider at `url`."""
     entry = f'backend: openai, baseUrl: "{url}", apiKey: {key}, maxRetries: 0'
-    async with running(GATEWAY.format(provider=entry)) as server:
+    async with gateway(GATEWAY.format(provider=entry)) as server:
         yield server
 
 
@@ -144,7 +145,7 @@ async def test_an_unmodified_client_finds_everything_as_it_expects(
     version: str, client: str
 ) -> None:
     """Answers, streams, tools, structure, embeddings, every error, an abort, twenty at once."""
-    async with provider_upstream() as upstream, gateway(upstream.url) as server:
+    async with provider_upstream() as upstream, gateway_to(upstream.url) as server:
         await run_client(version, client, server)
 
         await expect_left(upstream)
@@ -154,8 +155,8 @@ async def test_a_server_behind_a_server_cannot_be_told_from_a_provider() -> None
     """OpenAI's client finds all the same with one harperpy as the provider of another."""
     async with (
         provider_upstream() as upstream,
-        gateway(upstream.url) as inner,
-        gateway(f"{inner.url}/v1", await inner.key_for("outer")) as outer,
+        gateway_to(upstream.url) as inner,
+        gateway_to(f"{inner.url}/v1", await inner.key_for("outer")) as outer,
     ):
         await run_client("current", "openai", outer)
 
@@ -168,7 +169,7 @@ async def test_a_resource_of_ones_own_serves_unmodified_clients(
 ) -> None:
     """A `post` that yields `openai_stream(…)` is an endpoint that all of them stream from."""
     (tmp_path / "resources.py").write_text(RESOURCES)
-    async with running(directory=tmp_path) as server:
+    async with gateway(directory=tmp_path) as server:
         url = f"{server.url}/MyChat"
         said = {"MODEL": "echo", "TEXT": "hello there friend", "SAYS": "hello there friend"}
         await run(version, "short.mjs", BASE_URL=url, API_KEY=server.api_key, **said)
@@ -177,7 +178,7 @@ async def test_a_resource_of_ones_own_serves_unmodified_clients(
 @pytest.mark.parametrize("version", VERSIONS)
 async def test_the_clients_speak_to_echo(version: str) -> None:
     """Whole answers, streams and embeddings come without any provider."""
-    async with running() as server:
+    async with gateway() as server:
         url = f"{server.url}/v1"
         said = {"MODEL": "echo", "TEXT": "hello there friend", "SAYS": "hello there friend"}
         more = {"WHOLE": "yes", "DIMENSIONS": "16"}
@@ -187,7 +188,7 @@ async def test_the_clients_speak_to_echo(version: str) -> None:
 async def test_the_clients_speak_to_a_local_model() -> None:
     """Each hears of Paris from a real model, in pieces, and gets a unit vector of another."""
     weights()
-    async with running(LOCAL) as server:
+    async with gateway(LOCAL) as server:
         url = f"{server.url}/v1"
         said = {"TEXT": "What is the capital of France?", "SAYS": "Paris"}
         more = {"MODEL": "default", "DIMENSIONS": "384"}
