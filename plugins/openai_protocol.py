@@ -94,7 +94,7 @@ def encoded(body: dict[str, Any]) -> bytes:
 
 
 def _message(message: Message) -> _Message:
-    content = message.content
+    content: Any = message.content
     if content == "" and (message.tool_calls or message.refusal or message.audio):
         content = None
     told = _Message(
