@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import os
 import socket
 import sys
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,6 +17,7 @@ import msgspec
 
 from .epoch import Epoch
 from .errors import ConfigError
+from .processors import keep_to
 from .sections import Config
 
 _DEV_HOSTS = ("127.0.0.1", "::1")
@@ -86,11 +89,28 @@ def lock_root(root: Path) -> TextIO:
 
 
 class Worker(msgspec.Struct, frozen=True):
-    """Which of how many processes on the same ports; `memory` is the file of their epoch."""
+    """Which of how many processes on the same ports; `memory` is the file of their epoch.
+
+    `processors` are what all of them may use, where the loop of each keeps to one.
+    """
 
     index: int = 0
     of: int = 1
     memory: int = -1
+    processors: tuple[int, ...] = ()
+
+    def share_out(self) -> None:
+        """From now on what is given to a thread by the loop may run on all processors."""
+        if self.processors:
+            pool = ThreadPoolExecutor(
+                thread_name_prefix="asyncio", initializer=keep_to, initargs=self.processors
+            )
+            asyncio.get_running_loop().set_default_executor(pool)
+
+    def settle(self) -> None:
+        """Have this thread, which is the loop's, keep to its processor."""
+        if self.processors:
+            keep_to(self.processors[self.index])
 
     def epoch(self) -> Epoch:
         """The epoch of them all; the slot after the last worker's is their parent's."""

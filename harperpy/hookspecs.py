@@ -35,7 +35,9 @@ class ModelEntry(msgspec.Struct, frozen=True):
     """One entry of `models:`: what a factory makes its backend from.
 
     `directory` is the application's, for relative paths; `offline` forbids all fetching. `root` is
-    the data folder, which several processes may serve at once.
+    the data folder, which several processes may serve at once. `processors` are what they may all
+    use where each keeps to one, as do the threads and processes that it starts: a backend gives
+    its own `os.sched_setaffinity(pid, processors)`.
     """
 
     kind: Kind
@@ -44,6 +46,7 @@ class ModelEntry(msgspec.Struct, frozen=True):
     directory: Path
     offline: bool = False
     root: Path | None = None
+    processors: tuple[int, ...] = ()
 
     @property
     def is_general(self) -> bool:

@@ -101,6 +101,7 @@ class Loader:
         *,
         offline: bool = False,
         root: Path | None = None,
+        processors: tuple[int, ...] = (),
     ) -> None:
         self._manager = Manager("harperpy")
         self._manager.add_hookspecs(hookspecs)
@@ -111,6 +112,7 @@ class Loader:
         self._given = given or {}
         self._offline = offline
         self._root = root
+        self._processors = processors
         self.plugins = [*_named(config.plugins), *(Plugin(name, {}) for name in self._given)]
         self._off = [name for name, options in config.plugins.items() if options is False]
         self._requires: dict[str, tuple[str, ...]] = {}
@@ -170,7 +172,13 @@ class Loader:
         for kind, entries in kinds:
             for name, entry in entries.items():
                 made_from = ModelEntry(
-                    kind, name, entry, self._directory, self._offline, self._root
+                    kind,
+                    name,
+                    entry,
+                    self._directory,
+                    self._offline,
+                    self._root,
+                    self._processors,
                 )
                 backend = _made(self._factory(made_from), made_from)
                 routes.add(Registration(kind, name, backend, tuple(entry.fallback)))

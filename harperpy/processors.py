@@ -24,6 +24,18 @@ def allowed() -> list[int]:
     return sorted(os.sched_getaffinity(0))
 
 
+def shared(count: int) -> tuple[int, ...]:
+    """The processors of so many processes, one for each; none where there are too few."""
+    found = tuple(allowed())
+    return found if sys.platform == "linux" and len(found) >= count else ()
+
+
+def keep_to(*processors: int) -> None:
+    """Run on these only: this thread, and the threads and processes that it starts from now on."""
+    if sys.platform == "linux" and processors:
+        os.sched_setaffinity(0, processors)
+
+
 def quota(cgroup: Path = _CGROUP, cgroups: Path = _CGROUPS) -> float:
     """How many processors' time a container, or a service, leaves to this process."""
     return min(_quotas(cgroup, cgroups), default=float(len(allowed())))

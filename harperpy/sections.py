@@ -53,17 +53,19 @@ class HttpConfig(Section, frozen=True, kw_only=True):
     """The REST port; 0 takes a free one. Times in milliseconds.
 
     By default `dev` serves this machine with `cors`, `run` all interfaces without. `workers` is how
-    many processes `run` has serve it; `auto` is one for each processor that it may use. `timeout`
-    is how long a body may take to arrive, and a verb to return. Beyond `maxConcurrentRequests`
-    (GET, HEAD, OPTIONS and streams do not count) requests wait for `requestQueueLimit`, and are
-    then 503; each worker counts by itself. `maxHeaderSize` bounds each line of a head,
-    `headersTimeout` how long it takes. A whole answer of more than `compressionThreshold` bytes is
-    gzip to who takes it; 0 is never. `front` serves requests of the common form without aiohttp.
+    many processes `run` has serve it; `auto` is one for each processor that it may use. With
+    `pinWorkers` each keeps to one of them, where there are enough (on Linux). `timeout` is how long
+    a body may take to arrive, and a verb to return. Beyond `maxConcurrentRequests` (GET, HEAD,
+    OPTIONS and streams do not count) requests wait for `requestQueueLimit`, and are then 503; each
+    worker counts by itself. `maxHeaderSize` bounds each line of a head, `headersTimeout` how long
+    it takes. A whole answer of more than `compressionThreshold` bytes is gzip to who takes it; 0 is
+    never. `front` serves requests of the common form without aiohttp.
     """
 
     port: Port = 9926
     host: Text | None = None
     workers: WorkerCount = 1
+    pin_workers: Flag = True
     max_body_size: Size = 10_000_000
     cors: Flag | None = None
     cors_access_list: tuple[Text, ...] = ("*",)

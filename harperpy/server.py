@@ -225,6 +225,7 @@ class Server:
             self._plugins,
             offline=self._offline,
             root=self.root,
+            processors=self._worker.processors,
         )
 
     async def _meet_the_first(self) -> None:

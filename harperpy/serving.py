@@ -74,6 +74,7 @@ async def serve(what: Serving, inherited: Inherited | None = None) -> bool:
         # In dev a changed config.yaml may name another data folder.
         first = inherited.first or what.dev
         held = inherit(inherited.numbers, inherited.worker, first=first)
+        held.worker.share_out()
     server = Server(
         config,
         directory=what.directory,
@@ -97,6 +98,9 @@ async def serve(what: Serving, inherited: Inherited | None = None) -> bool:
             click.echo(banner(server, what.version))
             if not parent or what.dev:
                 click.echo(ready(http_url(server)))
+        if held is not None:
+            # Not before: threads that are there by now may run anywhere.
+            held.worker.settle()
         if parent and not what.dev:
             parent.ready(lambda: False)
         _spare_the_collector()

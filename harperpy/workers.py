@@ -13,6 +13,7 @@ from .banner import local_url, ready
 from .child import Child, start
 from .epoch import Epoch
 from .held import SOCKET_NAME, Worker, data_root, hold, places
+from .processors import shared
 from .sections import Config
 from .serving import AGAIN, STOPS, Serving
 
@@ -43,12 +44,13 @@ class Workers:
         for number in (*STOPS, AGAIN):
             asyncio.get_running_loop().add_signal_handler(number, self._signalled, number)
         count = self._count
+        processors = shared(count) if self._config.http.pin_workers else ()
         self._held = hold(self._root, places(self._config, dev=False), count)
         with TemporaryFile(dir=self._root, buffering=0) as memory:
             # Not a hole, which a full disk could not fill when it is needed.
             memory.write(bytes(Epoch.size(count + 1)))
             for index, held in enumerate(self._held):
-                held.worker = Worker(index, count, memory.fileno())
+                held.worker = Worker(index, count, memory.fileno(), processors)
             self._epoch = Worker(count, count, memory.fileno()).epoch()
             try:
                 return await self._until_stopped()

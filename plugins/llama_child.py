@@ -28,6 +28,8 @@ _STEADY_SECONDS = 10.0
 class ChildSettings(msgspec.Struct, kw_only=True):
     """What the worker is told; `context` is in tokens and shared by the `slots`.
 
+    Without `processors` it may run on those of its parent.
+
     llama.cpp notices that a caller has left once per batch of a prompt: with 32 tokens within half
     a second on one slow thread, for which a prompt is read a third slower than with 64.
     """
@@ -42,6 +44,7 @@ class ChildSettings(msgspec.Struct, kw_only=True):
     most_tokens: int = 1024
     chat_template: str | None = None
     embedding: bool = False
+    processors: tuple[int, ...] = ()
 
 
 class Endpoint(msgspec.Struct, frozen=True):

@@ -25,6 +25,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(5)
     config: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
+    if config["processors"]:
+        # The loop of its parent keeps to one.
+        os.sched_setaffinity(0, config["processors"])
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     server = _serve(config)
     asyncio.run(_tell_and_serve(server.listening_address, config["slots"]))

@@ -59,7 +59,7 @@ def register_model_backends(register: Callable[[str, BackendFactory], None]) -> 
 
     def make(entry: ModelEntry) -> ModelBackend:
         if entry.kind == "embedding":
-            return LocalEmbeddings()
+            return LocalEmbeddings(entry.processors)
         key = entry.settings.model_file or SMOLLM2.name
         return LocalChat(entry, runners.setdefault(key, Runner(entry)))
 
@@ -139,8 +139,8 @@ class LocalEmbeddings(ModelBackend):
     name = "local"
     provider_model = "all-minilm-l6-v2"
 
-    def __init__(self) -> None:
-        self._model = MiniLM()
+    def __init__(self, processors: tuple[int, ...] = ()) -> None:
+        self._model = MiniLM(processors=processors)
 
     @property
     def state(self) -> str:  # type: ignore[override]  # a backend's own is read, never set

@@ -50,6 +50,7 @@ class Runner:
         self.waiting = 0
         self.slots = asyncio.Semaphore(SLOTS)
         self._offline = entry.offline
+        self._processors = entry.processors
         self._share = Share(entry.root, str(self.file or self.name))
         self._told = Told()
         self._child: Child | None = None
@@ -121,6 +122,7 @@ class Runner:
             slots=SLOTS,
             threads=threads(),
             chat_template=TEMPLATE if self.source else None,
+            processors=self._processors,
         )
         self._be(Told())
         self._child = Child(settings, self._moved, logger)

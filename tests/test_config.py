@@ -43,6 +43,7 @@ def at(config: object, path: str) -> object:
         ("http.port", 9926),
         ("http.host", None),
         ("http.workers", 1),
+        ("http.pin_workers", True),
         ("http.max_body_size", 10_000_000),
         ("http.cors", None),
         ("http.cors_access_list", ("*",)),
@@ -252,8 +253,8 @@ models:
             (
                 "http.quux: unknown key; the known keys are "
                 "compressionThreshold, cors, corsAccessList, front, headersTimeout, host, "
-                "keepAliveTimeout, maxBodySize, maxConcurrentRequests, maxHeaderSize, port, "
-                "requestQueueLimit, timeout, workers"
+                "keepAliveTimeout, maxBodySize, maxConcurrentRequests, maxHeaderSize, pinWorkers, "
+                "port, requestQueueLimit, timeout, workers"
             ),
         ),
         (

