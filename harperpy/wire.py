@@ -63,7 +63,8 @@ class Wire:
             if isinstance(reply.body, bytes) and not reply.committed:
                 await port.pack(reply, context)
                 response = _whole(reply)
-                port.answered(context, reply.status, len(reply.body), raw.content.total_bytes)
+                sent = 0 if reply.status in BODILESS else len(reply.body)
+                port.answered(context, reply.status, sent, raw.content.total_bytes)
                 return response
             await delivery.send(reply)
         except (asyncio.CancelledError, ConnectionError):

@@ -23,6 +23,7 @@ from harperpy import (
     Response,
     get_context,
 )
+from harperpy.meter import Meter
 from harperpy.testing import ECHO, RunningServer, running
 
 SECONDS = 30
@@ -272,6 +273,29 @@ async def test_both_ways_answer_alike() -> None:
     """Whatever a resource answers, its bytes are the same with `http.front` on and off."""
     requests = {name: (told,) for name, told in REQUESTS.items()}
     assert {} == await differences(requests, compressionThreshold=1000)
+
+
+async def test_both_ways_count_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request once, with its status and the bytes of its bodies, and each stream's end."""
+    counted: list[tuple[Any, ...]] = []
+
+    def answered(_: Meter, *told: Any) -> None:
+        *request, _ms, sent, received = told
+        counted.append((*request, sent, received))
+
+    monkeypatch.setattr(Meter, "answered", answered)
+    monkeypatch.setattr(Meter, "transferred", lambda _, *told: counted.append(told[:2]))
+    monkeypatch.setattr(Meter, "lost", lambda _, *told: counted.append(("lost", *told)))
+    counts: list[list[tuple[Any, ...]]] = []
+    for front in ("on", "off"):
+        async with running(config(front), resources=MOUNTS) as server:
+            for request in REQUESTS.values():
+                await exchanged(server, request.replace(b"KEY", server.api_key.encode()))
+        counts.append([*counted])
+        counted.clear()
+
+    assert counts[0] == counts[1]
+    assert len(counts[0]) >= 2 * len(REQUESTS)
 
 
 # --- what is not common, or wrong
