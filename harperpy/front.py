@@ -126,8 +126,11 @@ class Front(asyncio.Protocol):
 
     def _hand_over(self) -> None:
         """Let another protocol go on, as if it had been there from the beginning."""
-        self._fronts.left(self)
         self._fronts.outbox.flush()
+        if self._drained is not None:
+            # The other would not know that its client is behind: see `resume_writing`.
+            return
+        self._fronts.left(self)
         data, self._buffer = self._buffer, b""
         if self._closing:
             self.transport.close()
