@@ -88,7 +88,7 @@ async def run(version: str, script: str, **environ: str) -> None:
     assert nodes, f"{version}/package.json names no Node for this machine"
     process = await asyncio.create_subprocess_exec(
         nodes[0],
-        *("--test", "--test-reporter=spec", "--test-timeout=30000", script),
+        *("--test", "--test-reporter=spec", "--test-timeout=60000", script),
         cwd=folder,
         env=environ,
         stdout=subprocess.PIPE,
