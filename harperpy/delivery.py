@@ -41,6 +41,11 @@ class Delivery:
     `time.perf_counter()`; `sent` counts the bytes of the body.
     """
 
+    __slots__ = (
+        *("_beginning", "_behind", "_context", "_interval", "_last", "_line", "_loop"),
+        *("_quiet", "_task", "_tasks", "_watch", "begun", "sent", "status"),
+    )
+
     def __init__(self, line: Line, context: Context, task: asyncio.Task[Any] | None) -> None:
         self.begun = 0.0
         self.sent = 0

@@ -185,6 +185,11 @@ class _Choice:
 class _ChunkEncoder:
     """What stands around the deltas is encoded once; each delta is spliced into it."""
 
+    __slots__ = (
+        *("_choices", "_envelope", "_functions", "_head", "_last", "_tail", "_text_tail"),
+        *("started", "usage"),
+    )
+
     def __init__(
         self, model: str, completion: str, *, include_usage: bool, functions: bool
     ) -> None:

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
+
 from harperpy import (
     BackendFactory,
     Capability,
@@ -33,6 +35,9 @@ _OPENAI_HOST = "api.openai.com"
 # The total is the OpenAI clients' own: ten minutes.
 _TOTAL_MS, _CONNECT_MS, _FIRST_BYTE_MS, _IDLE_MS = 600_000, 10_000, 60_000, 120_000
 _RETRIES = 2
+_COMPLETION = msgspec.json.Decoder(Completion)
+_EMBEDDINGS = msgspec.json.Decoder(Embeddings)
+_LISTING = msgspec.json.Decoder(Listing)
 # What the provider cannot do of these it says itself.
 _FEATURES = frozenset[Capability](
     {
@@ -118,7 +123,9 @@ class OpenAI(ModelBackend):
         }
         if opts.dimensions is not None:
             body["dimensions"] = opts.dimensions
-        answer = await self._transport.whole("/embeddings", encoded(body), Embeddings, opts.call_id)
+        answer = await self._transport.whole(
+            "/embeddings", encoded(body), _EMBEDDINGS, opts.call_id
+        )
         told = answer.usage.tokens() if answer.usage else None
         tokens = told.prompt_tokens if told else None
         usage = None if tokens is None else TokenUsage(embedding_tokens=tokens)
@@ -127,7 +134,7 @@ class OpenAI(ModelBackend):
     async def generate(self, prompt: Prompt, opts: GenerateOpts) -> GenerateResult:
         """A whole answer."""
         body = self._chat(prompt, opts, stream=False)
-        answer = await self._transport.whole("/chat/completions", body, Completion, opts.call_id)
+        answer = await self._transport.whole("/chat/completions", body, _COMPLETION, opts.call_id)
         return whole_answer(answer, opts.n)
 
     def generate_stream(self, prompt: Prompt, opts: GenerateOpts) -> AsyncIterator[GenerateChunk]:
@@ -142,7 +149,7 @@ class OpenAI(ModelBackend):
         await self._transport.close()
 
     async def _listing(self) -> Listing:
-        return await self._transport.whole("/models", None, Listing, most=MOST_BYTES)
+        return await self._transport.whole("/models", None, _LISTING, most=MOST_BYTES)
 
     def _chat(self, prompt: Prompt, opts: GenerateOpts, *, stream: bool) -> bytes:
         return chat_body(prompt, opts, model=opts.model, limit_name=self._limit_name, stream=stream)

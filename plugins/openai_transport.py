@@ -50,12 +50,12 @@ class Transport:
         self,
         path: str,
         body: bytes | None,
-        kind: type[T],
+        kind: msgspec.json.Decoder[T],
         call_id: int | None = None,
         *,
         most: int = _MOST_ANSWER,
     ) -> T:
-        """The JSON answer to a post, or a get of what has no body, as `kind`.
+        """The JSON answer to a post, or a get of what has no body, as `kind` reads it.
 
         Raises `BackendError`, also for one of more than `most` bytes, and what `refusal` makes.
         """
@@ -65,7 +65,7 @@ class Transport:
             raise await self._refusal(exchange)
         data = await _read_all(exchange, most)
         try:
-            return msgspec.json.decode(data, type=kind)
+            return kind.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             message = f"the answer from {path} is not what it should be"
             raise BackendError(message) from error
@@ -85,6 +85,8 @@ class Transport:
         reader, events = ChunkReader(n), SSEDecoder()
         first_byte = self._timeouts.stream_first_byte
         exchange = await self._upstream.send(path, body, first_byte, call_id)
+        # It may be long, and so may the answer take.
+        del body
         if exchange.status != 200:
             raise await self._refusal(exchange)
         batch: list[GenerateChunk] = []
