@@ -138,25 +138,17 @@ class Authenticators:
             if self._cache[key][3] is not None:
                 del self._cache[key]
 
-    def remembered(self, header: str, address: str = "") -> User | None:
-        """The user behind an `Authorization` header that was verified a moment ago."""
-        known = self._cache.get(self._key(header))
-        if known is None or known[0] != self._epoch.now() or known[1] <= time.time():
-            return None
-        return known[2] if known[3] is None or known[3] == address else None
-
-    def _key(self, header: str) -> bytes:
-        sent = header.encode(errors="surrogateescape")
-        return hashlib.blake2b(sent, key=self._secret, digest_size=32).digest()
-
     async def identify(self, header: str, address: str = "") -> User:
         """The user behind an `Authorization` header. Raises `InvalidCredentials`.
 
         A password counts as verified only for the address that it came from.
         """
-        if (user := self.remembered(header, address)) is not None:
-            return user
-        key, epoch = self._key(header), self._epoch.now()
+        sent = header.encode(errors="surrogateescape")
+        key = hashlib.blake2b(sent, key=self._secret, digest_size=32).digest()
+        epoch = self._epoch.now()
+        if (known := self._cache.get(key)) and known[0] == epoch and known[1] > time.time():  # noqa: SIM102
+            if known[3] is None or known[3] == address:
+                return known[2]
         credential = read_credential(header, address)
         verified = await self._ask(credential)
         expires = time.time() + self._ttl

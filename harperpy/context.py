@@ -113,9 +113,12 @@ class Context(Caller):
     @property
     def signal(self) -> AbortSignal:
         """Fires when nobody waits for the answer any more."""
+        return self._control().signal
+
+    def _control(self) -> AbortController:
         if self._controller is None:
             self._controller = AbortController()
-        return self._controller.signal
+        return self._controller
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -250,9 +253,7 @@ class Context(Caller):
 
     def abort(self, reason: str) -> None:
         """Fire the signal: the server calls this when the client has left."""
-        if self._controller is None:
-            self._controller = AbortController()
-        self._controller.abort(reason)
+        self._control().abort(reason)
 
 
 def get_context() -> Context:

@@ -75,9 +75,7 @@ class Delivery:
                 await self._write(body)
             elif reply.status not in BODILESS:
                 async for data in body:
-                    self.sent += len(data)
-                    self._last = self._loop.time()
-                    if (drained := self._line.write(data)) is not None:
+                    if (drained := self._put(data)) is not None:
                         await self._wait(drained)
         finally:
             self.end()
@@ -117,10 +115,14 @@ class Delivery:
             await self._write(_KEEPALIVE)
 
     async def _write(self, data: bytes) -> None:
+        if (drained := self._put(data)) is not None:
+            await self._wait(drained)
+
+    def _put(self, data: bytes) -> Awaitable[None] | None:
+        """Send a part of the body; what to await where the client is behind."""
         self.sent += len(data)
         self._last = self._loop.time()
-        if (drained := self._line.write(data)) is not None:
-            await self._wait(drained)
+        return self._line.write(data)
 
     async def _wait(self, drained: Awaitable[None]) -> None:
         self._behind = True

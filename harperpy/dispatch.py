@@ -260,9 +260,7 @@ class Dispatch:
             header = _credential(context, found)
             if header is not None:
                 address = caller_address(context)
-                who = self._authenticators
-                known = who.remembered(header, address)
-                context.user = known or await who.identify(header, address)
+                context.user = await self._authenticators.identify(header, address)
                 self._auth_log.succeeded(context)
             elif request.trusted or (self._authorize_local and _is_local(request)):
                 context.user = await self._local_user()

@@ -240,6 +240,7 @@ class Front(asyncio.Protocol):
         if self.transport.is_closing():
             return
         if self._closing:
+            self._fronts.outbox.flush()
             self.transport.close()
         elif self._drained is not None:
             # Answers that wait for their reader are not to become more: see `resume_writing`.
@@ -267,9 +268,7 @@ class Front(asyncio.Protocol):
         if body:
             headers.setdefault("Content-Type", OCTETS)
         head = self._head_bytes(reply.status, headers, length)
-        if self._closing:
-            self.transport.write(head + body)
-        elif len(body) < _LARGE:
+        if len(body) < _LARGE:
             self._fronts.outbox.send(self.transport, head + body)
         else:
             self.transport.write(head)

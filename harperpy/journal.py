@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from .accounting import CallRow, ModelCall
+from .accounting import CallRow, ModelCall, row_of
 from .errors import ServiceUnavailable
 
 logger = logging.getLogger("harperpy.accounting")
@@ -26,7 +26,6 @@ _SEGMENT = 1 << 20
 # What an outcome adds to its intent: numbers, and the reason it ended for.
 _MOST_ADDED = 1024
 _encode = msgspec.json.Encoder().encode_into
-_row_of = msgspec.structs.astuple
 
 
 class Waiting(msgspec.Struct):
@@ -98,7 +97,7 @@ class Journal:
             self._left += promise
             logger.warning("the end of model call %d is in memory alone: %s", call.id, error)
         ended = self._ended
-        ended.append(_row_of(call))
+        ended.append(row_of(call))
         if len(ended) == 1:
             self.told()
         if self._closing and not self._promised:

@@ -10,6 +10,7 @@ import secrets
 import time
 import zlib
 from collections.abc import Mapping
+from functools import partial
 from http import HTTPStatus
 
 from multidict import CIMultiDict
@@ -91,7 +92,8 @@ class Port:
         if _takes_gzip(context.headers.get("accept-encoding", "")):
             headers["Content-Encoding"] = "gzip"
             large = len(body) > _MUCH
-            reply.body = await asyncio.to_thread(_gzip, body) if large else _gzip(body)
+            packed = partial(zlib.compress, body, wbits=_GZIP)
+            reply.body = await asyncio.to_thread(packed) if large else packed()
 
 
 def new_id(kind: str) -> str:
@@ -116,11 +118,6 @@ def refusal(
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
     headers = CIMultiDict({"Content-Type": JSON, "Server": SERVER, "x-request-id": refused})
     return headers, encode_json({**body, "request_id": refused})
-
-
-def _gzip(data: bytes) -> bytes:
-    packing = zlib.compressobj(wbits=_GZIP)
-    return packing.compress(data) + packing.flush()
 
 
 def _takes_gzip(accept_encoding: str) -> bool:

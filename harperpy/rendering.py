@@ -132,8 +132,6 @@ async def _render_response(
         media = headers.get("Content-Type") or context.types.negotiate(context.accept)
         data = context.types.serialize(response.data, media.partition(";")[0])
         return _whole(response.status, headers, media, data, context, keep_status=True)
-    if isinstance(body, bytes) and body and "Content-Type" in headers:
-        return Reply(response.status, headers, body)
     if body is None or isinstance(body, (str, bytes)):
         data = body.encode() if isinstance(body, str) else body or b""
         media = TEXT if isinstance(body, str) else OCTETS

@@ -6,7 +6,7 @@ import fcntl
 import json
 import secrets
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,6 +116,15 @@ def finished_calls(server: RunningServer) -> asyncio.Queue[ModelCall]:
     calls: asyncio.Queue[ModelCall] = asyncio.Queue()
     server.server.core.ledger.subscribe(calls.put_nowait)
     return calls
+
+
+async def later(*items: Any) -> AsyncIterator[Any]:
+    """The items, one a turn; an exception among them is raised."""
+    for item in items:
+        await asyncio.sleep(0)
+        if isinstance(item, Exception):
+            raise item
+        yield item
 
 
 async def until(condition: Callable[[], bool]) -> None:

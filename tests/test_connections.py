@@ -266,6 +266,17 @@ async def still(server: RunningServer, count: Callable[[], int]) -> int:
     return before
 
 
+async def held_until_still(server: RunningServer, count: Callable[[], int]) -> int:
+    """How many bytes of memory have been taken by the time that a count rises no more."""
+    tracemalloc.start()
+    try:
+        await still(server, count)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    return held
+
+
 class Sender:
     """Sends the same bytes again and again for as long as they are taken."""
 
@@ -310,12 +321,7 @@ async def test_what_nobody_awaits_is_not_taken(head: bytes, more: bytes) -> None
         with unread(server, head) as connection:
             await entered.wait()
             sender = Sender(connection, more)
-            tracemalloc.start()
-            try:
-                await still(server, sender.count)
-                held, _ = tracemalloc.get_traced_memory()
-            finally:
-                tracemalloc.stop()
+            held = await held_until_still(server, sender.count)
         leave.set()
 
     assert sender.sent < 16 * 1024 * 1024
@@ -335,12 +341,7 @@ async def test_what_nobody_reads_is_not_made() -> None:
     async with asyncio.timeout(SECONDS), running(resources=mounts) as server:
         with unread(server, WHOLE) as connection:
             sender = Sender(connection, WHOLE * 1000)
-            tracemalloc.start()
-            try:
-                await still(server, sender.count)
-                held, _ = tracemalloc.get_traced_memory()
-            finally:
-                tracemalloc.stop()
+            held = await held_until_still(server, sender.count)
 
     assert 0 < len(made) < 50
     assert held < 2 * 1024 * 1024

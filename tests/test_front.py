@@ -25,6 +25,7 @@ from harperpy import (
 )
 from harperpy.meter import Meter
 from harperpy.testing import ECHO, RunningServer, running
+from helpers import later
 
 SECONDS = 30
 HUGE = 16 * 1024 * 1024
@@ -90,15 +91,6 @@ def ask(line: str, *headers: str, body: bytes = b"") -> bytes:
 # --- what is answered
 
 
-async def items(*given: Any) -> AsyncIterator[Any]:
-    """The items, one a turn; an exception among them is raised."""
-    for item in given:
-        await asyncio.sleep(0)
-        if isinstance(item, Exception):
-            raise item
-        yield item
-
-
 async def late() -> AsyncIterator[str]:
     """A first item that the head does not wait for."""
     await asyncio.sleep(0.05)
@@ -160,35 +152,35 @@ VALUES: dict[str, Callable[[], Any]] = {
     "long": lambda: "ab" * 5000,
     "huge": lambda: b"x" * HUGE,
     "large": lambda: "ab" * 100_000,
-    "stream": lambda: items("a", "b"),
-    "no-items": items,
-    "fails-later": lambda: items("a", ValueError("secret")),
-    "fails-at-once": lambda: items(ValueError("secret")),
-    "events": lambda: EventStream(items("a", {"b": 1})),
+    "stream": lambda: later("a", "b"),
+    "no-items": later,
+    "fails-later": lambda: later("a", ValueError("secret")),
+    "fails-at-once": lambda: later(ValueError("secret")),
+    "events": lambda: EventStream(later("a", {"b": 1})),
     "late-events": lambda: EventStream(late()),
-    "failing-events": lambda: EventStream(items("a", ValueError("secret"))),
-    "raw": lambda: Response(200, body=items(b"a", "bc", b"")),
-    "large-raw": lambda: Response(200, body=items(b"x" * 70_000, b"y" * 200_000)),
-    "raw-fails": lambda: Response(200, body=items(b"a", ValueError("secret"))),
+    "failing-events": lambda: EventStream(later("a", ValueError("secret"))),
+    "raw": lambda: Response(200, body=later(b"a", "bc", b"")),
+    "large-raw": lambda: Response(200, body=later(b"x" * 70_000, b"y" * 200_000)),
+    "raw-fails": lambda: Response(200, body=later(b"a", ValueError("secret"))),
     "odd": lambda: Response(299, body="odd"),
     "odder": lambda: Response(799, body="odd"),
     "teapot": lambda: Response(418, data={"a": 1}),
     "204": lambda: Response(204, body="never seen"),
     "205": lambda: Response(205, body="seen"),
     "304": lambda: Response(304, body="never seen"),
-    "stream-204": lambda: Response(204, body=items(b"never seen")),
-    "stream-304": lambda: Response(304, body=items(b"never seen")),
+    "stream-204": lambda: Response(204, body=later(b"never seen")),
+    "stream-304": lambda: Response(304, body=later(b"never seen")),
     "typed": lambda: Response(200, {"content-type": "text/x-odd"}, body=b"odd"),
     "lower": lambda: Response(200, {"x-one": "ä", "X-TWO": ""}, body=b""),
     "closing": lambda: Response(200, {"Connection": "close"}, body=b"bye"),
     "staying": lambda: Response(200, {"Connection": "keep-alive"}, body=b"hi"),
     "their-date": lambda: Response(200, {"Date": "then", "Server": "me"}, body=b"hi"),
-    "their-chunks": lambda: Response(200, {"Transfer-Encoding": "chunked"}, body=items(b"a")),
+    "their-chunks": lambda: Response(200, {"Transfer-Encoding": "chunked"}, body=later(b"a")),
     "length": with_length(lambda: b"hello", 5),
-    "stream-length": with_length(lambda: items(b"he", b"llo"), 5),
-    "stream-short": with_length(lambda: items(b"he", b"llo"), 3),
-    "stream-none": with_length(lambda: items(b"he", b"llo"), 0),
-    "stream-long": with_length(lambda: items(b"he", b"llo"), 7),
+    "stream-length": with_length(lambda: later(b"he", b"llo"), 5),
+    "stream-short": with_length(lambda: later(b"he", b"llo"), 3),
+    "stream-none": with_length(lambda: later(b"he", b"llo"), 0),
+    "stream-long": with_length(lambda: later(b"he", b"llo"), 7),
 }
 
 MOUNTS = {

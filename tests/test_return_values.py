@@ -36,7 +36,7 @@ from harperpy import (
     json_response,
 )
 from harperpy.testing import RunningServer, running
-from helpers import ask, until
+from helpers import ask, later, until
 
 JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
@@ -78,15 +78,6 @@ async def got(
     headers = {"Accept": accept} if accept else {}
     async with running(resources={"it": answering(verb)}) as server:
         return await fetch(server, method, "/it", headers=headers, **options)
-
-
-async def later(*items: Any) -> AsyncIterator[Any]:
-    """The items, one a turn; an exception among them is raised."""
-    for item in items:
-        await asyncio.sleep(0)
-        if isinstance(item, Exception):
-            raise item
-        yield item
 
 
 # --- the values
