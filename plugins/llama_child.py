@@ -116,7 +116,7 @@ class Child:
             if url := await _address(process, settings):
                 self.state, self.failed = "ready", False
                 self._changed(self, Endpoint(f"{url}/v1", key))
-            else:
+            elif process.returncode is None:
                 process.kill()
             return await process.wait()
         finally:

@@ -120,7 +120,8 @@ class Serving:
 
     async def end(self, number: int = signal.SIGTERM) -> int:
         """Send a signal; the exit code."""
-        self.process.send_signal(number)
+        # Not by the process object: before Python 3.13 it may take the exit code away from asyncio.
+        os.kill(self.process.pid, number)
         async with asyncio.timeout(SECONDS):
             return await self.process.wait()
 
