@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
-from typing import Any, Self, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
 from urllib.parse import parse_qsl
 
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
-
 from .errors import InvalidBody
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartParser
 
 _MOST_FIELDS = 1000
 
@@ -42,9 +42,9 @@ class Part:
     def __init__(self, headers: Mapping[str, str], parts: Parts) -> None:
         self.headers = headers
         self._parts = parts
-        kind, _ = parse_options_header(headers.get("content-type"))
+        kind, _ = _with_options(headers.get("content-type"))
         self.content_type = kind.decode("latin-1")
-        _, options = parse_options_header(headers.get("content-disposition"))
+        _, options = _with_options(headers.get("content-disposition"))
         self.name = _text(options.get(b"name", b""))
         filename = options.get(b"filename")
         self.filename = None if filename is None else _text(filename)
@@ -77,7 +77,7 @@ class Parts:
     """
 
     def __init__(self, chunks: AsyncIterator[bytes], content_type: str) -> None:
-        _, options = parse_options_header(content_type)
+        _, options = _with_options(content_type)
         self._chunks = chunks
         self._events: deque[_Event] = deque()
         self._reader = _Reader(self, self._events)
@@ -122,7 +122,7 @@ class Parts:
                 raise InvalidBody(message)
             try:
                 self._parser.write(chunk)
-            except FormParserError as error:
+            except ValueError as error:
                 message = f"the multipart body cannot be read: {error}"
                 raise InvalidBody(message) from error
         return self._events.popleft()
@@ -140,6 +140,8 @@ class _Reader:
 
     def parser(self, boundary: bytes) -> MultipartParser:
         """Raises `InvalidBody` for a boundary that is none."""
+        from python_multipart.multipart import MultipartParser  # noqa: PLC0415  # as below
+
         told: dict[str, Any] = {
             "on_part_begin": self._headers.clear,
             "on_header_field": self._more_name,
@@ -155,7 +157,7 @@ class _Reader:
             raise InvalidBody(message)
         try:
             return MultipartParser(boundary, cast("Any", told))
-        except FormParserError as error:
+        except ValueError as error:
             message = f"Content-Type: {error}"
             raise InvalidBody(message) from error
 
@@ -182,3 +184,11 @@ class _Reader:
 def _text(value: bytes) -> str:
     """What browsers send is UTF-8."""
     return value.decode(errors="replace")
+
+
+def _with_options(header: str | None) -> tuple[bytes, dict[bytes, bytes]]:
+    """A header's value and its options."""
+    # Most servers take no uploads, and need none of it.
+    from python_multipart.multipart import parse_options_header  # noqa: PLC0415
+
+    return parse_options_header(header)

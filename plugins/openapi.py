@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncIterator, Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -22,7 +22,8 @@ from harperpy import (
     Scope,
 )
 
-from .openapi_document import DESCRIBED, Shown, document, verbs_of
+if TYPE_CHECKING:
+    from .openapi_document import Shown
 
 _MOST_KEPT = 64
 _VARY = "Accept, Authorization"
@@ -76,6 +77,9 @@ class OpenAPIResource(Resource):
         shown = tuple([each async for each in open_to(context, cls.entries)])
         # Mounts do not change any more, and few roles see different ones.
         if (described := cls.made.get(shown)) is None:
+            # Many servers are never asked for it.
+            from .openapi_document import document  # noqa: PLC0415
+
             options = cls.options
             described = msgspec.json.encode(
                 document(shown, title=options.title, version=options.version)
@@ -88,6 +92,8 @@ class OpenAPIResource(Resource):
 
 async def open_to(context: Context, entries: Iterable[Entry]) -> AsyncIterator[Shown]:
     """The entries that the caller may use, with the methods they may use of each."""
+    from .openapi_document import DESCRIBED, verbs_of  # noqa: PLC0415  # as above
+
     for entry in entries:
         if entry.resource.hidden:
             continue
