@@ -7,9 +7,12 @@ import logging
 from http import HTTPStatus
 from typing import Any
 
-from aiohttp import HttpVersion11, web
+from aiohttp import HttpVersion11
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
-from aiohttp.web_protocol import RequestHandler
+from aiohttp.web_protocol import RequestHandler, RequestPayloadError
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import Response, StreamResponse
+from aiohttp.web_server import Server
 
 from .context import Context
 from .deadlines import Deadlines
@@ -25,7 +28,7 @@ _UNLIMITED = 1e9
 logger = logging.getLogger("harperpy.wire")
 
 
-class ConnectedRequest(web.BaseRequest):
+class ConnectedRequest(BaseRequest):
     """aiohttp's request, which knows the context to tell when its connection is lost."""
 
     context: Context | None = None
@@ -43,7 +46,7 @@ class ConnectedRequest(web.BaseRequest):
         super()._cancel(exc)
 
 
-class Connections(web.Server):
+class Connections(Server):
     """aiohttp's server, and all connections of a port; its own ones, where they may, come first.
 
     `fresh` are those that have brought no request yet.
@@ -190,18 +193,18 @@ class _Connection(RequestHandler):
     def log_exception(self, *args: Any, **kw: Any) -> None:
         """One line for what a client has done, as anyone can do it at any time."""
         error = kw.get("exc_info")
-        if isinstance(error, HttpProcessingError | web.RequestPayloadError):
+        if isinstance(error, HttpProcessingError | RequestPayloadError):
             logger.info("a body is not what its headers say: %s", type(error).__name__)
         else:
             super().log_exception(*args, **kw)
 
     def handle_error(
         self,
-        request: web.BaseRequest,
+        request: BaseRequest,
         status: int = 500,
         exc: BaseException | None = None,
         message: str | None = None,
-    ) -> web.StreamResponse:
+    ) -> StreamResponse:
         if request.writer.output_size > 0:
             told = "the answer had begun"
             raise ConnectionError(told) from exc
@@ -211,6 +214,6 @@ class _Connection(RequestHandler):
             status = 431
         level = logging.INFO if status < 500 else logging.ERROR
         headers, body = refusal(status, level, exc)
-        response = web.Response(status=status, body=body, headers=headers)
+        response = Response(status=status, body=body, headers=headers)
         response.force_close()
         return response

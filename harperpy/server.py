@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import msgspec
-from aiohttp import web
 
 from .accounting import current_caller
 from .auth import User
@@ -25,7 +24,6 @@ from .doors import AuthLog
 from .founding import put_together
 from .health import Health
 from .held import (
-    BACKLOG,
     LOCAL,
     SOCKET_NAME,
     Held,
@@ -38,6 +36,7 @@ from .held import (
     places,
     port_taken,
 )
+from .listener import Listener
 from .loader import Loader
 from .meter import Meter
 from .people import SUPER_USER
@@ -102,7 +101,7 @@ class Server:
         self.http_port = self.operations_port = 0
         self._environ = os.environ if environ is None else environ
         self._lock: TextIO | None = None
-        self._runners: list[web.ServerRunner] = []
+        self._listeners: list[Listener] = []
         self._background = Background()
         self._wires: list[Wire] = []
 
@@ -158,11 +157,9 @@ class Server:
         if hand_over:
             await self._hand_over()
         self.health.stop()
-        if hand_over:
-            servers = [runner.server for runner in self._runners]
-            await asyncio.gather(*(_hurry(server) for server in servers if server is not None))
-        await asyncio.gather(*(runner.cleanup() for runner in self._runners))
-        self._runners.clear()
+        seconds = _HAND_OVER_SECONDS if hand_over else _DRAIN_SECONDS
+        await asyncio.gather(*(one.close(seconds) for one in self._listeners))
+        self._listeners.clear()
         await self._background.close(_HAND_OVER_SECONDS if hand_over else _DETACHED_SECONDS)
         if hasattr(self, "loader"):
             await self.loader.close()
@@ -265,9 +262,8 @@ class Server:
 
     async def _hand_over(self) -> None:
         """Take no more connections, and answer the first request of each that was taken."""
-        for runner in self._runners:
-            for site in runner.sites:
-                await site.stop()
+        for listener in self._listeners:
+            listener.stop()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FIRST_REQUEST_SECONDS):
                 # What was taken in this turn of the loop is seen in the next ones.
@@ -309,41 +305,32 @@ class Server:
         if self.core.analytics is not None:
             self.core.analytics.record(True, "service-unavailable", "rest")  # noqa: FBT003
 
-    async def _runner(self, wire: Wire) -> web.ServerRunner:
+    def _listener(self, wire: Wire) -> Listener:
         self._wires.append(wire)
-        runner = web.ServerRunner(wire.server(), shutdown_timeout=_DRAIN_SECONDS)
-        await runner.setup()
-        self._runners.append(runner)
-        return runner
+        listener = Listener(wire.server())
+        self._listeners.append(listener)
+        return listener
 
     async def _serve(self, wire: Wire, name: str, place: Place) -> int:
         """Listen on each host; a second one is left out where the machine lacks its family."""
-        runner = await self._runner(wire)
+        listener = self._listener(wire)
         if self._held is not None:
             for one in self._held.sockets[name]:
-                await web.SockSite(runner, one, backlog=BACKLOG).start()
-            bound: int = runner.addresses[0][1]
-            return bound
+                await listener.take(one)
+            return listener.port
         port = place.port
         for host in place.hosts:
             try:
-                await web.TCPSite(runner, host, port).start()
+                await listener.bind(host, port)
             except OSError as error:
                 if no_such_family(error) and host != place.hosts[0]:
                     continue
                 raise port_taken(error, host, port, place.key) from error
-            port = runner.addresses[0][1]
+            port = listener.port
         return port
 
     async def _serve_socket(self, one: socket.socket) -> None:
-        runner = await self._runner(self._wire("operations", (), trusted=True))
-        await web.SockSite(runner, one, backlog=BACKLOG).start()
-
-
-async def _hurry(server: web.Server) -> None:
-    """Let the running requests end, and cut off what does not."""
-    server.pre_shutdown()
-    await server.shutdown(_HAND_OVER_SECONDS)
+        await self._listener(self._wire("operations", (), trusted=True)).take(one)
 
 
 def _origins(section: Any, *, dev: bool) -> tuple[str, ...]:

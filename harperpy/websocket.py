@@ -6,7 +6,10 @@ import asyncio
 import contextlib
 from typing import Any
 
-from aiohttp import WSMsgType, web
+from aiohttp import WSMsgType
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import StreamResponse
+from aiohttp.web_ws import WebSocketResponse
 
 from .backend import aclose
 from .context import Context
@@ -24,10 +27,10 @@ _NORMAL, _GOING_AWAY = 1000, 1001
 
 
 async def converse(
-    raw: web.BaseRequest, reply: Reply, socket: Socket, context: Context, most_bytes: int
-) -> web.StreamResponse:
+    raw: BaseRequest, reply: Reply, socket: Socket, context: Context, most_bytes: int
+) -> StreamResponse:
     """Open a WebSocket, and return when it is closed; whatever happens, so is its generator."""
-    response = web.WebSocketResponse(
+    response = WebSocketResponse(
         timeout=_END_SECONDS,
         autoping=False,
         protocols=(SUBPROTOCOL,),
@@ -53,8 +56,8 @@ class _Conversation:
 
     def __init__(
         self,
-        raw: web.BaseRequest,
-        response: web.WebSocketResponse,
+        raw: BaseRequest,
+        response: WebSocketResponse,
         socket: Socket,
         context: Context,
     ) -> None:

@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from typing import TypeVar
 
-from aiohttp import web
+from aiohttp.web_protocol import RequestPayloadError
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import Response, StreamResponse
 
 from .connections import ConnectedRequest, Connections
 from .content import Body
@@ -22,7 +24,7 @@ from .request import Request
 from .signal import DISCONNECTED
 from .websocket import converse
 
-_Response = TypeVar("_Response", bound=web.StreamResponse)
+_Response = TypeVar("_Response", bound=StreamResponse)
 
 
 class Wire:
@@ -41,14 +43,14 @@ class Wire:
         """Whether there is a connection that has brought no request yet."""
         return self._connections is not None and self._connections.awaits_first
 
-    def server(self) -> web.Server:
+    def server(self) -> Connections:
         """The aiohttp server that calls this wire."""
         connections = self._connections = Connections(self.handle, self._port)
         if self._port.meter is not None:
             self._port.meter.watch(lambda: len(connections.connections), lambda: self._sockets)
         return connections
 
-    async def handle(self, raw: web.BaseRequest) -> web.StreamResponse:
+    async def handle(self, raw: BaseRequest) -> StreamResponse:
         """Answer one request."""
         port = self._port
         context = self._dispatch.open(self._read(raw))
@@ -79,15 +81,15 @@ class Wire:
         return line.response
 
     async def _converse(
-        self, raw: web.BaseRequest, reply: Reply, socket: Socket, context: Context
-    ) -> web.StreamResponse:
+        self, raw: BaseRequest, reply: Reply, socket: Socket, context: Context
+    ) -> StreamResponse:
         self._sockets += 1
         try:
             return await converse(raw, reply, socket, context, self._max_body)
         finally:
             self._sockets -= 1
 
-    def _read(self, raw: web.BaseRequest) -> Request:
+    def _read(self, raw: BaseRequest) -> Request:
         headers = raw.headers
         path, _, query = raw.raw_path.partition("?")
         return Request(
@@ -102,7 +104,7 @@ class Wire:
             websocket=isinstance(raw, ConnectedRequest) and raw.websocket,
         )
 
-    def _body(self, raw: web.BaseRequest) -> Body | None:
+    def _body(self, raw: BaseRequest) -> Body | None:
         if not raw.body_exists:
             return None
         chunks = self._chunks(raw)
@@ -115,7 +117,7 @@ class Wire:
             decoders=self._dispatch.types.decoders,
         )
 
-    async def _chunks(self, raw: web.BaseRequest) -> AsyncIterator[bytes]:
+    async def _chunks(self, raw: BaseRequest) -> AsyncIterator[bytes]:
         if raw.headers.get("expect", "").lower() == "100-continue":
             await raw.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             raw.writer.output_size = 0
@@ -127,7 +129,7 @@ class Wire:
                     chunk = await raw.content.readany()
             except TimeoutError as error:
                 raise BodyTimeout(limit) from error
-            except web.RequestPayloadError as error:
+            except RequestPayloadError as error:
                 message = "the request body is not what its headers say"
                 # What else comes on this connection cannot be told apart from it.
                 raise ClientError(message, headers={"Connection": "close"}) from error
@@ -139,12 +141,12 @@ class Wire:
 class _Line:
     """One answer over aiohttp."""
 
-    def __init__(self, raw: web.BaseRequest) -> None:
+    def __init__(self, raw: BaseRequest) -> None:
         self._raw = raw
-        self.response = web.StreamResponse()
+        self.response = StreamResponse()
 
     async def head(self, reply: Reply) -> None:
-        self.response = _named(web.StreamResponse(status=reply.status, headers=reply.headers))
+        self.response = _named(StreamResponse(status=reply.status, headers=reply.headers))
         await self.response.prepare(self._raw)
 
     def write(self, data: bytes) -> Awaitable[None] | None:
@@ -157,9 +159,9 @@ class _Line:
             self.response.force_close()
 
 
-def _whole(reply: Reply) -> web.Response:
+def _whole(reply: Reply) -> Response:
     body = reply.body if isinstance(reply.body, bytes) else b""
-    return _named(web.Response(status=reply.status, headers=reply.headers, body=body or None))
+    return _named(Response(status=reply.status, headers=reply.headers, body=body or None))
 
 
 def _named(response: _Response) -> _Response:

@@ -185,7 +185,7 @@ async def test_a_server_that_stops_waits_for_it() -> None:
         own = get_context()
         await own.stopping.wait()
         # No request runs any more, and nothing else is left to wait for.
-        await until(lambda: not server.server._runners)
+        await until(lambda: not server.server._listeners)
         done.append(f"work {own.signal and own.signal.reason}")
 
     async def begins(context: Context) -> str:

@@ -126,7 +126,7 @@ async def test_a_request_that_runs_is_answered_before_its_plugin_is_closed(ends:
             entered.set()
             await context.stopping.wait()
             # Nothing new is taken by now.
-            await until(lambda: not server.server._runners[0].sites)
+            await until(lambda: not server.server._listeners[0].listens)
             done.append("verb")
             if ends == "raises":
                 raise ZeroDivisionError

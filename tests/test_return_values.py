@@ -834,9 +834,8 @@ async def test_a_reader_that_does_not_read_costs_a_bounded_number_of_bytes(
 
 def unsent(server: RunningServer) -> int:
     """How many bytes the server holds for its REST connections."""
-    runner = server.server._runners[0]
-    assert runner.server is not None
-    transports = [protocol.transport for protocol in runner.server.connections]
+    connections = server.server._listeners[0].connections.connections
+    transports = [protocol.transport for protocol in connections]
     return sum(transport.get_write_buffer_size() for transport in transports if transport)
 
 
