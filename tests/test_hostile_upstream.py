@@ -1,75 +1,25 @@
 """What a provider may send, and what of it is understood: HTTP/1.1 read as RFC 9112 says."""
 
 import asyncio
-import datetime as dt
 import ssl
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
-from harperpy.testing import RunningServer, running, whole
+from harperpy.testing import RunningServer, running
 from helpers import HELLO, Answered, ask, provider
+from raw_provider import OK, Provider, Send, certificate, said, sized
 
-Send = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
-
-
-def said(text: str) -> bytes:
-    """The body of an answer."""
-    return msgspec.json.encode(whole(text))
-
-
-def sized(body: bytes, *lines: bytes, status: bytes = OK) -> bytes:
-    """An answer with its length."""
-    head = b"".join([status, *(line + b"\r\n" for line in lines)])
-    return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
 def piece(data: bytes, extension: bytes = b"") -> bytes:
     """One chunk."""
     return b"%x%b\r\n%b\r\n" % (len(data), extension, data)
-
-
-class Provider:
-    """Answers what a test says, on as many connections as come; `asked` counts by connection."""
-
-    def __init__(self) -> None:
-        self.url = ""
-        self.asked: list[int] = []
-        self.answers: list[bytes | Send] = []
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection; an answer of no length ends it."""
-        number = len(self.asked)
-        self.asked.append(0)
-        try:
-            while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).lower()
-                length = int(head.partition(b"content-length:")[2].split(b"\r\n")[0])
-                await reader.readexactly(length)
-                self.asked[number] += 1
-                answer = self.answers.pop(0) if self.answers else sized(said("again"))
-                if not isinstance(answer, bytes):
-                    await answer(reader, writer)
-                    return
-                writer.write(answer)
-                if b"again" not in answer:
-                    return
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
 
 
 @asynccontextmanager
@@ -304,24 +254,6 @@ async def test_a_stream_that_nobody_reads_is_not_read_on() -> None:
         writer.transport.abort()
         await asyncio.wait_for(ended.wait(), 30)
     assert sent[0] < 64 << 20
-
-
-def certificate(folder: Path) -> Path:
-    """A certificate of "localhost" that signs itself, with its key, in one file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = dt.datetime.now(dt.UTC)
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(days=1))
-        .not_valid_after(now + dt.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    path = folder / "localhost.pem"
-    form = (Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    path.write_bytes(key.private_bytes(*form) + made.public_bytes(Encoding.PEM))
-    return path
 
 
 @pytest.mark.parametrize("known", [True, False])
