@@ -15,6 +15,7 @@ import msgspec
 from .epoch import Epoch
 from .errors import InvalidCredentials
 from .permission import Permission
+from .request import Shown
 
 _CACHED_CREDENTIALS = 4096
 
@@ -143,12 +144,9 @@ class Authenticators:
 
         A password counts as verified only for the address that it came from.
         """
-        sent = header.encode(errors="surrogateescape")
-        key = hashlib.blake2b(sent, key=self._secret, digest_size=32).digest()
-        epoch = self._epoch.now()
-        if (known := self._cache.get(key)) and known[0] == epoch and known[1] > time.time():  # noqa: SIM102
-            if known[3] is None or known[3] == address:
-                return known[2]
+        if (known := self.recall(header, address)) is not None:
+            return known
+        key, epoch = self._hashed(header), self._epoch.now()
         credential = read_credential(header, address)
         verified = await self._ask(credential)
         expires = time.time() + self._ttl
@@ -159,6 +157,23 @@ class Authenticators:
         bound = address if isinstance(credential, Basic) else None
         self._cache[key] = (epoch, expires, verified.user, bound)
         return verified.user
+
+    def recall(self, header: str, address: str = "", shown: Shown | None = None) -> User | None:
+        """As `identify`, of what was verified before; None where it has to be verified."""
+        if shown is None:
+            key = self._hashed(header)
+        else:
+            if shown.header != header:
+                shown.header, shown.key = header, self._hashed(header)
+            key = shown.key
+        known = self._cache.get(key)
+        if known is None or known[0] != self._epoch.now() or known[1] <= time.time():
+            return None
+        return known[2] if known[3] is None or known[3] == address else None
+
+    def _hashed(self, header: str) -> bytes:
+        sent = header.encode(errors="surrogateescape")
+        return hashlib.blake2b(sent, key=self._secret, digest_size=32).digest()
 
     async def _ask(self, credential: Credential) -> Verified:
         refusal: InvalidCredentials | None = None

@@ -80,19 +80,18 @@ class Context(Caller):
         "types",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0917  # all that its port gives it
         self,
         request: Request,
         models: Models,
         user: User | None = None,
-        *,
         stopping: AbortSignal | None = None,
         begin: Callable[[Caller], Transaction] | None = None,
         source: str = "rest",
         types: ContentTypes | None = None,
         background: Background | None = None,
     ) -> None:
-        super().__init__(user, request.id, source)
+        Caller.__init__(self, user, request.id, source)
         self._controller: AbortController | None = None
         self.started = time.perf_counter()
         self.request = request

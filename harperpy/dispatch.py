@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
@@ -15,11 +14,11 @@ from .auth import Authenticators, User
 from .backend import is_awaitable
 from .background import Background
 from .caching import keep_private, stamp, vary
-from .content import EventStream, Response, ResponseError
+from .content import Body, EventStream, Response, ResponseError
 from .context import Context
 from .cors import Cors
 from .deadlines import Deadline, Deadlines
-from .doors import AuthLog, authorise, caller_address
+from .doors import AuthLog, authorise, caller_address, is_local
 from .errors import (
     AnswerTimeout,
     BodyTimeout,
@@ -39,7 +38,7 @@ from .negotiation import ContentTypes
 from .permission import Verb
 from .reach import Found, find, verb_of
 from .registry import Entry, Resources
-from .rendering import Early, Reply, checked, error_body, merged, render, upgraded
+from .rendering import Early, Flow, Reply, checked, error_body, merged, prime, render, upgraded
 from .request import Request, RequestTarget
 from .resource import Resource
 from .sse import encode_json
@@ -49,17 +48,6 @@ from .transactions import Transaction
 logger = logging.getLogger("harperpy.dispatch")
 
 _HEALTH = "/health"
-_LOOPBACK = ("127.0.0.1", "::1")
-_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
-_PORT = re.compile(r":\d+$")
-_PROXY_HEADERS = (
-    "forwarded",
-    "via",
-    "x-forwarded-for",
-    "x-forwarded-host",
-    "x-forwarded-proto",
-    "x-real-ip",
-)
 
 
 class Dispatch:
@@ -107,11 +95,12 @@ class Dispatch:
         context = Context(
             request,
             self._models,
-            stopping=self._health.stopping,
-            begin=self._begin,
-            source=self._source,
-            types=self.types,
-            background=self._background,
+            None,
+            self._health.stopping,
+            self._begin,
+            self._source,
+            self.types,
+            self._background,
         )
         current_caller.set(context)
         return context
@@ -121,13 +110,8 @@ class Dispatch:
         found = find(self._resources, self.types, context)
         if found is not None:
             context.app = found[0].path
-
-        def begin(reply: Reply) -> None:
-            self._mark(reply, found, context)
-            early(reply)
-
         try:
-            reply = await self._answer(context, found, begin)
+            reply = await self._answer(context, found, early)
         except Exception as error:  # noqa: BLE001  # every error becomes an answer here
             reply = self.refusal(error, found, context)
         if not reply.committed:
@@ -166,28 +150,21 @@ class Dispatch:
         if self._health.phase != "ready":
             message = f"the server is {self._health.phase}"
             raise ServiceUnavailable(message, headers={"Retry-After": "1"})
-        if self._throttle is None or request.method in SAFE:
-            return await self._passed(context, found, early)
-        leave = await self._throttle.enter()
-
-        def begin(reply: Reply) -> None:
-            leave()
-            early(reply)
-
+        leave: Callable[[], None] | None = None
+        if self._throttle is not None and request.method not in SAFE:
+            leave = await self._throttle.enter()
+            early = _after(leave, early)
         try:
-            return await self._passed(context, found, begin)
+            if (chain := self._middlewares.chain) is not None:
+                reply = await chain(_Way(self, context, found, early))
+                return reply if reply.committed else await _sound(reply, context)
+            await self.authenticate(context, found)
+            if found is None:
+                raise NotFound
+            return await self.call(context, found, early)
         finally:
-            leave()
-
-    async def _passed(self, context: Context, found: Found | None, early: Early) -> Reply:
-        """Through the port's middlewares, if there are any, to the resource."""
-        if (chain := self._middlewares.chain) is not None:
-            reply = await chain(_Way(self, context, found, early))
-            return reply if reply.committed else await _sound(reply, context)
-        await self.authenticate(context, found)
-        if found is None:
-            raise NotFound
-        return await self.call(context, found, early)
+            if leave is not None:
+                leave()
 
     async def call(self, context: Context, found: Found, early: Early) -> Reply:
         """Authorise and call the resource that was found."""
@@ -196,17 +173,22 @@ class Dispatch:
         if request.method == "OPTIONS":
             return Reply(204, merged(context, {"Allow": ", ".join(entry.allow)}))
         verb, permission = verb_of(found, context)
-        given = _given(verb, entry, context)
+        given: Body | Incoming | None = request.body
+        if verb == "connect":
+            given = Incoming(entry.read) if request.websocket else None
         try:
             work = self._invoke(entry, verb, permission, target, given, context)
             value = await context.settle(work)
             if isinstance(given, Incoming):
                 check = partial(self._check, context, found)
                 return upgraded(value, given, check, entry, context)
-            return await render(value, entry, context, early)
+            reply = render(value, context)
+            if isinstance(reply, Flow):
+                reply = await self._primed(reply, context, found, early)
         except ResponseError as error:
             log_error(error)
-            return await render(error.response, entry, context, early)
+            reply = await self.rendered(error.response, context, found, early)
+        return reply
 
     async def _invoke(  # noqa: PLR0917  # who may, and what they call with what
         self,
@@ -250,8 +232,22 @@ class Dispatch:
     async def rendered(
         self, answer: Response | EventStream, context: Context, found: Found | None, early: Early
     ) -> Reply:
-        """What a middleware answers by itself."""
-        return await render(answer, found[0] if found else self._nowhere, context, early)
+        """What a middleware, or an error of its own kind, answers."""
+        reply = render(answer, context)
+        if isinstance(reply, Reply):
+            return reply
+        return await self._primed(reply, context, found, early)
+
+    async def _primed(
+        self, flow: Flow, context: Context, found: Found | None, early: Early
+    ) -> Reply:
+        """A stream's reply; a head that goes out before it is marked as every other."""
+
+        def begin(reply: Reply) -> None:
+            self._mark(reply, found, context)
+            early(reply)
+
+        return await prime(flow, found[0] if found else self._nowhere, context, begin)
 
     async def authenticate(self, context: Context, found: Found | None) -> None:
         """Who is asking; a refused credential ends it here unless the resource settles it."""
@@ -259,10 +255,11 @@ class Dispatch:
         try:
             header = _credential(context, found)
             if header is not None:
-                address = caller_address(context)
-                context.user = await self._authenticators.identify(header, address)
+                known, address = self._authenticators, caller_address(context)
+                user = known.recall(header, address, request.shown)
+                context.user = user or await known.identify(header, address)
                 self._auth_log.succeeded(context)
-            elif request.trusted or (self._authorize_local and _is_local(request)):
+            elif request.trusted or (self._authorize_local and is_local(request)):
                 context.user = await self._local_user()
         except InvalidCredentials as error:
             if found is None or not found[0].resource.settles_credentials:
@@ -356,11 +353,14 @@ async def _sound(reply: Reply, context: Context) -> Reply:
     return reply
 
 
-def _given(verb: str, entry: Entry, context: Context) -> Any:
-    """What a verb gets besides its target: the body, or what comes in over a WebSocket."""
-    if verb != "connect":
-        return context.request.body
-    return Incoming(entry.read) if context.request.websocket else None
+def _after(first: Callable[[], None], early: Early) -> Early:
+    """The same, told of a head only when something else was done."""
+
+    def begin(reply: Reply) -> None:
+        first()
+        early(reply)
+
+    return begin
 
 
 def _own_headers(resource: type[Resource], context: Context) -> Mapping[str, str]:
@@ -370,17 +370,6 @@ def _own_headers(resource: type[Resource], context: Context) -> Mapping[str, str
     except Exception:
         logger.exception("present_headers of %s failed", resource.__name__)
         return {}
-
-
-def _is_local(request: Request) -> bool:
-    """From this machine, not through a proxy on it, and not by a page in a browser on it.
-
-    A page's own name may lead here too: only names that are always this machine's count.
-    """
-    for_others = any(name in request.headers for name in (*_PROXY_HEADERS, "origin"))
-    name = _PORT.sub("", request.headers.get("host", "").lower())
-    named = name in _LOCAL_NAMES or name.endswith(".localhost")
-    return request.peer in _LOOPBACK and named and not for_others
 
 
 def _challenge(headers: CIMultiDict[str], context: Context) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Protocol
 
 from .auth import Basic, User, read_credential
@@ -10,7 +11,19 @@ from .context import Context
 from .errors import AccessViolation, InvalidCredentials
 from .handshake import credential_of
 from .permission import Verb
-from .request import RequestTarget
+from .request import Request, RequestTarget
+
+_LOOPBACK = ("127.0.0.1", "::1")
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_PORT = re.compile(r":\d+$")
+_PROXY_HEADERS = (
+    "forwarded",
+    "via",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-proto",
+    "x-real-ip",
+)
 
 logger = logging.getLogger("harperpy.auth")
 
@@ -43,6 +56,17 @@ def caller_address(context: Context) -> str:
     """Where a request came from; empty for the local socket, which is trusted."""
     request = context.request
     return "" if request.trusted else request.peer or "unknown"
+
+
+def is_local(request: Request) -> bool:
+    """From this machine, not through a proxy on it, and not by a page in a browser on it.
+
+    A page's own name may lead here too: only names that are always this machine's count.
+    """
+    for_others = any(name in request.headers for name in (*_PROXY_HEADERS, "origin"))
+    name = _PORT.sub("", request.headers.get("host", "").lower())
+    named = name in _LOCAL_NAMES or name.endswith(".localhost")
+    return request.peer in _LOOPBACK and named and not for_others
 
 
 class AuthLog:

@@ -187,24 +187,24 @@ class Front(asyncio.Protocol):
         port, headers = self._fronts.port, head.headers
         if self._peer is None:
             self._peer = _address(self.transport.get_extra_info("peername"))
-        body = None
+        request = Request(
+            head.method,
+            head.path,
+            headers,
+            head.query,
+            id=port.request_id(headers),
+            peer=self._peer,
+            trusted=port.trusted,
+            shown=head.shown,
+        )
         if data:
-            body = Body(
+            request.body = Body(
                 whole=data,
                 content_type=headers.get("content-type", ""),
                 limit=port.http.max_body_size,
                 decoders=port.dispatch.types.decoders,
             )
-        return Request(
-            head.method,
-            head.path,
-            query=head.query,
-            headers=headers,
-            body=body,
-            id=port.request_id(headers),
-            peer=self._peer,
-            trusted=port.trusted,
-        )
+        return request
 
     # --- what goes out
 

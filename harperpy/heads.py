@@ -5,6 +5,8 @@ from __future__ import annotations
 import httptools
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from .request import Shown
+
 _END = b"\r\n\r\n"
 _MOST_HEADERS = 100
 _MOST_DIGITS = 9
@@ -17,14 +19,15 @@ _ONCE = ("connection", "host", "content-type", "user-agent", "authorization")
 class Head:
     """A request's first lines: HTTP/1.1, on a connection that stays, a body of known length if any.
 
-    `size` and `length` are the bytes of head and body.
+    `size` and `length` are the bytes of head and body; `shown` is for the requests that have it.
     """
 
-    __slots__ = ("_parts", "headers", "length", "method", "path", "query", "size")
+    __slots__ = ("_parts", "headers", "length", "method", "path", "query", "shown", "size")
 
     def __init__(
         self, method: str, target: str, headers: CIMultiDict[str], before: bytes, after: bytes
     ) -> None:
+        self.shown = Shown()
         self.method = method
         self.path, _, self.query = target.partition("?")
         self.headers = CIMultiDictProxy(headers)
@@ -53,7 +56,9 @@ class Head:
         headers = CIMultiDict(self.headers)
         headers["Content-Length"] = told.decode()
         target = f"{self.path}?{self.query}" if self.query else self.path
-        return Head(self.method, target, headers, before, after)
+        head = Head(self.method, target, headers, before, after)
+        head.shown = self.shown
+        return head
 
 
 def read_head(data: bytes, most: int) -> Head | None:

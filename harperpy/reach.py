@@ -19,10 +19,11 @@ _READS = ("GET", "HEAD")
 
 def find(resources: Resources, types: ContentTypes, context: Context) -> Found | None:
     """The resource that answers, and the type that an extension of the path asks for."""
-    path, search = context.path, context.request.query
+    request = context.request
+    path, search = request.path, request.query
     protocol = _protocol(context) if resources.selective else "rest"
     found = resources.match(path, search, protocol)
-    if found is None and resources.selective and context.method in _READS:
+    if found is None and resources.selective and request.method in _READS:
         found = _socket_at(resources, path, search)
     if "." not in path or (asked := types.of_extension(path)) is None:
         return found

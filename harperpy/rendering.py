@@ -62,22 +62,37 @@ class Reply(msgspec.Struct, eq=False):
                 await aclose(part)
 
 
+class Flow(msgspec.Struct, eq=False):
+    """A stream that a handler returned, its type as far as that is certain, and its own headers.
+
+    What is `raw` needs no framing.
+    """
+
+    source: AsyncIterator[Any]
+    media: str | None
+    headers: dict[str, str]
+    raw: bool = False
+
+
 Early = Callable[[Reply], None]
 
 
-async def render(value: Any, entry: Entry, context: Context, early: Early) -> Reply:
-    """The reply for what a handler returned. Raises `NotFound` for a get that returned nothing."""
+def render(value: Any, context: Context) -> Reply | Flow:
+    """The reply for what a handler returned, or the stream that is to be primed for one.
+
+    Raises `NotFound` for a get that returned nothing.
+    """
     if isinstance(value, dict) and "status" in value:
         value = _meant(cast("dict[object, object]", value))
     if isinstance(value, Response):
-        return await _render_response(value, entry, context, early)
+        return _render_response(value, context)
     if isinstance(value, EventStream):
         told = value.events
         events = told.encoded() if isinstance(told, EncodedEvents) else aiterate(told)
-        return await _stream(events, EVENTS, value.headers, entry, context, early)
+        return Flow(events, EVENTS, value.headers)
     if isinstance(value, (AsyncIterable, Iterator)):
         source = aiterate(cast("AsyncIterable[Any] | Iterable[Any]", value))
-        return await _stream(source, _agreed(context), {}, entry, context, early)
+        return Flow(source, _agreed(context), {})
     if value is None:
         if context.method in ("GET", "HEAD"):
             raise NotFound
@@ -123,9 +138,7 @@ def _as_it_is(value: Blob | bytes | bytearray, context: Context) -> Reply:
     return _whole(200, headers, value.content_type, data, context)
 
 
-async def _render_response(
-    response: Response, entry: Entry, context: Context, early: Early
-) -> Reply:
+def _render_response(response: Response, context: Context) -> Reply | Flow:
     headers = merged(context, response.headers)
     body = response.body
     if response.data is not msgspec.UNSET:
@@ -139,8 +152,7 @@ async def _render_response(
     context.status = response.status
     headers.setdefault("Content-Type", OCTETS)
     media = headers["Content-Type"].partition(";")[0]
-    source, own = aiterate(body), response.headers
-    return await _stream(source, media, own, entry, context, early, raw=True)
+    return Flow(aiterate(body), media, response.headers, raw=True)
 
 
 def error_body(response: Response, headers: CIMultiDict[str]) -> bytes:
@@ -202,20 +214,12 @@ def _agreed(context: Context) -> str | None:
         return None
 
 
-async def _stream(  # noqa: PLR0917  # all that it takes to write a head
-    source: AsyncIterator[Any],
-    media: str | None,
-    own: dict[str, str],
-    entry: Entry,
-    context: Context,
-    early: Early,
-    *,
-    raw: bool = False,
-) -> Reply:
-    """Prime the stream: its first item, or its first error, decides the head.
+async def prime(flow: Flow, entry: Entry, context: Context, early: Early) -> Reply:
+    """The reply for a stream: its first item, or its first error, decides the head.
 
     Only where the type is certain before the first item may the head go out without it.
     """
+    source, media, own, raw = flow.source, flow.media, flow.headers, flow.raw
     resource = entry.resource
     reply = Reply(200, CIMultiDict())
     if context.method == "HEAD":

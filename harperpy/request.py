@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, Generic
 from urllib.parse import parse_qsl, unquote
 
+import msgspec
 from typing_extensions import TypeVar  # its own knows no default before Python 3.13
 
 from .content import Body
@@ -16,50 +17,39 @@ Query = TypeVar("Query", default=Any)
 _NO_PARAMS: Mapping[str, str] = MappingProxyType({})
 
 
-class Request:
+class Shown(msgspec.Struct, eq=False, gc=False):
+    """A credential as a client sent it last: who sends the same again has it hashed already."""
+
+    header: str = ""
+    key: bytes = b""
+
+
+class Request(msgspec.Struct, eq=False):
     """One request, free of any server library."""
 
     method: str
     """In capitals."""
     path: str
     """As the client sent it, with its leading `/`."""
-    query: str
-    """What comes after `?`, undecoded."""
     headers: Mapping[str, str]
     """Looked up in any case."""
-    body: Body
+    query: str = ""
+    """What comes after `?`, undecoded."""
+    body: Body = Body()
     """To be awaited."""
-    id: str
+    id: str = ""
     """The client's `x-request-id` if it is one, else the server's."""
-    peer: str
+    peer: str = ""
     """The client's address."""
-    trusted: bool
+    trusted: bool = False
     """Whether it came by the local socket, whose file permissions are its credential."""
+    websocket: bool = False
+    """Whether it asks to become a WebSocket."""
+    shown: Shown | None = None
+    """What the client showed before on the same connection."""
 
-    __slots__ = ("body", "headers", "id", "method", "path", "peer", "query", "trusted", "websocket")
-
-    def __init__(
-        self,
-        method: str,
-        path: str,
-        *,
-        headers: Mapping[str, str],
-        query: str = "",
-        body: Body | None = None,
-        id: str = "",  # noqa: A002
-        peer: str = "",
-        trusted: bool = False,
-        websocket: bool = False,
-    ) -> None:
-        self.method = method
-        self.path = path
-        self.query = query
-        self.headers = headers
-        self.body = body or Body()
-        self.id = id
-        self.peer = peer
-        self.trusted = trusted
-        self.websocket = websocket
+    # What it holds is no log's business.
+    __repr__ = object.__repr__
 
 
 class RequestTarget(Generic[Query]):

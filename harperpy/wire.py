@@ -104,9 +104,9 @@ class Wire:
             websocket=isinstance(raw, ConnectedRequest) and raw.websocket,
         )
 
-    def _body(self, raw: BaseRequest) -> Body | None:
+    def _body(self, raw: BaseRequest) -> Body:
         if not raw.body_exists:
-            return None
+            return Body()
         chunks = self._chunks(raw)
         encoding = ", ".join(raw.headers.getall("content-encoding", ())).strip().lower()
         return Body(
