@@ -13,7 +13,8 @@ from collections.abc import (
     Iterable,
     Sequence,
 )
-from typing import Any, ClassVar, Protocol, TypeAlias, TypeGuard
+from types import GeneratorType
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeGuard, cast
 
 from .errors import RegistrationError
 from .messages import (
@@ -215,11 +216,9 @@ def required(function: Callable[..., Any]) -> int:
 
 def is_awaitable(value: object) -> TypeGuard[Awaitable[Any]]:
     """As `inspect.isawaitable`, which takes longer for what is none."""
-    return hasattr(value, "__await__") or (inspect.isgenerator(value) and _is_coroutine(value))
-
-
-def _is_coroutine(generator: object) -> bool:
-    return inspect.isawaitable(generator)
+    if hasattr(value, "__await__"):
+        return True
+    return isinstance(value, GeneratorType) and inspect.isawaitable(cast("object", value))
 
 
 async def settled(value: Any) -> Any:

@@ -205,14 +205,16 @@ class Dispatch:
         if context.request.websocket:
             check_handshake(context.headers)
         value = entry.handlers[verb](target, given, context)
-        return await self._in_time(value, entry, context) if is_awaitable(value) else value
-
-    async def _in_time(self, value: Awaitable[Any], entry: Entry, context: Context) -> Any:
-        """What a verb returns, within its time."""
+        if not is_awaitable(value):
+            return value
         own = entry.resource.time_limit
         seconds = self._time_limit if own is None else own
-        if not seconds:
-            return await value
+        return await (self._in_time(value, seconds, entry, context) if seconds else value)
+
+    async def _in_time(
+        self, value: Awaitable[Any], seconds: float, entry: Entry, context: Context
+    ) -> Any:
+        """What a verb returns, within its time."""
         deadlines = self._deadlines.get(seconds)
         if deadlines is None:
             deadlines = self._deadlines[seconds] = Deadlines(seconds)

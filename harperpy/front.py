@@ -157,7 +157,8 @@ class Front(asyncio.Protocol):
     def _next(self) -> None:
         """Serve the next request if it is here."""
         data, fronts, head = self._buffer, self._fronts, self._head
-        if not self._needed:
+        begun = self._needed > 0
+        if not begun:
             self._head = head = (head and head.again(data)) or read_head(data, fronts.most_head)
             if head is None or head.length > fronts.most_body:
                 self._needed = 0
@@ -165,8 +166,9 @@ class Front(asyncio.Protocol):
                 return
             self._needed = head.size + head.length
         if head is not None and len(data) >= self._needed:
+            (fronts.bodies if begun else fronts.idle).remove(self)
             self._start(data, head)
-        elif self not in fronts.bodies:
+        elif not begun:
             fronts.idle.remove(self)
             fronts.bodies.add(self)
 
@@ -175,13 +177,12 @@ class Front(asyncio.Protocol):
         fronts, needed = self._fronts, self._needed
         self._needed = 0
         self._buffer = data[needed:]
-        fronts.idle.remove(self)
-        fronts.bodies.remove(self)
         fronts.fresh.discard(self)
         if head.size > _MOST_KEPT_BYTES:
             self._head = None
         request = self._request(head, data[head.size : needed])
-        self._task = fronts.loop.create_task(self._answer(request, head.length))
+        answer = self._answer(request, head.length)
+        self._task = asyncio.Task(answer, loop=fronts.loop, name=request.id)
 
     def _request(self, head: Head, data: bytes) -> Request:
         port, headers = self._fronts.port, head.headers

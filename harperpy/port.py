@@ -66,7 +66,7 @@ class Port:
         """Count a whole answer, and the bytes of both bodies."""
         if self.meter is not None:
             ms = (time.perf_counter() - context.started) * 1000
-            self.meter.answered(context.app, context.method, status, ms, sent, received)
+            self.meter.answered(context.app, context.request.method, status, ms, sent, received)
 
     def streamed(self, context: Context, delivery: Delivery, received: int) -> None:
         """Count a streamed answer that has come to its end."""

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 import msgspec
 
 from .auth import User
-from .backend import fitted, positional, required, settled
+from .backend import fitted, required, settled
 from .content import EventStream
 from .context import Context
 from .contracts import Contract, Handler, check_schemas, contract_of, typed
@@ -320,14 +320,14 @@ def _handler(resource: type[Resource], verb: str) -> Handler:
     """The verb as a function of (target, data, context), whatever it takes."""
     takes = _TAKES.get(verb, ("target", "data", "context"))
     function = _fit(resource, verb, takes)
-    count = positional(function, len(takes))
+    cut = fitted(function, len(takes))
     if verb == "connect" and inspect.iscoroutinefunction(function):
         return lambda target, incoming, context: _connected(
-            function, (target, incoming, context)[:count], incoming
+            cut, (target, incoming, context), incoming
         )
     if len(takes) == 2:
-        return lambda target, _, context: function(*(target, context)[:count])
-    return lambda target, data, context: function(*(target, data, context)[:count])
+        return lambda target, _, context: cut(target, context)
+    return cut
 
 
 def _connected(function: Any, given: tuple[Any, ...], incoming: Incoming | None) -> Any:

@@ -199,7 +199,11 @@ class Routes:
 
     def _everything(self) -> list[ModelInfo]:
         """All that is listed; made anew where a backend says something new."""
-        seen = [(one, _told_of(one.backend), *one.backend.served()) for one in self]
+        seen = [
+            (one, _told_of(one.backend), *one.backend.served())
+            for names in self._by_name.values()
+            for one in names.values()
+        ]
         if seen != self._seen:
             self._seen, self._listed = seen, self._anew()
         return self._listed
