@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
 import msgspec
 
-from .accounting import Attempt, Caller, Ledger, Method, ModelCall
+from .accounting import Admission, Attempt, Caller, Ledger, Method, ModelCall
 from .backend import Streams, aclose
 from .batches import batches_of
 from .errors import (
@@ -31,7 +31,6 @@ from .routing import DEFAULT, Candidate
 from .signal import AbortSignal
 
 T = TypeVar("T")
-Given = TypeVar("Given")
 Opts: TypeAlias = GenerateOpts | EmbedOpts
 _Batch: TypeAlias = Sequence[GenerateChunk]
 Weigh: TypeAlias = tuple[Callable[[Any], int], Callable[[Any], int], Any]
@@ -48,6 +47,8 @@ class Call:
     """One call by one caller, over as many attempts as its plan has."""
 
     __slots__ = (
+        "_anew",
+        "_at",
         "_attempts",
         "_caller",
         "_ledger",
@@ -69,7 +70,8 @@ class Call:
     ) -> None:
         self._ledger = ledger
         self._weigh = weigh
-        self._attempts = 0
+        self._at = self._attempts = 0
+        self._anew = False
         self._method: Method = method
         self._opts = opts
         self._caller = caller
@@ -113,15 +115,52 @@ class Call:
         """Whether whoever answers can give `n` answers at once."""
         return all("n" in candidate.backend.features for candidate in self.plan)
 
-    def whole(
-        self, attempt: Callable[[Candidate, Recorder], Awaitable[T]]
-    ) -> Coroutine[Any, Any, T]:
-        """Run attempts until one answers."""
-        return self._first_success(self._recorded, attempt)
+    async def first(
+        self,
+        ask: Callable[[Candidate, Recorder], Awaitable[T]],
+        told: Callable[[T, Recorder], None] | None = None,
+    ) -> T:
+        """What the first attempt that succeeds brings.
 
-    async def batches(self, prompt: Prompt) -> AsyncIterator[Sequence[GenerateChunk]]:
+        `told` counts it, and the attempt has ended; without it more comes.
+        """
+        caller, admission = self._caller, self._ledger.admission
+        if caller.writing:
+            _refuse()
+        caller.asking += 1
+        try:
+            while True:
+                recorder = None
+                try:
+                    candidate = self.plan[self._at]
+                    row, most = self._row(candidate), None
+                    if admission is not None and admission.concerns(row):
+                        most = await self._admitted(admission, row)
+                    recorder = self._begin(row, most)
+                    with self.signal.guard():
+                        if self._synced is not None:
+                            await self._synced()
+                        answer = await ask(candidate, recorder)
+                    if told is None:
+                        return answer
+                    told(answer, recorder)
+                    recorder.close(None)
+                    break
+                except BaseException as error:
+                    await self._failed(recorder, error)
+                    if (pause := self._pause(error)) is None:
+                        raise
+                with self.signal.guard():
+                    await asyncio.sleep(pause)
+            if self._synced is not None:
+                await self._synced()
+        finally:
+            caller.asking -= 1
+        return answer
+
+    async def batches(self, prompt: Prompt) -> AsyncIterator[_Batch]:
         """Run attempts until one brings its first chunks; then that one to its end."""
-        batch, batches, recorder = await self._first_success(self._open, prompt)
+        batch, batches, recorder = await self.first(partial(self._opened, prompt))
         caller, guard = self._caller, self.signal.guard()
         try:
             while batch is not None:
@@ -151,110 +190,61 @@ class Call:
         finally:
             await aclose(batches)
 
-    async def _recorded(
-        self, candidate: Candidate, attempt: Callable[[Candidate, Recorder], Awaitable[T]]
-    ) -> T:
-        recorder = await self._begin(candidate)
-        try:
-            with self.signal.guard():
-                if self._synced is not None:
-                    await self._synced()
-                answer = await attempt(candidate, recorder)
-        except BaseException as error:
-            await self._failed(recorder, error)
-            raise
-        recorder.close(None)
-        if self._synced is not None:
-            await self._synced()
-        return answer
-
-    async def _open(
-        self, candidate: Candidate, prompt: Prompt
+    async def _opened(
+        self, prompt: Prompt, candidate: Candidate, recorder: Recorder
     ) -> tuple[_Batch | None, AsyncIterator[_Batch], Recorder]:
-        recorder = await self._begin(candidate)
-        backend = cast("Streams", candidate.backend)
-        batches: AsyncIterator[_Batch] | None = None
-        try:
-            asked = self.prompt_for(candidate, prompt)
-            batches = batches_of(backend.generate_stream(asked, self.opts_for(candidate, recorder)))
-            with self.signal.guard():
-                if self._synced is not None:
-                    await self._synced()
-                first = await anext(batches, None)
-        except BaseException as error:
-            await self._failed(recorder, error)
-            if batches is not None:
-                await aclose(batches)
-            raise
-        return first, batches, recorder
+        """A stream with its first chunks, if it has any."""
+        asked, opts = self.prompt_for(candidate, prompt), self.opts_for(candidate, recorder)
+        stream = cast("Streams", candidate.backend).generate_stream(asked, opts)
+        recorder.source = batches = batches_of(stream)
+        return await anext(batches, None), batches, recorder
 
-    async def _first_success(
-        self, attempt: Callable[[Candidate, Given], Awaitable[T]], given: Given
-    ) -> T:
-        """What the first attempt that succeeds brings."""
-        self._ask()
-        at, anew = 0, False
-        try:
-            while True:
-                try:
-                    return await attempt(self.plan[at], given)
-                except Exception as error:
-                    # A connection that was gone is no attempt of its own.
-                    anew = not anew and isinstance(error, BackendError) and error.stale
-                    pause = 0.0 if anew else self._pause(error, at)
-                    if pause is None:
-                        raise
-                if not anew:
-                    at += 1
-                    with self.signal.guard():
-                        await asyncio.sleep(pause)
-        finally:
-            self._caller.asking -= 1
-
-    def _ask(self) -> None:
-        """A model is waited for from now on. Raises `TransactionError`."""
-        if self._caller.writing:
-            _refuse()
-        self._caller.asking += 1
-
-    def _pause(self, error: Exception, at: int) -> float | None:
-        """Seconds before the attempt after that one, None where there is none."""
-        if at + 1 == len(self.plan):
+    def _pause(self, error: BaseException) -> float | None:
+        """Seconds before the next attempt, None where there is none."""
+        if not isinstance(error, Exception):
             return None
-        if self.plan[at + 1] is not self.plan[at]:
+        # A connection that was gone is no attempt of its own.
+        self._anew = not self._anew and isinstance(error, BackendError) and error.stale
+        if self._anew:
+            return 0.0
+        at, plan = self._at, self.plan
+        self._at += 1
+        if self._at == len(plan):
+            return None
+        if plan[at] is not plan[self._at]:
             return 0.0 if falls_back(error) else None
         pause = _pause(error, at)
         return pause if pause < _LONGEST_WAIT else None
 
-    async def _begin(self, candidate: Candidate) -> Recorder:
-        """Have one more attempt admitted and noted. Raises what refuses it."""
-        row = self._row(candidate)
-        admission, most = self._ledger.admission, None
-        if admission is not None and admission.concerns(row):
-            attempt = self._attempt(row)
-            await admission.admit(attempt)
-            most = attempt.most_allowed
+    def _begin(self, row: ModelCall, most_tokens: int | None) -> Recorder:
+        """Note one more attempt. Raises `ServiceUnavailable` where that cannot be."""
         self._attempts += 1
-        recorder = Recorder(self._ledger, row, most)
+        recorder = Recorder(self._ledger, row, most_tokens)
         self._caller.call_headers[CALL_ID] = str(row.id)
         return recorder
 
-    def _attempt(self, row: ModelCall) -> Attempt:
+    async def _admitted(self, admission: Admission, row: ModelCall) -> int | None:
+        """How many tokens an attempt may have at most, if bounded. Raises what refuses it."""
         about, most, given = self._weigh
         asked = partial(about, given), partial(most, given)
         attempt = Attempt(self._caller, row, self._attempts, *asked)
         if isinstance(self._opts, GenerateOpts):
             attempt.most_tokens = self._opts.max_tokens
             attempt.answers = self._opts.n or 1
-        return attempt
+        await admission.admit(attempt)
+        return attempt.most_allowed
 
     async def _failed(
-        self, recorder: Recorder, error: BaseException, prompt: Prompt | None = None
+        self, recorder: Recorder | None, error: BaseException, prompt: Prompt | None = None
     ) -> None:
+        if recorder is None:
+            return
         recorder.close(error, prompt)
         # Who was cancelled tells nobody of it.
         if isinstance(error, Exception) and self._synced is not None:
             await self._synced()
+        if recorder.source is not None:
+            await aclose(recorder.source)
 
     def _row(self, candidate: Candidate | None = None) -> ModelCall:
         id_, caller, opts = self._ledger.next_id(), self._caller, self._opts

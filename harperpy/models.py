@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any, TypeAlias, TypeVar, cast
@@ -129,15 +129,16 @@ class Models:
             backend = cast("Embeds", candidate.backend)
             as_it_is: Any = candidate.backend.token_input and inputs.arrays
             asked = as_it_is or await self._vocabulary.texts(inputs)
-            result = await backend.embed(asked, call.opts_for(candidate, recorder))
+            return await backend.embed(asked, call.opts_for(candidate, recorder))
+
+        def told(result: EmbedResult, recorder: Recorder) -> None:
             _check_vectors(result, len(inputs.texts) + len(inputs.arrays))
             if result.usage is None:
                 result.usage = TokenUsage(embedding_tokens=inputs.estimate())
                 recorder.call.usage_estimated = True
             recorder.count(result.usage)
-            return result
 
-        return await call.whole(attempt)
+        return await call.first(attempt, told)
 
     async def generate(
         self, given: GenerateInput, *, opts: GenerateOpts | None = None, **options: Any
@@ -236,24 +237,25 @@ def _permission(caller: Caller | None) -> Permission | None:
 
 def _answer(call: Call, prompt: Prompt) -> Coroutine[Any, Any, GenerateResult]:
     """A call's whole answer."""
-    return call.whole(partial(_attempt, call, prompt))
+    return call.first(partial(_asked, call, prompt), partial(_told, prompt))
 
 
-async def _attempt(
+def _asked(
     call: Call, prompt: Prompt, candidate: Candidate, recorder: Recorder
-) -> GenerateResult:
+) -> Awaitable[GenerateResult]:
     asked, opts = call.prompt_for(candidate, prompt), call.opts_for(candidate, recorder)
-    backend = candidate.backend
+    backend: Any = candidate.backend
     if hasattr(backend, "generate"):
-        result = await cast("Generates", backend).generate(asked, opts)
-    else:
-        result = await _drained(cast("Streams", backend).generate_stream(asked, opts))
+        return cast("Generates", backend).generate(asked, opts)
+    return _drained(cast("Streams", backend).generate_stream(asked, opts))
+
+
+def _told(prompt: Prompt, result: GenerateResult, recorder: Recorder) -> None:
     if result.usage is None:
         told = [result.content, *(other.content for other in result.others)]
         result.usage = recorder.estimate(prompt, sum(map(estimate_tokens, told)))
     recorder.call.finish_reason = result.finish_reason
     recorder.count(result.usage)
-    return result
 
 
 async def _drained(chunks: AsyncIterator[GenerateChunk]) -> GenerateResult:

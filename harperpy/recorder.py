@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from operator import attrgetter
+from typing import Any
 
 from .accounting import Ledger, ModelCall
 from .errors import (
@@ -35,10 +36,14 @@ _NO_MORE = [None] * len(_COUNTED[2:])
 class Recorder:
     """Times one attempt and writes its row when it is closed, once.
 
-    `most_tokens` is how much it may answer at most, where an admission says so.
+    `most_tokens` is how much it may answer at most, where an admission says so; `source` is where
+    a streamed answer comes from, which is closed when the attempt has failed.
     """
 
-    __slots__ = ("_closed", "_deltas", "_ledger", "_letters", "_started", "call", "most_tokens")
+    __slots__ = (
+        *("_closed", "_deltas", "_ledger", "_letters", "_started"),
+        *("call", "most_tokens", "source"),
+    )
 
     def __init__(self, ledger: Ledger, call: ModelCall, most_tokens: int | None = None) -> None:
         ledger.begin(call)
@@ -48,6 +53,7 @@ class Recorder:
         self._closed = False
         self._deltas = self._letters = 0
         self.call = call
+        self.source: AsyncIterator[Any] | None = None
 
     def observe(self, batch: Sequence[GenerateChunk]) -> None:
         """Note what has come: when the first of it did, usage, how much was said, why it ended."""
