@@ -55,7 +55,7 @@ class Candidate(msgspec.Struct, frozen=True):
     provider_model: str | None
 
 
-class ModelInfo(msgspec.Struct, frozen=True):
+class ModelInfo(msgspec.Struct, frozen=True, cache_hash=True):
     """A name callers may use. `created` is in seconds since 1970 and does not change."""
 
     id: str
@@ -75,7 +75,8 @@ class Routes:
         self._frozen = False
         self._found: dict[tuple[object, ...], Sequence[Candidate]] = {}
         self._by_name: dict[Kind, dict[str, Registration]] = {"generative": {}, "embedding": {}}
-        self._seen: list[tuple[Any, ...]] = []
+        self._backends: list[ModelBackend] = []
+        self._seen: tuple[list[Any], list[tuple[str, ...]]] | None = None
         self._listed: list[ModelInfo] = []
 
     def add(self, registration: Registration, *, replace: bool = False) -> None:
@@ -98,6 +99,7 @@ class Routes:
             message = f"models: {kind} {name!r} is registered already; say replace=True to take it"
             raise RegistrationError(message)
         self._by_name[kind][name] = registration
+        self._backends, self._seen = [one.backend for one in self], None
 
     def freeze(self) -> None:
         """Take no more registrations. Raises `RegistrationError` for a fallback that is missing."""
@@ -199,11 +201,8 @@ class Routes:
 
     def _everything(self) -> list[ModelInfo]:
         """All that is listed; made anew where a backend says something new."""
-        seen = [
-            (one, _told_of(one.backend), *one.backend.served())
-            for names in self._by_name.values()
-            for one in names.values()
-        ]
+        backends = self._backends
+        seen = [*map(_told_of, backends)], [tuple(one.served()) for one in backends]
         if seen != self._seen:
             self._seen, self._listed = seen, self._anew()
         return self._listed

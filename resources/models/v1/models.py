@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import msgspec
 
 from harperpy import (
@@ -14,6 +16,8 @@ from harperpy import (
 )
 
 from .errors import OpenAIResource
+
+_JSON = {"Content-Type": "application/json"}
 
 
 class _Model(msgspec.Struct, omit_defaults=True, gc=False):
@@ -44,12 +48,18 @@ class V1Models(OpenAIResource):
         """All models, or the one the path names. Raises `ModelNotFound`."""
         listed = context.models.list()
         if target.id is None:
-            return json_response(200, _Models("list", [_model(info) for info in listed]))
+            return Response(200, _JSON, body=_encoded(tuple(listed)))
         for info in listed:
             if info.id == target.id:
                 return json_response(200, _model(info))
         message = f"The model `{target.id}` does not exist or you do not have access to it."
         raise ModelNotFound(message)
+
+
+@lru_cache(maxsize=8)
+def _encoded(listed: tuple[ModelInfo, ...]) -> bytes:
+    """A list in JSON: the same for all who may use the same models, until one changes."""
+    return msgspec.json.encode(_Models("list", [_model(info) for info in listed]))
 
 
 def _model(info: ModelInfo) -> _Model:
