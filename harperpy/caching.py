@@ -23,7 +23,7 @@ def vary(headers: CIMultiDict[str], on: str) -> None:
 
 def stamp(headers: CIMultiDict[str], context: Context, status: int) -> bool:
     """Say which version it is. Whether the client has it already, so that 304 is the answer."""
-    if (context.etag is None and context.last_modified is None) or not 200 <= status < 300:
+    if not 200 <= status < 300:
         return False
     if context.last_modified is not None:
         headers.setdefault("Last-Modified", formatdate(context.last_modified, usegmt=True))

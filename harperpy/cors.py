@@ -33,10 +33,12 @@ class Cors:
 
     def __init__(self, origins: Sequence[str]) -> None:
         self._origins = frozenset(origins)
+        self.lists = bool(origins)
+        """Whether there are any."""
 
     def headers(self, request: Request) -> dict[str, str]:
         """What to add to an answer: where any page may call, that it depends on which asks."""
-        if not self._origins:
+        if not self.lists:
             return {}
         origin = request.headers.get("origin")
         if not origin or not {"*", origin} & self._origins:

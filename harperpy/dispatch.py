@@ -126,11 +126,10 @@ class Dispatch:
                 headers.setdefault(name, value)
             if reply.keepalive is not None and request.method == "GET":
                 reply.check = partial(self._check, context, found)
-        if stamp(headers, context, reply.status) and isinstance(reply.body, bytes):
-            reply.status, reply.body = 304, b""
-            headers.pop("Content-Type", None)
+        if context.etag is not None or context.last_modified is not None:
+            _stamp(reply, context)
         keep_private(headers, context, reply.status)
-        if told := self._cors.headers(request):
+        if self._cors.lists and (told := self._cors.headers(request)):
             vary(headers, told.pop("Vary"))
             headers.update(told)
         headers["x-request-id"] = request.id
@@ -363,6 +362,13 @@ def _after(first: Callable[[], None], early: Early) -> Early:
         early(reply)
 
     return begin
+
+
+def _stamp(reply: Reply, context: Context) -> None:
+    """Say which version a whole answer is, or that the client has it."""
+    if stamp(reply.headers, context, reply.status) and isinstance(reply.body, bytes):
+        reply.status, reply.body = 304, b""
+        reply.headers.pop("Content-Type", None)
 
 
 def _own_headers(resource: type[Resource], context: Context) -> Mapping[str, str]:

@@ -261,20 +261,22 @@ class Front(asyncio.Protocol):
     def _whole(self, reply: Reply, body: bytes) -> int:
         """Send an answer that has all its bytes; how many there are in its body."""
         headers = reply.headers
-        headers.popall("Content-Length", None)
+        if "Content-Length" in headers:
+            del headers["Content-Length"]
         if reply.status in BODILESS:
-            body, length = b"", ""
+            body, length, size = b"", "", 0
         else:
-            length = f"Content-Length: {len(body)}\r\n"
-        if body:
-            headers.setdefault("Content-Type", OCTETS)
+            size = len(body)
+            length = f"Content-Length: {size}\r\n"
+        if size and "Content-Type" not in headers:
+            headers["Content-Type"] = OCTETS
         head = self._head_bytes(reply.status, headers, length)
-        if len(body) < _LARGE:
+        if size < _LARGE:
             self._fronts.outbox.send(self.transport, head + body)
         else:
             self.transport.write(head)
             self.transport.write(body)
-        return len(body)
+        return size
 
     async def head(self, reply: Reply) -> None:
         """Prepare a stream's head, to go out with the first of its bytes."""
@@ -324,7 +326,8 @@ class Front(asyncio.Protocol):
 
     def _head_bytes(self, status: int, headers: CIMultiDict[str], length: str) -> bytes:
         """A head. Raises `ValueError` for what would be more than one line of it."""
-        headers.popall("Server", None)
+        if "Server" in headers:
+            del headers["Server"]
         if self._closing:
             headers["Connection"] = "close"
         elif "Connection" in headers:

@@ -146,10 +146,11 @@ def _render_response(response: Response, context: Context) -> Reply | Flow:
         data = context.types.serialize(response.data, media.partition(";")[0])
         return _whole(response.status, headers, media, data, context, keep_status=True)
     if body is None or isinstance(body, (str, bytes)):
-        text = isinstance(body, str)
         if body and "Content-Type" not in headers:
-            headers["Content-Type"] = f"{TEXT}; charset=utf-8" if text else OCTETS
-        return Reply(response.status, headers, body.encode() if text else body or b"")
+            is_text = isinstance(body, str)
+            headers["Content-Type"] = f"{TEXT}; charset=utf-8" if is_text else OCTETS
+        data = body.encode() if isinstance(body, str) else body or b""
+        return Reply(response.status, headers, data)
     context.status = response.status
     headers.setdefault("Content-Type", OCTETS)
     media = headers["Content-Type"].partition(";")[0]
