@@ -18,6 +18,8 @@ logger = logging.getLogger("harperpy.accounting")
 
 Method: TypeAlias = Literal["embed", "generate", "generateStream"]
 
+_LONGEST_TEXT = 256
+
 
 class Caller:
     """On whose behalf models are called.
@@ -114,6 +116,11 @@ class ModelCall(msgspec.Struct, kw_only=True, omit_defaults=True):
     price_version: str | None = None
     reserved_tokens: int | None = None
     reserved_cost: float | None = None
+
+
+def clipped(value: object) -> str | None:
+    """Text as a row holds it, whoever sent it."""
+    return str(value)[:_LONGEST_TEXT] if value else None
 
 
 CallRow: TypeAlias = tuple[Any, ...]

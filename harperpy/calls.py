@@ -10,7 +10,8 @@ from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
 import msgspec
 
-from .accounting import Admission, Attempt, Caller, Ledger, Method, ModelCall
+from .accounting import Admission, Attempt, Caller, Ledger, Method, ModelCall, clipped
+from .auth import extract_tenant_id
 from .backend import Streams, aclose
 from .batches import batches_of
 from .errors import (
@@ -26,8 +27,8 @@ from .messages import (
     GenerateOpts,
     Prompt,
 )
-from .recorder import Recorder, clipped
-from .routing import DEFAULT, Candidate
+from .recorder import Recorder
+from .routing import Candidate, Planned, blank_row
 from .signal import AbortSignal
 
 T = TypeVar("T")
@@ -75,7 +76,7 @@ class Call:
         self._method: Method = method
         self._opts = opts
         self._caller = caller
-        self.plan: Sequence[Candidate] = ()
+        self.plan: Sequence[Planned] = ()
         keeper = ledger.keeper
         self._synced = None if keeper is None else keeper.synced
         signal = caller.signal
@@ -85,7 +86,7 @@ class Call:
 
     def refuse(self, error: HarperError) -> None:
         """Record that there is nobody to ask."""
-        Recorder(self._ledger, self._row()).close(error)
+        Recorder(self._ledger, self._row(blank_row(self._opts.model))).close(error)
 
     def opts_for(self, candidate: Candidate, recorder: Recorder) -> Any:
         """The options as this candidate's backend sees them: its own model's name, one signal."""
@@ -133,7 +134,7 @@ class Call:
                 recorder = None
                 try:
                     candidate = self.plan[self._at]
-                    row, most = self._row(candidate), None
+                    row, most = self._row(candidate.row), None
                     if admission is not None and admission.concerns(row):
                         most = await self._admitted(admission, row)
                     recorder = self._begin(row, most)
@@ -246,30 +247,26 @@ class Call:
         if recorder.source is not None:
             await aclose(recorder.source)
 
-    def _row(self, candidate: Candidate | None = None) -> ModelCall:
+    def _row(self, blank: ModelCall) -> ModelCall:
         id_, caller, opts = self._ledger.next_id(), self._caller, self._opts
-        call = ModelCall(
+        user = caller.user
+        row = msgspec.structs.replace(
+            blank,
             id=id_,
             created=id_ / 1000,
             method=self._method,
-            model=clipped(opts.model) or DEFAULT,
+            app=caller.app,
+            request_id=caller.request_id,
+            tenant=extract_tenant_id(user),
+            user=user and user.username,
+            api_key=user and user.key_id,
         )
-        call.app = caller.app
-        call.request_id = caller.request_id
-        if (user := caller.user) is not None:
-            call.tenant = caller.tenant
-            call.user = user.username
-            call.api_key = user.key_id
         if isinstance(opts, GenerateOpts):
             if opts.adapter is not None:
-                call.adapter = clipped(opts.adapter)
+                row.adapter = clipped(opts.adapter)
             if opts.conversation_id is not None:
-                call.conversation_id = clipped(opts.conversation_id)
-        if candidate is not None:
-            call.backend = candidate.backend.name
-            call.backend_name = candidate.registration.name
-            call.provider_model = clipped(candidate.provider_model)
-        return call
+                row.conversation_id = clipped(opts.conversation_id)
+        return row
 
 
 def _refuse() -> NoReturn:

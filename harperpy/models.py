@@ -150,16 +150,18 @@ class Models:
         and not committed.
         """
         prompt, settings = _ask(given, opts, options)
-        calls = self._calls("generate", prompt, settings)
-        if len(calls) > 1:
-            return joined(await all_of([_answer(call, prompt) for call in calls]))
-        result = await _answer(calls[0], prompt)
-        count = settings.n or 1
-        if count == 1 or (given_many := 1 + len(result.others)) >= count:
-            return result
+        call = self._generating("generate", prompt, settings)
+        if (count := settings.n or 1) == 1:
+            return await _answer(call, prompt)
+        results: list[GenerateResult] = []
+        begun = 0
+        if call.gives_many:
+            results.append(result := await _answer(call, prompt))
+            if (begun := 1 + len(result.others)) >= count:
+                return result
         # Some providers do not know `n`, and do not say so.
-        more = (self._one_call("generate", prompt, settings, at) for at in range(given_many, count))
-        return joined([result, *await all_of([_answer(call, prompt) for call in more])])
+        more = [self._one_call("generate", prompt, settings, at) for at in range(begun, count)]
+        return joined([*results, *await all_of([_answer(call, prompt) for call in more])])
 
     def generate_stream(
         self, given: GenerateInput, *, opts: GenerateOpts | None = None, **options: Any
@@ -169,18 +171,17 @@ class Models:
         Whatever else `generate` raises comes with the first piece or a later one.
         """
         prompt, settings = _ask(given, opts, options)
-        calls = self._calls("generateStream", prompt, settings)
-        streams = [Batched(call.batches(prompt)) for call in calls]
-        if len(streams) > 1:
-            return interleaved(dict(enumerate(streams)))
+        call = self._generating("generateStream", prompt, settings)
         if (count := settings.n or 1) == 1:
-            return streams[0]
+            return Batched(call.batches(prompt))
 
         def one(index: int) -> AsyncIterator[GenerateChunk]:
             call = self._one_call("generateStream", prompt, settings, index)
             return Batched(call.batches(prompt))
 
-        return topped_up(streams[0], count, one)
+        if call.gives_many:
+            return topped_up(Batched(call.batches(prompt)), count, one)
+        return interleaved({index: one(index) for index in range(count)})
 
     async def open(self) -> None:
         """Let every backend begin its own preparations; called once when the server starts."""
@@ -193,14 +194,6 @@ class Models:
 
     def _backends(self) -> Iterable[ModelBackend]:
         return {id(one.backend): one.backend for one in self._routes}.values()
-
-    def _calls(self, method: Method, prompt: Prompt, opts: GenerateOpts) -> Sequence[Call]:
-        """One call; `n` of them where several answers are asked of who gives one at a time."""
-        call = self._generating(method, prompt, opts)
-        count = opts.n or 1
-        if count == 1 or call.gives_many:
-            return [call]
-        return [self._one_call(method, prompt, opts, index) for index in range(count)]
 
     def _one_call(self, method: Method, prompt: Prompt, opts: GenerateOpts, index: int) -> Call:
         """The call for one of `n` answers."""
@@ -278,7 +271,7 @@ def _ask(
     if settings.tool_mode == "auto":
         message = "tool_mode 'auto' (running tools on the server) does not exist yet; use 'return'."
         raise NotImplementedYet(message, param="tool_mode")
-    return to_prompt(given), settings
+    return given if isinstance(given, Prompt) else to_prompt(given), settings
 
 
 def _settings(kind: type[OptsType], opts: OptsType | None, options: dict[str, Any]) -> OptsType:
@@ -309,18 +302,25 @@ def _one_of(opts: GenerateOpts, index: int) -> GenerateOpts:
 
 def _requires(method: Method, prompt: Prompt, opts: GenerateOpts) -> Mapping[Capability, str]:
     """What a call needs, and the field that asks for it."""
-    plain = _PLAIN[method]
-    asked = _needing(opts)
-    if asked == _NOTHING and not prompt.tools and _is_text(prompt):
-        return plain
-    needs = dict[Capability, str](plain)
+    if not prompt.tools and _needing(opts) == _NOTHING:
+        for message in prompt.messages:
+            if not isinstance(message.content, str):
+                break
+        else:
+            return _PLAIN[method]
+    return {**_PLAIN[method], **_more_needed(prompt, opts)}
+
+
+def _more_needed(prompt: Prompt, opts: GenerateOpts) -> Mapping[Capability, str]:
+    """What a call needs because of its tools, options, and parts of messages."""
+    needs: dict[Capability, str] = {}
     if prompt.tools and opts.tool_choice != "none":
         kinds = {tool.type for tool in prompt.tools}
         needs |= {"tools": "tools"} if "function" in kinds else {}
         needs |= {"custom_tools": "tools"} if "custom" in kinds else {}
     if opts.response_format not in (None, "text"):
         needs["structured_output"] = "response_format"
-    for (option, idle), value in zip(_IDLE.items(), asked, strict=False):
+    for (option, idle), value in zip(_IDLE.items(), _needing(opts), strict=False):
         if value is not None and value not in idle:
             needs[option] = option
     if opts.modalities and "audio" in opts.modalities:
@@ -329,14 +329,6 @@ def _requires(method: Method, prompt: Prompt, opts: GenerateOpts) -> Mapping[Cap
         if not isinstance(message.content, str):
             needs |= _parts_needed(message.content, f"messages[{at}].content")
     return needs
-
-
-def _is_text(prompt: Prompt) -> bool:
-    """Whether each message is text and nothing else."""
-    for message in prompt.messages:  # noqa: SIM110  # a generator would take longer than the look
-        if not isinstance(message.content, str):
-            return False
-    return True
 
 
 def _parts_needed(parts: Sequence[ContentPart], path: str) -> dict[Capability, str]:

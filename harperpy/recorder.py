@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from operator import attrgetter
 from typing import Any
 
-from .accounting import Ledger, ModelCall
+from .accounting import Ledger, ModelCall, clipped
 from .errors import (
     Aborted,
     BackendError,
@@ -20,17 +20,10 @@ from .errors import (
 from .messages import GenerateChunk, Prompt, TokenUsage, estimate_tokens
 
 _MOST_COUNTED = 2**53
-_LONGEST_TEXT = 256
-_COUNTED = (
-    "prompt_tokens",
-    "completion_tokens",
-    "embedding_tokens",
-    "cached_tokens",
-    "reasoning_tokens",
-    "gpu_ms",
-)
-_counts_of = attrgetter(*_COUNTED)
-_NO_MORE = [None] * len(_COUNTED[2:])
+_NUMBERS = (int, float)
+# What few providers count.
+_RARER = ("embedding_tokens", "cached_tokens", "reasoning_tokens", "gpu_ms")
+_rarer_of, _NOTHING_RARER = attrgetter(*_RARER), (None,) * len(_RARER)
 
 
 class Recorder:
@@ -49,7 +42,7 @@ class Recorder:
         ledger.begin(call)
         self._ledger = ledger
         self.most_tokens = most_tokens
-        self._started = time.perf_counter()
+        self._started = time.perf_counter_ns()
         self._closed = False
         self._deltas = self._letters = 0
         self.call = call
@@ -74,15 +67,16 @@ class Recorder:
 
     def count(self, usage: TokenUsage) -> None:
         """Note the tokens a provider reported; what no database could hold is left out."""
-        asked, answered, *rarer = _counts_of(usage)
-        if asked is not None and _is_count(asked):
-            self.call.prompt_tokens = asked
-        if answered is not None and _is_count(answered):
-            self.call.completion_tokens = answered
-        if rarer != _NO_MORE:
-            for field, value in zip(_COUNTED[2:], rarer, strict=True):
-                if value is not None and _is_count(value):
-                    setattr(self.call, field, value)
+        call = self.call
+        asked, answered = usage.prompt_tokens, usage.completion_tokens
+        if isinstance(asked, _NUMBERS) and 0 <= asked < _MOST_COUNTED:
+            call.prompt_tokens = asked
+        if isinstance(answered, _NUMBERS) and 0 <= answered < _MOST_COUNTED:
+            call.completion_tokens = answered
+        if (rarer := _rarer_of(usage)) != _NOTHING_RARER:
+            for field, value in zip(_RARER, rarer, strict=True):
+                if isinstance(value, _NUMBERS) and 0 <= value < _MOST_COUNTED:
+                    setattr(call, field, value)
 
     def estimate(self, prompt: Prompt, completion_tokens: int | None = None) -> TokenUsage:
         """Tokens for a provider that reported none; the row says so.
@@ -111,21 +105,12 @@ class Recorder:
         self._ledger.record(call)
 
     def _elapsed(self) -> float:
-        return round((time.perf_counter() - self._started) * 1000, 3)
+        return (time.perf_counter_ns() - self._started) // 1000 / 1000
 
 
 def asked_tokens(prompt: Prompt) -> int:
     """About how many tokens a prompt is."""
     return sum(estimate_tokens(message.text) + 4 for message in prompt.messages)
-
-
-def clipped(value: object) -> str | None:
-    """Text as a row holds it, whoever sent it."""
-    return str(value)[:_LONGEST_TEXT] if value else None
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, (int, float)) and 0 <= value < _MOST_COUNTED
 
 
 def error_code(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
+from .accounting import ModelCall, clipped
 from .backend import ModelBackend
 from .errors import CapabilityError, ClientError, ModelNotFound, RegistrationError
 from .messages import Capability
@@ -55,6 +56,12 @@ class Candidate(msgspec.Struct, frozen=True):
     provider_model: str | None
 
 
+class Planned(Candidate, frozen=True):
+    """A candidate of a call, and what the row of each attempt at it says from the beginning."""
+
+    row: ModelCall
+
+
 class ModelInfo(msgspec.Struct, frozen=True, cache_hash=True):
     """A name callers may use. `created` is in seconds since 1970 and does not change."""
 
@@ -73,7 +80,7 @@ class Routes:
     def __init__(self, created: int = 0) -> None:
         self._created = created
         self._frozen = False
-        self._found: dict[tuple[object, ...], Sequence[Candidate]] = {}
+        self._found: dict[tuple[object, ...], Sequence[Planned]] = {}
         self._by_name: dict[Kind, dict[str, Registration]] = {"generative": {}, "embedding": {}}
         self._backends: list[ModelBackend] = []
         self._seen: tuple[list[Any], list[tuple[str, ...]]] | None = None
@@ -145,16 +152,16 @@ class Routes:
         name: str | None,
         requires: Mapping[Capability, str],
         permission: Permission | None = None,
-    ) -> Sequence[Candidate]:
+    ) -> Sequence[Planned]:
         """Whom to ask, one after the other. Raises as `candidates`."""
         unlimited = permission is None or permission.super_user or permission.models is None
         if not self._frozen or not unlimited or not isinstance(name, str):
-            return _planned(self.candidates(kind, name, requires, permission))
+            return _planned(self.candidates(kind, name, requires, permission), name)
         # No backend comes or changes any more, so neither does what is found.
         asked = (kind, name, *requires)
         found = self._found.get(asked)
         if found is None:
-            found = _planned(self.candidates(kind, name, requires))
+            found = _planned(self.candidates(kind, name, requires), name)
             if len(self._found) >= _MOST_KEPT:
                 self._found.clear()
             self._found[asked] = found
@@ -245,10 +252,24 @@ class Routes:
         )
 
 
-def _planned(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+def blank_row(name: str | None) -> ModelCall:
+    """What is in the row of each call that asks for this name."""
+    return ModelCall(id=0, created=0.0, method="generate", model=clipped(name) or DEFAULT)
+
+
+def _planned(candidates: Sequence[Candidate], name: str | None) -> Sequence[Planned]:
+    planned = [_plan_of(candidate, name) for candidate in candidates]
     # Another candidate is the better retry: only the last one is asked again.
-    last = candidates[-1]
-    return (*candidates, *[last] * last.backend.max_retries)
+    last = planned[-1]
+    return (*planned, *[last] * last.backend.max_retries)
+
+
+def _plan_of(candidate: Candidate, name: str | None) -> Planned:
+    registration, backend, model = msgspec.structs.astuple(candidate)
+    row = blank_row(name)
+    row.backend, row.backend_name = backend.name, registration.name
+    row.provider_model = clipped(model)
+    return Planned(registration, backend, model, row)
 
 
 def missing(backend: ModelBackend, requires: Iterable[Capability]) -> list[Capability]:

@@ -22,7 +22,7 @@ class AbortSignal:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._callbacks: dict[int, Callable[[], object]] = {}
         self._dependents: WeakSet[AbortSignal] | None = None
         self._sources: tuple[AbortSignal, ...] = ()
 
@@ -97,7 +97,8 @@ class AbortSignal:
         if self.reason is not None:
             return
         self.reason = reason
-        callbacks, self._callbacks = list(self._callbacks.values()), {}
+        callbacks = list(self._callbacks.values())
+        self._callbacks.clear()
         for callback in callbacks:
             callback()
         for dependent in list(self._dependents or ()):
@@ -123,12 +124,11 @@ class Guard:
     It may be entered many times, one after the other.
     """
 
-    __slots__ = ("_before", "_callbacks", "_fired", "_signal", "_task")
+    __slots__ = ("_before", "_callbacks", "_signal", "_task")
 
-    def __init__(self, signal: AbortSignal, callbacks: dict[int, Callable[[], None]]) -> None:
+    def __init__(self, signal: AbortSignal, callbacks: dict[int, Callable[[], object]]) -> None:
         self._signal = signal
         self._callbacks = callbacks
-        self._fired = False
 
     def __enter__(self) -> Self:
         if self._signal.reason is not None:
@@ -139,7 +139,7 @@ class Guard:
             raise RuntimeError(message)
         self._task = task
         self._before = task.cancelling()
-        self._callbacks[id(self)] = self._fire
+        self._callbacks[id(self)] = task.cancel
         return self
 
     def __exit__(
@@ -148,16 +148,12 @@ class Guard:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._callbacks.pop(id(self), None)
-        if not self._fired:
+        # The signal lets go of what it has called.
+        if self._callbacks.pop(id(self), None) is not None:
             return
         # Someone else cancelled this task too: then the cancellation is theirs to see.
         if self._task.uncancel() <= self._before and kind is asyncio.CancelledError:
             raise Aborted(self._signal.reason) from error
-
-    def _fire(self) -> None:
-        self._fired = True
-        self._task.cancel()
 
 
 def void(_: object) -> None:
