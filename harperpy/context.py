@@ -64,8 +64,8 @@ class Context(Caller):
     __slots__ = (
         "_background",
         "_begin",
-        "_controller",
         "_handled",
+        "_signal",
         "_transaction",
         "accept",
         "etag",
@@ -92,7 +92,7 @@ class Context(Caller):
         background: Background | None = None,
     ) -> None:
         Caller.__init__(self, user, request.id, source)
-        self._controller: AbortController | None = None
+        self._signal: AbortSignal | None = None
         self.started = time.perf_counter()
         self.request = request
         self.models = models
@@ -112,12 +112,9 @@ class Context(Caller):
     @property
     def signal(self) -> AbortSignal:
         """Fires when nobody waits for the answer any more."""
-        return self._control().signal
-
-    def _control(self) -> AbortController:
-        if self._controller is None:
-            self._controller = AbortController()
-        return self._controller
+        if self._signal is None:
+            self._signal = AbortSignal()
+        return self._signal
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -252,7 +249,7 @@ class Context(Caller):
 
     def abort(self, reason: str) -> None:
         """Fire the signal: the server calls this when the client has left."""
-        self._control().abort(reason)
+        AbortController(self.signal).abort(reason)
 
 
 def get_context() -> Context:

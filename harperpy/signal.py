@@ -106,12 +106,12 @@ class AbortSignal:
 
 
 class AbortController:
-    """Owns a signal and may fire it."""
+    """May fire its signal, a new one if none is given."""
 
     __slots__ = ("signal",)
 
-    def __init__(self) -> None:
-        self.signal = AbortSignal()
+    def __init__(self, signal: AbortSignal | None = None) -> None:
+        self.signal = AbortSignal() if signal is None else signal
 
     def abort(self, reason: str = "aborted") -> None:
         """Fire the signal; the first reason stays."""
