@@ -71,30 +71,25 @@ class Journal:
         if self._closing:
             message = "the server is stopping"
             raise ServiceUnavailable(message)
-        line, _ = _encoded(self._begun, call)
-        length = len(line)
-        promise = length + _MOST_ADDED
         try:
-            if self._left < length + promise:
-                self._new_segment(length + promise)
-            self._write(line)
+            self._note(self._begun, call)
         except OSError as error:
             message = f"the journal of model calls cannot be written: {error.strerror or error}"
             raise ServiceUnavailable(message, headers={"Retry-After": "1"}) from error
+        promise = len(self._begun) + _MOST_ADDED
         self._promised[call.id] = promise, self._number
-        self._left -= length + promise
+        self._left -= promise
 
     def end(self, call: ModelCall) -> None:
         """Note how a call ended, in the room set aside for it."""
         if self._lock < 0:
             return
-        line, call = _encoded(self._over, call)
         promise, _ = self._promised.pop(call.id, (0, 0))
+        self._left += promise
         try:
-            self._write(line)
-            self._left += promise - len(line)
+            call = self._note(self._over, call)
         except OSError as error:
-            self._left += promise
+            call = _plain(call)
             logger.warning("the end of model call %d is in memory alone: %s", call.id, error)
         ended = self._ended
         ended.append(row_of(call))
@@ -146,11 +141,27 @@ class Journal:
         os.close(self._lock)
         self._lock = self._file = -1
 
-    def _write(self, line: bytearray) -> None:
-        if os.pwrite(self._file, line, self._position) != len(line):
+    def _note(self, line: bytearray, call: ModelCall) -> ModelCall:
+        """Write a call's line, whose kind is there already; the call without what no text can hold.
+
+        One that begins is written where its end has room, too.
+        """
+        try:
+            _encode(call, line, 1)
+        except (UnicodeEncodeError, TypeError, OverflowError):
+            call = _plain(call)
+            _encode(call, line, 1)
+        line += b"\n"
+        length = len(line)
+        needed = length if line is self._over else 2 * length + _MOST_ADDED
+        if self._left < needed:
+            self._new_segment(needed)
+        if os.pwrite(self._file, line, self._position) != length:
             message = "only a part was written"
             raise OSError(message)
-        self._position += len(line)
+        self._position += length
+        self._left -= length
+        return call
 
     def _new_segment(self, needed: int) -> None:
         if self._lock < 0:
@@ -235,17 +246,6 @@ def _allocate(file: int, size: int) -> None:
     else:
         os.pwrite(file, bytes(size), 0)
         os.fsync(file)
-
-
-def _encoded(line: bytearray, call: ModelCall) -> tuple[bytearray, ModelCall]:
-    """Its line, and the call, without what no text can hold. The line's kind is there already."""
-    try:
-        _encode(call, line, 1)
-    except (UnicodeEncodeError, TypeError, OverflowError):
-        call = _plain(call)
-        _encode(call, line, 1)
-    line += b"\n"
-    return line, call
 
 
 def _plain(call: ModelCall) -> ModelCall:
