@@ -15,9 +15,7 @@ from .accounting import Caller, Ledger, Method, current_caller
 from .backend import (
     Assembly,
     Embeds,
-    Generates,
     ModelBackend,
-    Streams,
     aclose,
     define_backend,
 )
@@ -239,8 +237,8 @@ def _asked(
     asked, opts = call.prompt_for(candidate, prompt), call.opts_for(candidate, recorder)
     backend: Any = candidate.backend
     if hasattr(backend, "generate"):
-        return cast("Generates", backend).generate(asked, opts)
-    return _drained(cast("Streams", backend).generate_stream(asked, opts))
+        return backend.generate(asked, opts)
+    return _drained(backend.generate_stream(asked, opts))
 
 
 def _told(prompt: Prompt, result: GenerateResult, recorder: Recorder) -> None:

@@ -99,10 +99,14 @@ def _choice(index: int, choice: Choice, *, functions: bool) -> _Choice:
     calls = choice.tool_calls
     silent = calls or choice.refusal or choice.audio
     content = choice.content or (None if silent else "")
-    message = _Message("assistant", content, choice.refusal)
-    message.reasoning_content = choice.reasoning_content
-    message.annotations = choice.annotations
-    message.audio = choice.audio
+    message = _Message(
+        "assistant",
+        content,
+        choice.refusal,
+        reasoning_content=choice.reasoning_content,
+        annotations=choice.annotations,
+        audio=choice.audio,
+    )
     if calls and functions:
         message.function_call = openai_tool_call(calls[0])["function"]
     elif calls:

@@ -14,6 +14,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 _ANY = msgspec.json.Decoder()
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class Reader(Generic[T]):
@@ -33,8 +34,12 @@ class Reader(Generic[T]):
 
         Raises `InvalidBody` worded as OpenAI's clients know it.
         """
-        if data.is_json and (known := self._known_only(await data.bytes())) is not None:
-            return known, {}
+        if data.is_json:
+            body = await data.bytes()
+            try:
+                return self._strict.decode(body), {}
+            except _UNREADABLE:
+                pass  # It holds something else, or what is wrong with it is told below.
         try:
             request = await data.decode(self._decoder)
         except InvalidBody as error:
@@ -43,17 +48,10 @@ class Reader(Generic[T]):
         unknown = fields.keys() - self._known
         return request, {name: decode_json(bytes(fields[name]), _ANY) for name in unknown}
 
-    def _known_only(self, body: bytes) -> T | None:
-        """A body that holds nothing else; what is wrong with others is told later."""
-        try:
-            return self._strict.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return None
-
 
 def _anything(body: bytes) -> Any:
     """A body as it is; None for one that Python has no value for."""
     try:
         return _ANY.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except _UNREADABLE:
         return None

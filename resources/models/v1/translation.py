@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -84,8 +84,8 @@ _SPEAKERS: dict[type, Any] = {
 def to_prompt(request: ChatRequest) -> Prompt:
     """The messages and tools of a request. Raises `InvalidBody` for calls without their results."""
     messages = request.messages
-    if not (request.tools or request.functions) and _SPEAKERS.keys() >= {*map(type, messages)}:
-        return Prompt(messages=[_spoken(message) for message in messages])
+    if not (request.tools or request.functions) and (spoken := _spoken(messages)):
+        return Prompt(messages=spoken)
     _check_calls(messages)
     tools = [_tool(tool) for tool in request.tools or ()]
     tools += [_function(function) for function in request.functions or ()]
@@ -131,9 +131,15 @@ def _add_rare(opts: GenerateOpts, request: ChatRequest) -> None:
         _choose(opts, request)
 
 
-def _spoken(message: Any) -> Message:
-    """As `_message`, of one that is nothing but said."""
-    return Message(role=_SPEAKERS[type(message)], content=message.content or "", name=message.name)
+def _spoken(messages: Sequence[Any]) -> list[Message]:
+    """As `_message` of each, where all of them are nothing but said; none otherwise."""
+    told: list[Message] = []
+    for message in messages:
+        role = _SPEAKERS.get(message.__class__)
+        if role is None:
+            return []
+        told.append(Message(role=role, content=message.content or "", name=message.name))
+    return told
 
 
 def _message(message: MessageIn) -> Message:
