@@ -21,6 +21,8 @@ _EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 _AS_THEY_ARE = (Decimal, msgspec.Raw)
 _DATA = "data: "
 _BOM = b"\xef\xbb\xbf"
+# As numbers: whether a byte is in bytes is asked much faster than whether bytes are.
+_CR, _N, _I = b"\rNI"
 
 
 def plain(value: object) -> Any:
@@ -40,8 +42,8 @@ encode_text = _encode
 def encode_json(value: Any) -> bytes:
     """JSON; what is a number in Python but none in JSON (NaN, Infinity) is null."""
     data = _encode(value)
-    # msgspec writes such a Decimal as Python calls it. A byte alone is found ten times faster.
-    if (b"N" in data and b"NaN" in data) or (b"I" in data and b"Infinity" in data):
+    # msgspec writes such a Decimal as Python calls it.
+    if (_N in data and b"NaN" in data) or (_I in data and b"Infinity" in data):
         return _encode(
             _finite(msgspec.to_builtins(value, builtin_types=_AS_THEY_ARE, enc_hook=plain))
         )
@@ -161,7 +163,7 @@ class SSEDecoder:
                 return ()
             pending = pending.removeprefix(_BOM)
             self._started = True
-        if b"\r" in pending:
+        if _CR in pending:
             *events, self._pending = _EVENT_END.split(pending)
             told = [data for event in events if (data := _data_of(event)) is not None]
         else:
