@@ -13,6 +13,8 @@ import httptools
 
 from harperpy import BackendError, BackendTimeout, Deadlines, Outbox
 
+from .openai_silences import Silences
+
 # The same as most servers allow.
 _MOST_HEAD = 64 << 10
 # What chunks may cost beside their bytes; one of a single byte costs five more.
@@ -25,50 +27,49 @@ _VERSIONS = ("1.1", "1.0")
 
 
 class Answering:
-    """The answer to one request, while it comes in and after."""
+    """The answer to one request, while it comes in and after.
+
+    `since` is when a read of it last began to wait; `held` is how many bytes nobody has read.
+    """
 
     __slots__ = (
-        "_connection",
-        "_counted",
-        "_error",
-        "_fields",
-        "_held",
-        "_idle",
-        "_total",
-        "_waiter",
-        "_waits",
-        "parts",
-        "status",
+        *("_connection", "_counted", "_error", "_first", "_idle", "_total", "_waiter"),
+        *("fields", "held", "parts", "since", "status"),
     )
 
-    def __init__(self, connection: Connection, total: Deadlines, idle: Deadlines) -> None:
+    def __init__(self, connection: Connection, total: Deadlines, idle: Silences) -> None:
         self.status = 0
+        self.fields: Sequence[tuple[bytes, bytes]] = ()
         self.parts: list[bytes] = []
-        self._fields: Sequence[tuple[bytes, bytes]] = ()
+        self.held = self._counted = 0
+        self.since = 0.0
         self._connection: Connection | None = connection
-        self._counted = self._held = 0
         self._error: BackendError | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._waits: Deadlines | None = None
+        self._first: Deadlines | None = None
         self._total, self._idle = total, idle
         total.add(self)
 
     @property
     def headers(self) -> Mapping[str, str]:
         """Those of the head, by their names in lower case."""
-        return {
-            name.lower().decode("latin-1"): value.decode("latin-1") for name, value in self._fields
-        }
+        return {name.decode("latin-1"): value.decode("latin-1") for name, value in self.fields}
+
+    @property
+    def waits(self) -> bool:
+        """Whether somebody waits for what comes next."""
+        return self._waiter is not None
 
     def head(self, first: Deadlines | None) -> asyncio.Future[None]:
         """Done when the head is there; without `first` it takes as long as the whole may.
 
-        Raises `BackendError`.
+        Raises `BackendError`. Who is cancelled meanwhile closes, which ends the wait as well.
         """
-        coming = self._coming(first)
-        if self._connection is None:
-            self.wake()
-        return coming
+        if first is not None:
+            self._first = first
+            first.add(self)
+        self._waiter = waiter = asyncio.get_running_loop().create_future()
+        return waiter
 
     def whole(self) -> bytes | None:
         """The body, where nobody has read of it and all of it is here already."""
@@ -80,18 +81,22 @@ class Answering:
         """What has come since the last time; nothing at the end. Raises `BackendError`."""
         parts = self.parts
         if not parts and self._connection is not None:
-            await self._coming(self._idle)
+            if not self.since:
+                self._idle.add(self)
+            loop = asyncio.get_running_loop()
+            self.since = loop.time()
+            self._waiter = waiter = loop.create_future()
+            await waiter
         if not parts and self._error is not None:
             raise self._error
-        if self._held > _MOST_HELD and len(parts) > 1:
+        if self.held > _MOST_HELD and len(parts) > 1:
             # Each byte will have several shapes at once: not all of them together.
             return self._half()
         data = b"".join(parts)
         parts.clear()
-        if self._held:
-            self._held = self._counted = 0
-            if self._connection is not None:
-                self._connection.go_on()
+        self.held = self._counted = 0
+        if (connection := self._connection) is not None and connection.paused:
+            connection.go_on()
         return data
 
     def _half(self) -> bytes:
@@ -100,7 +105,7 @@ class Answering:
         data = b"".join(parts[:taken])
         del parts[:taken]
         self._counted = len(parts)
-        self._held -= len(data)
+        self.held -= len(data)
         return data
 
     def close(self) -> None:
@@ -110,31 +115,27 @@ class Answering:
             self._connection.abort()
             self.end(None)
 
-    def begin(self, status: int, fields: Sequence[tuple[bytes, bytes]]) -> None:
-        """The head is there."""
-        self.status, self._fields = status, fields
-        self.wake()
-
-    def hold(self, fresh: int) -> bool:
-        """Keep so many more bytes for who waits; whether it has become too much to hold."""
-        self._held += fresh
-        self._counted = len(self.parts)
-        if self._waiter is not None:
-            self.wake()
-        return self._held > _MOST_HELD
-
-    def count(self) -> int:
-        """How many bytes have come into `parts` since the last time."""
-        parts = self.parts
-        if self._counted:
-            parts = parts[self._counted :]
-        return len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
+    def news(self) -> int:
+        """How many bytes have come into `parts` since the last time; who waits learns of them."""
+        parts, counted = self.parts, self._counted
+        self._counted = len(parts)
+        if counted:
+            parts = parts[counted:]
+        fresh = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
+        self.held += fresh
+        # Before the first read it is the head that somebody waits for.
+        if self._waiter is not None and self.status and (fresh or not self.since):
+            self._wake()
+        return fresh
 
     def end(self, error: BackendError | None) -> None:
         """Nothing more comes: it is complete, or this went wrong."""
         self._connection, self._error = None, error
         self._total.remove(self)
-        self.wake()
+        if self.since:
+            self._idle.remove(self)
+        if self._waiter is not None:
+            self._wake()
 
     def expire(self) -> None:
         """It took too long."""
@@ -144,55 +145,31 @@ class Answering:
             self.end(BackendTimeout())
             connection.abort()
 
-    def wake(self) -> None:
+    def _wake(self) -> None:
         """There is news for who waits."""
-        waiter = self._waiter
-        if waiter is None:
-            return
-        self._waiter = None
-        if self._waits is not None:
-            self._waits.remove(self)
-        if waiter.done():
+        waiter, self._waiter = self._waiter, None
+        if self._first is not None:
+            self._first.remove(self)
+            self._first = None
+        if waiter is None or waiter.done():
             return
         if self._error is not None and not self.status:
             waiter.set_exception(self._error)
         else:
             waiter.set_result(None)
 
-    def _coming(self, deadlines: Deadlines | None) -> asyncio.Future[None]:
-        """Done at the next news. Who is cancelled meanwhile closes, which ends the wait as well."""
-        self._waiter = asyncio.get_running_loop().create_future()
-        self._waits = deadlines
-        if deadlines is not None:
-            deadlines.add(self)
-        return self._waiter
-
 
 class Connection(asyncio.BufferedProtocol):
     """One connection. `free` is told when it may be used again, `gone` when it has ended.
 
+    `since` is when it was; `paused` says that it reads no more for now.
     `room` is where it reads to; connections may share it, as it is free again after each read.
     """
 
     __slots__ = (
-        "_answering",
-        "_beside",
-        "_body",
-        "_bounded",
-        "_complete",
-        "_excess",
-        "_free",
-        "_gone",
-        "_headers",
-        "_lasts",
-        "_odd",
-        "_parser",
-        "_paused",
-        "_reused",
-        "_room",
-        "_transport",
-        "_whole",
-        "on_body",
+        *("_answering", "_beside", "_body", "_bounded", "_complete", "_excess", "_free", "_gone"),
+        *("_headers", "_lasts", "_odd", "_parser", "_reused", "_room", "_transport", "_whole"),
+        *("on_body", "paused", "since"),
     )
 
     on_body: Callable[[bytes], None]
@@ -211,7 +188,8 @@ class Connection(asyncio.BufferedProtocol):
         self._headers: list[tuple[bytes, bytes]] = []
         self._beside = self._body = self._whole = 0
         self._bounded = self._complete = self._excess = False
-        self._lasts = self._paused = self._reused = False
+        self._lasts = self._reused = self.paused = False
+        self.since = 0.0
         self._odd = ""
 
     @property
@@ -219,7 +197,7 @@ class Connection(asyncio.BufferedProtocol):
         """Whether it can be used, as far as anybody knows."""
         return not self._transport.is_closing()
 
-    def ask(self, request: bytes, outbox: Outbox, total: Deadlines, idle: Deadlines) -> Answering:
+    def ask(self, request: bytes, outbox: Outbox, total: Deadlines, idle: Silences) -> Answering:
         """Send a whole request; its answer is to come."""
         answering = self._answering = Answering(self, total, idle)
         self._reused = self._parser is not None
@@ -233,9 +211,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def go_on(self) -> None:
         """There is room for more."""
-        if self._paused:
-            self._paused = False
-            self._transport.resume_reading()
+        self.paused = False
+        self._transport.resume_reading()
 
     def abort(self) -> None:
         """End it at once; the provider sees that."""
@@ -270,7 +247,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._odd = self._odd or f"{type(error).__name__}: {error}"
         if self._excess:
             del answering.parts[self._whole :]
-        body = answering.count()
+        body = answering.news()
         self._body += body
         self._beside += nbytes - body
         if self._beside > _MOST_HEAD + _MOST_FRAMING * self._body:
@@ -279,8 +256,8 @@ class Connection(asyncio.BufferedProtocol):
             self._fail(BackendError(f"the provider's answer is malformed: {self._odd}"))
         elif self._complete:
             self._end()
-        elif body and answering.hold(body) and not self._paused:
-            self._paused = True
+        elif answering.held > _MOST_HELD and not self.paused:
+            self.paused = True
             self._transport.pause_reading()
 
     def eof_received(self) -> None:
@@ -309,7 +286,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header; after the body they count for nothing."""
-        self._headers.append((name, value))
+        self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         """The head is there, unless another one follows it."""
@@ -318,7 +295,7 @@ class Connection(asyncio.BufferedProtocol):
         self._headers = []
         if self._complete or self._answering is None or 100 <= status < 200:
             return
-        known = {name.lower(): value for name, value in headers}
+        known = dict(headers)
         coded = b"transfer-encoding" in known
         self._bounded = coded or b"content-length" in known or status in (204, 304)
         if coded or b"content-encoding" in known:
@@ -326,7 +303,7 @@ class Connection(asyncio.BufferedProtocol):
         if status < 100 or self._parser.get_http_version() not in _VERSIONS:
             self._odd = "its status line is none of HTTP/1.1"
         if not self._odd:
-            self._answering.begin(status, headers)
+            self._answering.status, self._answering.fields = status, headers
 
     def on_message_complete(self) -> None:
         """The end, unless it was one that only announces another."""
@@ -339,7 +316,8 @@ class Connection(asyncio.BufferedProtocol):
         answering, self._answering = self._answering, None
         if answering is not None:
             answering.end(None)
-        self.go_on()
+        if self.paused:
+            self.go_on()
         unsent = self._transport.get_write_buffer_size()
         if self._excess or unsent or not self._lasts:
             self._transport.abort()
@@ -357,7 +335,7 @@ def _oddity(known: dict[bytes, bytes], headers: Sequence[tuple[bytes, bytes]]) -
     """What keeps a head from being understood; nothing if it can be."""
     coded = known.get(b"transfer-encoding")
     if coded is not None:
-        twice = sum(name.lower() == b"transfer-encoding" for name, _ in headers) > 1
+        twice = sum(name == b"transfer-encoding" for name, _ in headers) > 1
         if twice or coded.strip().lower() != b"chunked":
             return "its Transfer-Encoding is not chunked"
         if b"content-length" in known:

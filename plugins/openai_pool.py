@@ -13,6 +13,8 @@ from harperpy import BackendError, BackendTimeout, ConfigError, Deadlines, Outbo
 
 from .openai_connection import ROOM, Answering, Connection
 from .openai_exchange import Timeouts
+from .openai_kept import Kept
+from .openai_silences import Silences
 
 _KEPT_SECONDS = 30.0
 
@@ -35,12 +37,11 @@ class Pool:
         self._lines = _lines(url, headers)
         self._heads: dict[tuple[str, str], bytes] = {}
         self._room = memoryview(bytearray(ROOM))
-        self._free: list[Connection] = []
+        self._free = Kept(_KEPT_SECONDS)
         self._open: set[Connection] = set()
         self._outbox = Outbox()
-        self._keeping = Deadlines(_KEPT_SECONDS)
         self._total = Deadlines(timeouts.total)
-        self._idle = Deadlines(timeouts.idle)
+        self._idle = Silences(timeouts.idle)
         self._first: dict[float, Deadlines] = {}
         self._doubted = 0
         self._context: ssl.SSLContext | None = None
@@ -51,7 +52,8 @@ class Pool:
         """Post, or get what has no body; the answer once its head is there."""
         request = self._request(path, body, call_id)
         connection = self._last() or await self._connect(first_byte)
-        first = self._until_head(first_byte)
+        # There are none where a head may take as long as the whole.
+        first = self._until_head(first_byte) if first_byte < self._timeouts.total else None
         answering = connection.ask(request, self._outbox, self._total, self._idle)
         try:
             await answering.head(first)
@@ -72,17 +74,10 @@ class Pool:
         if self._doubted:
             self._doubted -= 1
             return None
-        while self._free:
-            connection = self._free.pop()
-            self._keeping.remove(connection)
-            if connection.is_open:
-                return connection
-        return None
+        return self._free.take()
 
-    def _until_head(self, seconds: float) -> Deadlines | None:
-        """The deadlines of heads; none where they may take as long as the whole."""
-        if seconds >= self._timeouts.total:
-            return None
+    def _until_head(self, seconds: float) -> Deadlines:
+        """The deadlines of heads."""
         first = self._first.get(seconds)
         if first is None:
             first = self._first[seconds] = Deadlines(seconds)
@@ -113,16 +108,13 @@ class Pool:
 
     def _give_back(self, connection: Connection) -> None:
         if self._kept:
-            self._free.append(connection)
-            self._keeping.add(connection)
+            self._free.put(connection)
         else:
             connection.abort()
 
     def _forget(self, connection: Connection) -> None:
         self._open.discard(connection)
-        if connection in self._keeping:
-            self._keeping.remove(connection)
-            self._free.remove(connection)
+        self._free.forget(connection)
 
     def _request(self, path: str, body: bytes | None, call_id: int | None) -> bytes:
         method = "GET" if body is None else "POST"

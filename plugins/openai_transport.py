@@ -63,7 +63,9 @@ class Transport:
         exchange = await self._upstream.send(path, body, first_byte, call_id)
         if exchange.status != 200:
             raise await self._refusal(exchange)
-        data = await _read_all(exchange, most)
+        data = exchange.whole()
+        if data is None or len(data) > most:
+            data = await _read_all(exchange, most)
         try:
             return kind.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -123,9 +125,6 @@ class Transport:
 
 async def _read_all(exchange: Exchange, most: int) -> bytes:
     """The whole body. Raises `BackendError` for one that is larger, or breaks off."""
-    whole = exchange.whole()
-    if whole is not None and len(whole) <= most:
-        return whole
     parts: list[bytes] = []
     size = 0
     try:
