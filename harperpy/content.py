@@ -38,14 +38,13 @@ class Body:
         "content_type",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0917  # all that is known of it
         self,
         chunks: AsyncIterable[bytes] | None = None,
-        *,
         content_type: str = "",
         whole: builtins.bytes = b"",
-        length: int | None = None,
         limit: int = 10_000_000,
+        length: int | None = None,
         decoders: Mapping[str, Callable[[builtins.bytes], Any]] | None = None,
     ) -> None:
         self._chunks = chunks
@@ -56,7 +55,9 @@ class Body:
         self.arriving = False
         """Whether it is being read and has not ended."""
         self._bytes: bytes | None = whole if chunks is None else None
-        self.content_type = content_type and content_type.partition(";")[0].strip().lower()
+        if content_type not in _JSON:
+            content_type = content_type.partition(";")[0].strip().lower()
+        self.content_type = content_type
 
     def __await__(self) -> Generator[Any, None, Any]:
         return self._decoded().__await__()

@@ -259,7 +259,8 @@ class Dispatch:
                 known, address = self._authenticators, caller_address(context)
                 user = known.recall(header, address, request.shown)
                 context.user = user or await known.identify(header, address)
-                self._auth_log.succeeded(context)
+                if self._auth_log.successful:
+                    self._auth_log.succeeded(context)
             elif request.trusted or (self._authorize_local and is_local(request)):
                 context.user = await self._local_user()
         except InvalidCredentials as error:

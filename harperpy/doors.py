@@ -74,7 +74,8 @@ class AuthLog:
 
     def __init__(self, *, failed: bool = True, successful: bool = False) -> None:
         self._failed = failed
-        self._successful = successful
+        self.successful = successful
+        """Whether those are told of too."""
 
     def failed(self, error: InvalidCredentials, context: Context) -> None:
         """A credential was refused."""
@@ -83,7 +84,7 @@ class AuthLog:
 
     def succeeded(self, context: Context) -> None:
         """A credential was accepted."""
-        if self._successful and context.user is not None:
+        if self.successful and context.user is not None:
             self._write(logging.INFO, "succeeded", 200, context.user.username, context)
 
     def _write(

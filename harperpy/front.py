@@ -199,12 +199,8 @@ class Front(asyncio.Protocol):
             shown=head.shown,
         )
         if data:
-            request.body = Body(
-                whole=data,
-                content_type=headers.get("content-type", ""),
-                limit=port.http.max_body_size,
-                decoders=port.dispatch.types.decoders,
-            )
+            told, decoders = headers.get("content-type", ""), port.dispatch.types.decoders
+            request.body = Body(None, told, data, port.http.max_body_size, None, decoders)
         return request
 
     # --- what goes out

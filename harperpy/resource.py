@@ -121,7 +121,7 @@ class Resource:
 
 def granted(user: User | None, context: Context, verb: Verb) -> bool:
     """Whether the user's role opens the matched mount for the verb."""
-    return user is not None and user.role.permission.allows(context.handler_path, verb)
+    return user is not None and user.role.permission.allows(context.app or "", verb)
 
 
 def problem(error: HarperError, context: Context) -> Response:
