@@ -197,7 +197,7 @@ class Response:
         body: str | bytes | AsyncIterable[str | bytes] | Iterable[str | bytes] | None = None,
     ) -> None:
         self.status = status
-        self.headers: dict[str, str] = dict(headers or {})
+        self.headers: dict[str, str] = dict(headers) if headers else {}
         self.data = data
         self.body = body
 
@@ -240,6 +240,7 @@ class EventStream:
 
 def json_response(status: int, data: Any, headers: Mapping[str, str] | None = None) -> Response:
     """A JSON answer whatever the client's `Accept` says, for error shapes that clients parse."""
-    return Response(
-        status, {**(headers or {}), "Content-Type": "application/json"}, body=encode_json(data)
-    )
+    response = Response(status, headers)
+    response.headers["Content-Type"] = "application/json"
+    response.body = encode_json(data)
+    return response

@@ -80,7 +80,9 @@ class RequestTarget(Generic[Query]):
         self.pathname = pathname
         self.search = search
         self.params = params
-        self.id = (unquote(pathname.strip("/")) if pathname else "") or params.get("id")
+        self.id = params.get("id") if params else None
+        if pathname:
+            self.id = unquote(pathname.strip("/")) or self.id
         self.is_collection = pathname.endswith("/") or (not self.id and bool(search))
         self._pairs: list[tuple[str, str]] | None = None
 

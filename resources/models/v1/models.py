@@ -48,7 +48,9 @@ class V1Models(OpenAIResource):
         """All models, or the one the path names. Raises `ModelNotFound`."""
         listed = context.models.list()
         if target.id is None:
-            return Response(200, _JSON, body=_encoded(tuple(listed)))
+            response = Response(200, _JSON)
+            response.body = _encoded(tuple(listed))
+            return response
         for info in listed:
             if info.id == target.id:
                 return json_response(200, _model(info))
