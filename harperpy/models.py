@@ -123,11 +123,12 @@ class Models:
         weigh = EmbedInputs.estimate, EmbedInputs.most, inputs
         call = self._call("embedding", "embed", settings, {"embed": "model"}, weigh)
 
-        async def attempt(candidate: Candidate, recorder: Recorder) -> EmbedResult:
-            backend = cast("Embeds", candidate.backend)
-            as_it_is: Any = candidate.backend.token_input and inputs.arrays
-            asked = as_it_is or await self._vocabulary.texts(inputs)
-            return await backend.embed(asked, call.opts_for(candidate, recorder))
+        def ask(candidate: Candidate, recorder: Recorder) -> Awaitable[EmbedResult]:
+            backend: Any = candidate.backend
+            asked = call.opts_for(candidate, recorder)
+            if inputs.texts or backend.token_input:
+                return backend.embed(inputs.texts or inputs.arrays, asked)
+            return self._embed_arrays(backend, inputs, asked)
 
         def told(result: EmbedResult, recorder: Recorder) -> None:
             _check_vectors(result, len(inputs.texts) + len(inputs.arrays))
@@ -136,7 +137,7 @@ class Models:
                 recorder.call.usage_estimated = True
             recorder.count(result.usage)
 
-        return await call.first(attempt, told)
+        return await call.first(ask, told)
 
     async def generate(
         self, given: GenerateInput, *, opts: GenerateOpts | None = None, **options: Any
@@ -192,6 +193,12 @@ class Models:
 
     def _backends(self) -> Iterable[ModelBackend]:
         return {id(one.backend): one.backend for one in self._routes}.values()
+
+    async def _embed_arrays(
+        self, backend: Embeds, inputs: EmbedInputs, opts: EmbedOpts
+    ) -> EmbedResult:
+        """By a backend that takes text only."""
+        return await backend.embed(await self._vocabulary.texts(inputs), opts)
 
     def _one_call(self, method: Method, prompt: Prompt, opts: GenerateOpts, index: int) -> Call:
         """The call for one of `n` answers."""
