@@ -52,6 +52,7 @@ class Call:
         "_at",
         "_attempts",
         "_caller",
+        "_guard",
         "_ledger",
         "_method",
         "_opts",
@@ -83,6 +84,7 @@ class Call:
         if signal is None or opts.signal is not None:
             signal = AbortSignal.any_of(signal, opts.signal)
         self.signal = signal
+        self._guard = signal.guard()
 
     def refuse(self, error: HarperError) -> None:
         """Record that there is nobody to ask."""
@@ -138,7 +140,7 @@ class Call:
                     if admission is not None and admission.concerns(row):
                         most = await self._admitted(admission, row)
                     recorder = self._begin(row, most)
-                    with self.signal.guard():
+                    with self._guard:
                         if self._synced is not None:
                             await self._synced()
                         answer = await ask(candidate, recorder)
@@ -151,7 +153,7 @@ class Call:
                     await self._failed(recorder, error)
                     if (pause := self._pause(error)) is None:
                         raise
-                with self.signal.guard():
+                with self._guard:
                     await asyncio.sleep(pause)
             if self._synced is not None:
                 await self._synced()
@@ -162,7 +164,7 @@ class Call:
     async def batches(self, prompt: Prompt) -> AsyncIterator[_Batch]:
         """Run attempts until one brings its first chunks; then that one to its end."""
         batch, batches, recorder = await self.first(partial(self._opened, prompt))
-        caller, guard = self._caller, self.signal.guard()
+        caller, guard = self._caller, self._guard
         try:
             while batch is not None:
                 recorder.observe(batch)
