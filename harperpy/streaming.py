@@ -32,8 +32,8 @@ _TYPES = {
 
 def completion_id() -> str:
     """A fresh id for one completion."""
-    # No secret: the system's generator would let go of the interpreter at each call.
-    return f"chatcmpl-{random.getrandbits(128):032x}"
+    # The system's generator would let go of the interpreter at each call.
+    return f"chatcmpl-{random.randbytes(16).hex()}"  # noqa: S311  # no secret
 
 
 def openai_error(error: BaseException) -> dict[str, Any]:

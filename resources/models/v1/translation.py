@@ -40,9 +40,9 @@ from .schema import (
     UserMessageIn,
 )
 
-# Without effect on the answer, by their own contract: a provider may want them for its books.
-LABELS = (
-    "user",
+# Without effect on the answer, by their own contract, as is `user`: a provider may want them for
+# its books.
+_RARE_LABELS = (
     "metadata",
     "safety_identifier",
     "prompt_cache_key",
@@ -68,11 +68,11 @@ _AS_THEY_ARE = (
 )
 _RARE = (
     *_AS_THEY_ARE,
+    *_RARE_LABELS,
     *("response_format", "audio", "prediction"),
     *("tools", "functions", "tool_choice", "function_call"),
 )
-_labels_of, _rare_of = attrgetter(*LABELS), attrgetter(*_RARE)
-_NO_LABELS, _NOTHING_RARE = (None,) * len(LABELS), (None,) * len(_RARE)
+_rare_of, _NOTHING_RARE = attrgetter(*_RARE), (None,) * len(_RARE)
 # Who says text, and parts of messages, and nothing else.
 _SPEAKERS: dict[type, Any] = {
     SystemMessageIn: "system",
@@ -108,11 +108,10 @@ def to_opts(request: ChatRequest, extra: Mapping[str, Any]) -> GenerateOpts:
     if request.stream_options and not request.stream:
         message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
         raise InvalidBody(message, param="stream_options")
+    if request.user is not None:
+        opts.provider_options["user"] = request.user
     if _rare_of(request) != _NOTHING_RARE:
         _add_rare(opts, request)
-    if (labels := _labels_of(request)) != _NO_LABELS:
-        told = zip(LABELS, labels, strict=True)
-        opts.provider_options = {name: label for name, label in told if label is not None}
     if extra:
         opts.provider_options = {**extra, **opts.provider_options}
     return opts
@@ -122,6 +121,9 @@ def _add_rare(opts: GenerateOpts, request: ChatRequest) -> None:
     _check_together(request)
     for name in _AS_THEY_ARE:
         setattr(opts, name, getattr(request, name))
+    for name in _RARE_LABELS:
+        if (label := getattr(request, name)) is not None:
+            opts.provider_options[name] = label
     opts.response_format = _response_format(request.response_format)
     if request.audio is not None:
         opts.audio = msgspec.to_builtins(request.audio)
