@@ -26,20 +26,22 @@ from .messages import (
     GenerateChunk,
     GenerateOpts,
     Prompt,
+    most_tokens,
 )
-from .recorder import Recorder
+from .recorder import Recorder, asked_tokens
 from .routing import Candidate, Planned, blank_row
 from .signal import AbortSignal
+from .vocabulary import EmbedInputs
 
 T = TypeVar("T")
 Opts: TypeAlias = GenerateOpts | EmbedOpts
 _Batch: TypeAlias = Sequence[GenerateChunk]
-Weigh: TypeAlias = tuple[Callable[[Any], int], Callable[[Any], int], Any]
-"""About how many tokens are asked, and how many at most, of what."""
+Asked: TypeAlias = Prompt | EmbedInputs
 
 _FALLS_BACK = frozenset({401, 403, 404, 408, 409, 429})
 # Longer waits are the caller's to make: it learns of them by Retry-After.
 _LONGEST_WAIT = 2.0
+_NOTHING = EmbedInputs()
 CALL_ID = "x-harper-call-id"
 """The header that names the row of the attempt that answered."""
 
@@ -49,6 +51,7 @@ class Call:
 
     __slots__ = (
         "_anew",
+        "_asked",
         "_at",
         "_attempts",
         "_caller",
@@ -57,7 +60,6 @@ class Call:
         "_method",
         "_opts",
         "_synced",
-        "_weigh",
         "plan",
         "signal",
     )
@@ -68,10 +70,10 @@ class Call:
         method: Method,
         opts: Opts,
         caller: Caller,
-        weigh: Weigh = (int, int, 0),
+        asked: Asked = _NOTHING,
     ) -> None:
         self._ledger = ledger
-        self._weigh = weigh
+        self._asked = asked
         self._at = self._attempts = 0
         self._anew = False
         self._method: Method = method
@@ -228,9 +230,12 @@ class Call:
 
     async def _admitted(self, admission: Admission, row: ModelCall) -> int | None:
         """How many tokens an attempt may have at most, if bounded. Raises what refuses it."""
-        about, most, given = self._weigh
-        asked = partial(about, given), partial(most, given)
-        attempt = Attempt(self._caller, row, self._attempts, *asked)
+        asked = self._asked
+        if isinstance(asked, EmbedInputs):
+            weights = asked.estimate, asked.most
+        else:
+            weights = partial(asked_tokens, asked), partial(most_tokens, asked)
+        attempt = Attempt(self._caller, row, self._attempts, *weights)
         if isinstance(self._opts, GenerateOpts):
             attempt.most_tokens = self._opts.max_tokens
             attempt.answers = self._opts.n or 1

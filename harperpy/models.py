@@ -20,7 +20,7 @@ from .backend import (
     define_backend,
 )
 from .batches import Batched
-from .calls import Call, Opts, Weigh
+from .calls import Asked, Call, Opts
 from .errors import BackendError, HarperError, NotImplementedYet
 from .fanout import all_of, interleaved, joined, topped_up
 from .messages import (
@@ -35,12 +35,11 @@ from .messages import (
     Prompt,
     TokenUsage,
     estimate_tokens,
-    most_tokens,
 )
 from .parts import ContentPart, part_type
 from .permission import Permission
 from .prompts import options_in, to_prompt
-from .recorder import Recorder, asked_tokens
+from .recorder import Recorder
 from .routing import Candidate, Kind, ModelInfo, Registration, Routes
 from .vectors import Vector
 from .vocabulary import EmbedInputs, Vocabulary, embed_inputs
@@ -60,7 +59,8 @@ _IDLE: dict[Capability, tuple[Any, ...]] = {
 _needing = attrgetter(*_IDLE, "response_format", "modalities")
 _NOTHING = (None,) * (len(_IDLE) + 2)
 # What most calls need, and nothing else.
-_PLAIN: dict[str, Mapping[Capability, str]] = {
+_PLAIN: dict[Method, Mapping[Capability, str]] = {
+    "embed": {"embed": "model"},
     "generate": {"generate": "model"},
     "generateStream": {"stream": "stream"},
 }
@@ -120,8 +120,7 @@ class Models:
         """As `embed`, with the tokens it took. Raises `InvalidBody` for what is no input."""
         settings = _settings(EmbedOpts, opts, options)
         inputs = embed_inputs(given)
-        weigh = EmbedInputs.estimate, EmbedInputs.most, inputs
-        call = self._call("embedding", "embed", settings, {"embed": "model"}, weigh)
+        call = self._call("embed", inputs, settings)
 
         def ask(candidate: Candidate, recorder: Recorder) -> Awaitable[EmbedResult]:
             backend: Any = candidate.backend
@@ -149,7 +148,7 @@ class Models:
         and not committed.
         """
         prompt, settings = _ask(given, opts, options)
-        call = self._generating("generate", prompt, settings)
+        call = self._call("generate", prompt, settings)
         if (count := settings.n or 1) == 1:
             return await _answer(call, prompt)
         results: list[GenerateResult] = []
@@ -170,7 +169,7 @@ class Models:
         Whatever else `generate` raises comes with the first piece or a later one.
         """
         prompt, settings = _ask(given, opts, options)
-        call = self._generating("generateStream", prompt, settings)
+        call = self._call("generateStream", prompt, settings)
         if (count := settings.n or 1) == 1:
             return Batched(call.batches(prompt))
 
@@ -202,22 +201,13 @@ class Models:
 
     def _one_call(self, method: Method, prompt: Prompt, opts: GenerateOpts, index: int) -> Call:
         """The call for one of `n` answers."""
-        return self._generating(method, prompt, _one_of(opts, index))
+        return self._call(method, prompt, _one_of(opts, index))
 
-    def _generating(self, method: Method, prompt: Prompt, opts: GenerateOpts) -> Call:
-        needs = _requires(method, prompt, opts)
-        return self._call("generative", method, opts, needs, (asked_tokens, most_tokens, prompt))
-
-    def _call(
-        self,
-        kind: Kind,
-        method: Method,
-        opts: Opts,
-        requires: Mapping[Capability, str],
-        weigh: Weigh,
-    ) -> Call:
+    def _call(self, method: Method, asked: Asked, opts: Opts) -> Call:
         caller = current_caller.get() or Caller()
-        call = Call(self._ledger, method, opts, caller, weigh)
+        call = Call(self._ledger, method, opts, caller, asked)
+        kind: Kind = "embedding" if method == "embed" else "generative"
+        requires: Mapping[Capability, str] = _requires(method, asked, opts)
         if opts.requires:
             requires = {**dict.fromkeys(opts.requires, "model"), **requires}
         try:
@@ -305,15 +295,18 @@ def _one_of(opts: GenerateOpts, index: int) -> GenerateOpts:
     return msgspec.structs.replace(opts, n=None, seed=seed)
 
 
-def _requires(method: Method, prompt: Prompt, opts: GenerateOpts) -> Mapping[Capability, str]:
+def _requires(method: Method, asked: Asked, opts: Opts) -> Mapping[Capability, str]:
     """What a call needs, and the field that asks for it."""
-    if not prompt.tools and _needing(opts) == _NOTHING:
-        for message in prompt.messages:
+    plain = _PLAIN[method]
+    if isinstance(asked, EmbedInputs) or isinstance(opts, EmbedOpts):
+        return plain
+    if not asked.tools and _needing(opts) == _NOTHING:
+        for message in asked.messages:
             if not isinstance(message.content, str):
                 break
         else:
-            return _PLAIN[method]
-    return {**_PLAIN[method], **_more_needed(prompt, opts)}
+            return plain
+    return {**plain, **_more_needed(asked, opts)}
 
 
 def _more_needed(prompt: Prompt, opts: GenerateOpts) -> Mapping[Capability, str]:

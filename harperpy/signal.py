@@ -22,7 +22,7 @@ class AbortSignal:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self._callbacks: dict[int, Callable[[], object]] = {}
+        self._callbacks: dict[object, Callable[[], object]] = {}
         self._dependents: WeakSet[AbortSignal] | None = None
         self._sources: tuple[AbortSignal, ...] = ()
 
@@ -41,9 +41,7 @@ class AbortSignal:
         if self.aborted:
             callback()
             return lambda: None
-        key = id(callback)
-        while key in self._callbacks:
-            key += 1
+        key = object()
         self._callbacks[key] = callback
         return lambda: void(self._callbacks.pop(key, None))
 
@@ -126,7 +124,7 @@ class Guard:
 
     __slots__ = ("_before", "_callbacks", "_signal", "_task")
 
-    def __init__(self, signal: AbortSignal, callbacks: dict[int, Callable[[], object]]) -> None:
+    def __init__(self, signal: AbortSignal, callbacks: dict[object, Callable[[], object]]) -> None:
         self._signal = signal
         self._callbacks = callbacks
 
@@ -139,7 +137,7 @@ class Guard:
             raise RuntimeError(message)
         self._task = task
         self._before = task.cancelling()
-        self._callbacks[id(self)] = task.cancel
+        self._callbacks[self] = task.cancel
         return self
 
     def __exit__(
@@ -149,7 +147,7 @@ class Guard:
         trace: TracebackType | None,
     ) -> None:
         # The signal lets go of what it has called.
-        if self._callbacks.pop(id(self), None) is not None:
+        if self._callbacks.pop(self, None) is not None:
             return
         # Someone else cancelled this task too: then the cancellation is theirs to see.
         if self._task.uncancel() <= self._before and kind is asyncio.CancelledError:
