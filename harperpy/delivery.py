@@ -8,6 +8,8 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
 
+from multidict import CIMultiDict
+
 from .context import Context
 from .rendering import Reply
 from .signal import REVOKED
@@ -59,7 +61,7 @@ class Delivery:
         self._interval: float | None = None
         self._last = 0.0
         self._behind = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: list[asyncio.Task[None]] = []
         self._watch: asyncio.Task[None] | None = None
 
     def begin(self, reply: Reply) -> None:
@@ -77,6 +79,8 @@ class Delivery:
                 async for data in body:
                     if (drained := self._put(data)) is not None:
                         await self._wait(drained)
+                    # The next may take long to come: nothing of this one is kept meanwhile.
+                    del data, drained
         finally:
             self.end()
             with contextlib.suppress(TimeoutError):
@@ -102,6 +106,8 @@ class Delivery:
         self.status = reply.status
         await self._line.head(reply)
         self.begun = begun
+        # It is sent, and a stream may last: what no one reads any more is not kept for so long.
+        reply.headers = CIMultiDict()
         if reply.keepalive is None:
             return
         self._interval, self._last = reply.keepalive, self._loop.time()
@@ -153,12 +159,12 @@ class Delivery:
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
-        self._tasks.add(task)
+        self._tasks.append(task)
         task.add_done_callback(self._done)
         return task
 
     def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        self._tasks.remove(task)
         # A lost connection is the writer's to see.
         if not task.cancelled():
             task.exception()

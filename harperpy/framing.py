@@ -131,8 +131,13 @@ async def frames(
                     lead = b""
                 # Bytes that are also something else would be copied even to nothing.
                 yield lead + data if lead else data
-            item = await anext(source, END)
-            data = None if item is END else framing.item(item)
+            # The next may take long to come: nothing of this one is kept meanwhile.
+            data = item = None
+            try:
+                item = await anext(source)
+            except StopAsyncIteration:
+                break
+            data = framing.item(item)
         tail = framing.end
     except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # worded as the last item
         told = _reported(error, signal)

@@ -188,7 +188,7 @@ def _plain_data(events: bytes) -> list[str]:
     # In most streams each event is one line of data.
     if text.startswith(_DATA):
         told = text[len(_DATA) :].split("\n\n" + _DATA)
-        if text.count("\n") == 2 * (len(told) - 1):
+        if "\n" not in "".join(told):
             return told
     told = list[str]()
     for event in text.split("\n\n"):

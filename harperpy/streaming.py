@@ -24,6 +24,7 @@ _OF_THE_WHOLE = ("system_fingerprint", "service_tier", "moderation")
 _said_in = attrgetter(*(f"delta_{name}" for name in _SAID))
 _told_in = attrgetter(*_OF_THE_WHOLE)
 _NOTHING_SAID, _NOTHING_TOLD = (None,) * len(_SAID), (None,) * len(_OF_THE_WHOLE)
+_CONTENT = b'{"content":'
 _TYPES = {
     403: "permission_error",
     429: "rate_limit_error",
@@ -164,10 +165,10 @@ class _Events(AsyncIterator[Encoded]):
 class _Choice:
     """What has been said of one answer of a stream.
 
-    `head` is what stands before its deltas, `text_head` what stands before one that is text.
+    `text_head` is what stands before its deltas that are text, `head` before any other.
     """
 
-    __slots__ = ("calls", "head", "index", "reason", "started", "text_head")
+    __slots__ = ("calls", "index", "reason", "started", "text_head")
 
     def __init__(self, index: int, envelope: bytes) -> None:
         self.index = index
@@ -178,8 +179,13 @@ class _Choice:
 
     def put_in(self, envelope: bytes) -> None:
         """Take the envelope's beginning for that of each event."""
-        self.head = b'%b,"choices":[{"index":%d,"delta":' % (envelope, self.index)
-        self.text_head = self.head + b'{"content":'
+        head = b'%b,"choices":[{"index":%d,"delta":%b'
+        self.text_head = head % (envelope, self.index, _CONTENT)
+
+    @property
+    def head(self) -> bytes:
+        """Made when it is needed: few events are no text, and streams are many."""
+        return self.text_head[: -len(_CONTENT)]
 
 
 class _ChunkEncoder:

@@ -173,8 +173,11 @@ _RARER = (
     *("reasoning", "annotations", "audio"),
 )
 _rarer_of, _NOTHING_RARER = attrgetter(*_RARER), (None,) * len(_RARER)
+_WHOLE = ("system_fingerprint", "service_tier", "moderation")
+_whole_of, _NOTHING_WHOLE = attrgetter(*_WHOLE), (None,) * len(_WHOLE)
 _decode = msgspec.json.Decoder(_Chunk).decode
 _SILENCE = _Said()
+_NO_REASONS: frozenset[int] = frozenset()
 
 
 def whole_answer(completion: Completion, n: int | None) -> GenerateResult:
@@ -230,10 +233,10 @@ class ChunkReader:
     def __init__(self, n: int | None = None) -> None:
         self._n = n or 1
         # Most providers say in each event the same of the answer as a whole.
-        self._last = _Chunk()
+        self._last = _NOTHING_WHOLE
         self._news: GenerateChunk | None = None
         self._calls: dict[int, Calls] = {}
-        self.reasons: set[int] = set()
+        self.reasons = _NO_REASONS
         self.ended = False
 
     def read(self, data: str) -> Sequence[GenerateChunk]:
@@ -250,15 +253,10 @@ class ChunkReader:
                 return ()
             message = "an event of the stream is not what it should be"
             raise BackendError(message) from error
-        last = self._last
-        if (
-            event.service_tier != last.service_tier
-            or event.system_fingerprint != last.system_fingerprint
-            or event.moderation != last.moderation
-            or event.usage is not None
-            or event.error is not None
-        ):
+        whole = _whole_of(event)
+        if whole != self._last or event.usage is not None or event.error is not None:
             self._take(event)
+            self._last = whole
         chunks: list[GenerateChunk] = []
         for choice in event.choices or ():
             chunk = self._chunk(choice)
@@ -273,7 +271,6 @@ class ChunkReader:
         news = self._news or GenerateChunk()
         if event.tell(news):
             self._news = news
-        self._last = event
 
     def _with_news(
         self, news: GenerateChunk, chunks: list[GenerateChunk]
@@ -335,7 +332,7 @@ class ChunkReader:
         likely = choice.logprobs and (choice.logprobs.content or choice.logprobs.refusal)
         reason = choice.finish_reason
         if reason:
-            self.reasons.add(choice.index)
+            self.reasons |= {choice.index}
             deltas += calls.held_back()
         elif not (any(pieces) or likely):
             return None

@@ -23,6 +23,7 @@ _MOST_FRAMING = 16
 ROOM = 64 << 10
 # What is held for who does not read on is at most this and one read.
 _MOST_HELD = ROOM
+_OK = 200
 _VERSIONS = ("1.1", "1.0")
 
 
@@ -52,7 +53,7 @@ class Answering:
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """Those of the head, by their names in lower case."""
+        """Those of a refusal's head, by their names in lower case."""
         return {name.decode("latin-1"): value.decode("latin-1") for name, value in self.fields}
 
     @property
@@ -303,7 +304,9 @@ class Connection(asyncio.BufferedProtocol):
         if status < 100 or self._parser.get_http_version() not in _VERSIONS:
             self._odd = "its status line is none of HTTP/1.1"
         if not self._odd:
-            self._answering.status, self._answering.fields = status, headers
+            self._answering.status = status
+            if status != _OK:
+                self._answering.fields = headers
 
     def on_message_complete(self) -> None:
         """The end, unless it was one that only announces another."""

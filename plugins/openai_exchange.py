@@ -33,7 +33,7 @@ class Exchange(Protocol):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """What its head says."""
+        """What its head says. Of a status of 200, where nobody asks, it may be empty."""
         ...
 
     def whole(self) -> bytes | None:

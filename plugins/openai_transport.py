@@ -96,6 +96,8 @@ class Transport:
             while not reader.ended and (read := await exchange.read()):
                 for data in events.feed(read):
                     batch += reader.read(data)
+                # The next may take long to come: nothing of this one is kept meanwhile.
+                read = data = None
                 if batch:
                     yield batch
                     batch = []
