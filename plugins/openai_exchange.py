@@ -20,11 +20,6 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     stream_first_byte: float
     idle: float
 
-    @property
-    def whole_first_byte(self) -> float:
-        """Until the head of an answer that is not streamed."""
-        return self.first_byte or self.total
-
 
 class Exchange(Protocol):
     """An answer whose head is there. Header names are in lower case."""

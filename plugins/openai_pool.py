@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from yarl import URL
 
@@ -32,12 +32,12 @@ class Pool:
         self._host, self._port = url.raw_host or "", url.port or 0
         self._tls = url.scheme == "https"
         self._timeouts = timeouts
-        self._kept = kept
         self._path = url.raw_path.rstrip("/")
         self._lines = _lines(url, headers)
         self._heads: dict[tuple[str, str], bytes] = {}
         self._room = memoryview(bytearray(ROOM))
         self._free = Kept(_KEPT_SECONDS)
+        self._done: Callable[[Connection], None] = self._free.put if kept else Connection.abort
         self._open: set[Connection] = set()
         self._outbox = Outbox()
         self._total = Deadlines(timeouts.total)
@@ -51,7 +51,13 @@ class Pool:
     ) -> Answering:
         """Post, or get what has no body; the answer once its head is there."""
         request = self._request(path, body, call_id)
-        connection = self._last() or await self._connect(first_byte)
+        connection = None
+        if self._doubted:
+            # One was just found to be gone.
+            self._doubted -= 1
+        else:
+            connection = self._free.take()
+        connection = connection or await self._connect(first_byte)
         # There are none where a head may take as long as the whole.
         first = self._until_head(first_byte) if first_byte < self._timeouts.total else None
         answering = connection.ask(request, self._outbox, self._total, self._idle)
@@ -69,13 +75,6 @@ class Pool:
         for connection in list(self._open):
             connection.abort()
 
-    def _last(self) -> Connection | None:
-        """The connection that was used last; none where one was just found to be gone."""
-        if self._doubted:
-            self._doubted -= 1
-            return None
-        return self._free.take()
-
     def _until_head(self, seconds: float) -> Deadlines:
         """The deadlines of heads."""
         first = self._first.get(seconds)
@@ -90,7 +89,7 @@ class Pool:
         try:
             async with asyncio.timeout(min(self._timeouts.connect, first_byte)):
                 _, connection = await loop.create_connection(
-                    lambda: Connection(self._give_back, self._forget, self._room),
+                    lambda: Connection(self._done, self._forget, self._room),
                     self._host,
                     self._port,
                     ssl=self._context,
@@ -105,12 +104,6 @@ class Pool:
             raise _unreached(ConnectionResetError())
         self._open.add(connection)
         return connection
-
-    def _give_back(self, connection: Connection) -> None:
-        if self._kept:
-            self._free.put(connection)
-        else:
-            connection.abort()
 
     def _forget(self, connection: Connection) -> None:
         self._open.discard(connection)

@@ -39,7 +39,8 @@ class Transport:
         through: Literal["own", "aiohttp"] = "own",
     ) -> None:
         self._secret = secret
-        self._timeouts = timeouts
+        self._first_byte = timeouts.first_byte or timeouts.total
+        self._stream_first_byte = timeouts.stream_first_byte
         known = {"Content-Type": "application/json", **(headers or {})}
         if secret:
             known["Authorization"] = f"Bearer {secret}"
@@ -59,8 +60,7 @@ class Transport:
 
         Raises `BackendError`, also for one of more than `most` bytes, and what `refusal` makes.
         """
-        first_byte = self._timeouts.whole_first_byte
-        exchange = await self._upstream.send(path, body, first_byte, call_id)
+        exchange = await self._upstream.send(path, body, self._first_byte, call_id)
         if exchange.status != 200:
             raise await self._refusal(exchange)
         data = exchange.whole()
@@ -85,8 +85,7 @@ class Transport:
         self, path: str, body: bytes, n: int | None, call_id: int | None
     ) -> AsyncGenerator[list[GenerateChunk]]:
         reader, events = ChunkReader(n), SSEDecoder()
-        first_byte = self._timeouts.stream_first_byte
-        exchange = await self._upstream.send(path, body, first_byte, call_id)
+        exchange = await self._upstream.send(path, body, self._stream_first_byte, call_id)
         # It may be long, and so may the answer take.
         del body
         if exchange.status != 200:
