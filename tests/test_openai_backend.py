@@ -305,6 +305,22 @@ async def test_the_stream_of_an_unusual_provider_is_read(
     assert [{"role": "assistant", "content": "Hel"}, {"content": "lo"}, {}] == deltas
 
 
+async def test_a_slow_answer_may_take_longer_than_a_silence_in_it(
+    upstream: ScriptedUpstream,
+) -> None:
+    """It is broken off where nothing of it comes for too long, and not before."""
+    pieces = [chunk({"content": text}) for text in "slow but sure"]
+    slowly = Answer(events=[*pieces, "[DONE]"], pause=0.1)
+    upstream.script(slowly, Answer(events=pieces, hang="end"))
+    async with running(provider(upstream.url, "idleTimeoutMs: 400")) as server:
+        slow, silent = [events((await make(server, "stream")).text) for _ in range(2)]
+
+    texts = [one["choices"][0]["delta"].get("content", "") for one in slow[:-1]]
+    assert "slow but sure" == "".join(texts)
+    assert "[DONE]" == slow[-1]
+    assert "timeout" == silent[-1]["error"]["code"]
+
+
 def test_what_is_said_of_the_whole_is_no_piece_of_an_answer() -> None:
     """It comes once, with the first piece: until then nothing was answered, and others may."""
     reader = ChunkReader()
