@@ -201,11 +201,13 @@ def merged(context: Context, own: dict[str, str] | None = None) -> CIMultiDict[s
 def checked(headers: CIMultiDict[str], context: Context) -> None:
     """Raises `ServerError` for a value that cannot be sent."""
     for name, value in headers.items():
-        if not isinstance(value, str) or _FORBIDDEN.search(value):  # pyright: ignore[reportUnnecessaryIsInstance]
-            # The refusal is merged with what else the handler set.
-            context.response_headers.popall(name, None)
-            message = f"the header {name!r} is not text that HTTP allows"
-            raise ServerError(message)
+        # What can be printed holds nothing forbidden, and is seen faster.
+        if isinstance(value, str) and (value.isprintable() or not _FORBIDDEN.search(value)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            continue
+        # The refusal is merged with what else the handler set.
+        context.response_headers.popall(name, None)
+        message = f"the header {name!r} is not text that HTTP allows"
+        raise ServerError(message)
 
 
 def _agreed(context: Context) -> str | None:
