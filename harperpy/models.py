@@ -124,10 +124,11 @@ class Models:
 
         def ask(candidate: Candidate, recorder: Recorder) -> Awaitable[EmbedResult]:
             backend: Any = candidate.backend
-            asked = call.opts_for(candidate, recorder)
-            if inputs.texts or backend.token_input:
-                return backend.embed(inputs.texts or inputs.arrays, asked)
-            return self._embed_arrays(backend, inputs, asked)
+            own = call.opts_for(candidate, recorder)
+            if inputs.arrays and not backend.token_input:
+                return self._embed_arrays(backend, inputs, own)
+            coming: Awaitable[EmbedResult] = backend.embed(inputs.texts or inputs.arrays, own)
+            return coming
 
         def told(result: EmbedResult, recorder: Recorder) -> None:
             _check_vectors(result, len(inputs.texts) + len(inputs.arrays))
@@ -233,9 +234,10 @@ def _asked(
 ) -> Awaitable[GenerateResult]:
     asked, opts = call.prompt_for(candidate, prompt), call.opts_for(candidate, recorder)
     backend: Any = candidate.backend
-    if hasattr(backend, "generate"):
-        return backend.generate(asked, opts)
-    return _drained(backend.generate_stream(asked, opts))
+    if not hasattr(backend, "generate"):
+        return _drained(backend.generate_stream(asked, opts))
+    coming: Awaitable[GenerateResult] = backend.generate(asked, opts)
+    return coming
 
 
 def _told(prompt: Prompt, result: GenerateResult, recorder: Recorder) -> None:
