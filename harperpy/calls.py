@@ -171,6 +171,8 @@ class Call:
             while batch is not None:
                 recorder.observe(batch)
                 yield batch
+                # It may wait for long, and so hold it for long.
+                batch = None
                 if caller.writing:
                     _refuse()
                 caller.asking += 1
