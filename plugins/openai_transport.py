@@ -96,7 +96,7 @@ class Transport:
                 for data in events.feed(read):
                     batch += reader.read(data)
                 # The next may take long to come: nothing of this one is kept meanwhile.
-                read = data = None
+                read, data = b"", ""
                 if batch:
                     yield batch
                     batch = []
