@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from .backend import aclose, aiterate
 from .sse import SSE, Encoded
 
 T = TypeVar("T")
+
+Divert: TypeAlias = Callable[[Callable[[T], bool]], None]
+"""Gives a function each batch that comes while a reader waits for one, in place of the reader.
+
+That spares the way through all of a stream's iterators. When the function says no, the reader gets
+the next; it always gets the end, and what goes wrong, in the function too.
+"""
 
 _NONE: Any = object()
 # What stands around the data of a plain event.
@@ -19,14 +26,18 @@ class Batched(AsyncIterator[T], Generic[T]):
     """A stream of items whose source brings several at a time.
 
     It is iterated one by one, or all that comes together by `batches`; closing it closes the
-    source.
+    source. `divert(sink)`, of a source that can, gives `sink` each batch that comes while a reader
+    waits for it, in place of the reader, until `sink` says no.
     """
 
-    __slots__ = ("_batches", "_left")
+    __slots__ = ("_batches", "_left", "divert")
 
-    def __init__(self, batches: AsyncIterator[Sequence[T]]) -> None:
+    def __init__(
+        self, batches: AsyncIterator[Sequence[T]], divert: Divert[Sequence[T]] | None = None
+    ) -> None:
         self._batches = batches
         self._left: Iterator[T] = iter(())
+        self.divert = divert
 
     async def __anext__(self) -> T:
         while (item := next(self._left, _NONE)) is _NONE:
@@ -45,11 +56,12 @@ class Batched(AsyncIterator[T], Generic[T]):
 class EncodedEvents(AsyncIterator[SSE]):
     """Events of plain one-line data, several at a time; for who sends them as their bytes."""
 
-    __slots__ = ("_batches", "_left")
+    __slots__ = ("_batches", "_left", "divert")
 
-    def __init__(self, batches: AsyncIterator[Encoded]) -> None:
+    def __init__(self, batches: AsyncIterator[Encoded], divert: Divert[Encoded] | None) -> None:
         self._batches = batches
         self._left: Iterator[bytes] = iter(())
+        self.divert = divert
 
     async def __anext__(self) -> SSE:
         while (data := next(self._left, None)) is None:

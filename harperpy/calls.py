@@ -13,7 +13,7 @@ import msgspec
 from .accounting import Admission, Attempt, Caller, Ledger, Method, ModelCall, clipped
 from .auth import extract_tenant_id
 from .backend import Streams, aclose
-from .batches import batches_of
+from .batches import Batched, Divert, batches_of
 from .errors import (
     Aborted,
     BackendError,
@@ -55,6 +55,7 @@ class Call:
         "_at",
         "_attempts",
         "_caller",
+        "_flowing",
         "_guard",
         "_ledger",
         "_method",
@@ -79,6 +80,7 @@ class Call:
         self._method: Method = method
         self._opts = opts
         self._caller = caller
+        self._flowing: tuple[Divert[_Batch], Recorder] | None = None
         self.plan: Sequence[Planned] = ()
         keeper = ledger.keeper
         self._synced = None if keeper is None else keeper.synced
@@ -197,6 +199,21 @@ class Call:
         finally:
             await aclose(batches)
 
+    def divert(self, sink: Callable[[_Batch], bool]) -> None:
+        """What `batches` would bring; it brings all by itself where the source has no such way."""
+        if self._flowing is None:
+            return
+        divert, recorder = self._flowing
+        caller, observe = self._caller, recorder.observe
+
+        def take(batch: _Batch) -> bool:
+            if caller.writing:
+                _refuse()
+            observe(batch)
+            return sink(batch)
+
+        divert(take)
+
     async def _opened(
         self, prompt: Prompt, candidate: Candidate, recorder: Recorder
     ) -> tuple[_Batch | None, AsyncIterator[_Batch], Recorder]:
@@ -204,6 +221,8 @@ class Call:
         asked, opts = self.prompt_for(candidate, prompt), self.opts_for(candidate, recorder)
         stream = cast("Streams", candidate.backend).generate_stream(asked, opts)
         recorder.source = batches = batches_of(stream)
+        if isinstance(stream, Batched) and stream.divert is not None:
+            self._flowing = stream.divert, recorder
         return await anext(batches, None), batches, recorder
 
     def _pause(self, error: BaseException) -> float | None:

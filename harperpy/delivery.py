@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from multidict import CIMultiDict
 
@@ -21,7 +21,12 @@ BODILESS = frozenset({204, 304})
 
 
 class Line(Protocol):
-    """A connection, as one answer sees it."""
+    """A connection, as one answer sees it.
+
+    Where it is `at_once`, a write to a client that keeps up leaves nothing to await.
+    """
+
+    at_once: ClassVar[bool]
 
     async def head(self, reply: Reply) -> None:
         """Send the head, or let it go with the first bytes of the body."""
@@ -76,11 +81,14 @@ class Delivery:
             if isinstance(body, bytes):
                 await self._write(body)
             elif reply.status not in BODILESS:
+                divert = reply.divert if self._line.at_once else None
                 async for data in body:
                     if (drained := self._put(data)) is not None:
                         await self._wait(drained)
                     # The next may take long to come: nothing of this one is kept meanwhile.
                     del data, drained
+                    if divert is not None:
+                        divert(self._take)
         finally:
             self.end()
             with contextlib.suppress(TimeoutError):
@@ -129,6 +137,10 @@ class Delivery:
         self.sent += len(data)
         self._last = self._loop.time()
         return self._line.write(data)
+
+    def _take(self, data: bytes) -> bool:
+        """As `_put`; whether the client keeps up."""
+        return self._put(data) is None
 
     async def _wait(self, drained: Awaitable[None]) -> None:
         self._behind = True

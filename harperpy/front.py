@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable
 from http import HTTPStatus
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from multidict import CIMultiDict
 
@@ -45,6 +45,8 @@ class Front(asyncio.Protocol):
         *("_buffer", "_chunked", "_closing", "_context", "_delivery", "_drained"),
         *("_fronts", "_head", "_left", "_needed", "_peer", "_task", "_unsent", "transport"),
     )
+
+    at_once: ClassVar = True
 
     def __init__(self, fronts: Fronts) -> None:
         self._fronts = fronts

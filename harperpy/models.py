@@ -172,14 +172,14 @@ class Models:
         prompt, settings = _ask(given, opts, options)
         call = self._call("generateStream", prompt, settings)
         if (count := settings.n or 1) == 1:
-            return Batched(call.batches(prompt))
+            return Batched(call.batches(prompt), call.divert)
 
         def one(index: int) -> AsyncIterator[GenerateChunk]:
             call = self._one_call("generateStream", prompt, settings, index)
-            return Batched(call.batches(prompt))
+            return Batched(call.batches(prompt), call.divert)
 
         if call.gives_many:
-            return topped_up(Batched(call.batches(prompt)), count, one)
+            return topped_up(Batched(call.batches(prompt), call.divert), count, one)
         return interleaved({index: one(index) for index in range(count)})
 
     async def open(self) -> None:

@@ -20,7 +20,7 @@ import msgspec
 from multidict import CIMultiDict
 
 from .backend import aclose, aiterate
-from .batches import EncodedEvents
+from .batches import Divert, EncodedEvents
 from .caching import vary
 from .content import Blob, EventStream, Response
 from .context import Context
@@ -43,7 +43,8 @@ class Reply(msgspec.Struct, eq=False):
     """A status, headers, and a body: bytes, or an iterator that one task steps and closes.
 
     `committed` says that the head was sent while the first item was still awaited; `socket` is
-    what a 101 is followed by. `check` raises what refuses who reads events by now.
+    what a 101 is followed by. `check` raises what refuses who reads events by now. `divert` brings
+    what the body would.
     """
 
     status: int
@@ -54,6 +55,7 @@ class Reply(msgspec.Struct, eq=False):
     source: AsyncIterator[Any] | None = None
     socket: Socket | None = None
     check: Callable[[], Awaitable[None]] | None = None
+    divert: Divert[bytes] | None = None
 
     async def close(self) -> None:
         """Close the body's iterator and what it is made from, begun or not."""
@@ -65,13 +67,14 @@ class Reply(msgspec.Struct, eq=False):
 class Flow(msgspec.Struct, eq=False):
     """A stream that a handler returned, its type as far as that is certain, and its own headers.
 
-    What is `raw` needs no framing.
+    What is `raw` needs no framing. `divert` is for a source of bytes that go out as they are.
     """
 
     source: AsyncIterator[Any]
     media: str | None
     headers: dict[str, str]
     raw: bool = False
+    divert: Divert[bytes] | None = None
 
 
 Early = Callable[[Reply], None]
@@ -87,9 +90,7 @@ def render(value: Any, context: Context) -> Reply | Flow:
     if isinstance(value, Response):
         return _render_response(value, context)
     if isinstance(value, EventStream):
-        told = value.events
-        events = told.encoded() if isinstance(told, EncodedEvents) else aiterate(told)
-        return Flow(events, EVENTS, value.headers)
+        return _events(value)
     if isinstance(value, (AsyncIterable, Iterator)):
         source = aiterate(cast("AsyncIterable[Any] | Iterable[Any]", value))
         return Flow(source, _agreed(context), {})
@@ -116,6 +117,13 @@ def upgraded(
     reply.source = sent(value)
     reply.socket = Socket(reply.source, incoming, check, entry.resource.keepalive)
     return reply
+
+
+def _events(stream: EventStream) -> Flow:
+    told = stream.events
+    if isinstance(told, EncodedEvents):
+        return Flow(told.encoded(), EVENTS, stream.headers, divert=told.divert)
+    return Flow(aiterate(told), EVENTS, stream.headers)
 
 
 def _meant(value: dict[Any, Any]) -> Any:
@@ -255,7 +263,7 @@ async def prime(flow: Flow, entry: Entry, context: Context, early: Early) -> Rep
     finally:
         if late is not None:
             late.cancel()
-    reply.source = source
+    reply.source, reply.divert = source, flow.divert
     reply.body = frames(source, ready, framing, context.signal)
     return reply
 

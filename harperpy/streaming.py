@@ -6,12 +6,12 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
 from .backend import aclose
-from .batches import EncodedEvents, batches_of
+from .batches import Batched, Divert, EncodedEvents, batches_of
 from .errors import HarperError, ServerError
 from .messages import Choice, GenerateChunk, TokenUsage, ToolCall, ToolCallDelta, as_json_text
 from .sse import SSE, Encoded, encode_json, encode_text
@@ -116,7 +116,21 @@ def openai_stream(
     encoder = _ChunkEncoder(
         model, id or completion_id(), include_usage=include_usage, functions=functions
     )
-    return EncodedEvents(_Events(batches_of(tokens), encoder, include_usage=include_usage))
+    events = _Events(batches_of(tokens), encoder, include_usage=include_usage)
+    source = tokens.divert if isinstance(tokens, Batched) else None
+    return EncodedEvents(events, source and _diverted(source, encoder))
+
+
+def _diverted(
+    source: Divert[Sequence[GenerateChunk | str]], encoder: _ChunkEncoder
+) -> Divert[Encoded]:
+    """The way past a source's iterators, further on as events."""
+    encode = encoder.events
+
+    def divert(sink: Callable[[Encoded], bool]) -> None:
+        source(lambda batch: not (events := encode(batch)) or sink(events))
+
+    return divert
 
 
 class _Events(AsyncIterator[Encoded]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from aiohttp.web_protocol import RequestPayloadError
 from aiohttp.web_request import BaseRequest
@@ -140,6 +140,8 @@ class Wire:
 
 class _Line:
     """One answer over aiohttp."""
+
+    at_once: ClassVar = False
 
     def __init__(self, raw: BaseRequest) -> None:
         self._raw = raw

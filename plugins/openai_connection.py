@@ -34,7 +34,7 @@ class Answering:
     """
 
     __slots__ = (
-        *("_connection", "_counted", "_error", "_first", "_idle", "_total", "_waiter"),
+        *("_connection", "_counted", "_error", "_first", "_idle", "_sink", "_total", "_waiter"),
         *("fields", "held", "parts", "since", "status"),
     )
 
@@ -48,6 +48,7 @@ class Answering:
         self._error: BackendError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._first: Deadlines | None = None
+        self._sink: Callable[[bytes], bool] | None = None
         self._total, self._idle = total, idle
         total.add(self)
 
@@ -112,8 +113,10 @@ class Answering:
     def close(self) -> None:
         """Break off what has not come yet."""
         self.parts.clear()
-        if self._connection is not None:
-            self._connection.abort()
+        connection = self._connection
+        # Within a read, all of it may be here before anybody has been told.
+        if connection is not None and not connection.complete:
+            connection.abort()
             self.end(None)
 
     def news(self) -> int:
@@ -126,12 +129,34 @@ class Answering:
         self.held += fresh
         # Before the first read it is the head that somebody waits for.
         if self._waiter is not None and self.status and (fresh or not self.since):
-            self._wake()
+            if self._sink is not None and not self._waiter.done():
+                self._pass_on(self._sink)
+            else:
+                self._wake()
         return fresh
+
+    def divert(self, sink: Callable[[bytes], bool]) -> None:
+        """See `Exchange`."""
+        if self._connection is not None:
+            self._sink = sink
+
+    def _pass_on(self, sink: Callable[[bytes], bool]) -> None:
+        """Give it what has come; who waits learns of a failure alone."""
+        data = b"".join(self.parts)
+        self.parts.clear()
+        self.held = self._counted = 0
+        self.since = asyncio.get_running_loop().time()
+        try:
+            if sink(data):
+                return
+        except Exception as error:  # noqa: BLE001  # raised where it is waited for
+            self._wake(error)
+        self._sink = None
 
     def end(self, error: BackendError | None) -> None:
         """Nothing more comes: it is complete, or this went wrong."""
-        self._connection, self._error = None, error
+        # What it leads to leads back to here.
+        self._connection, self._error, self._sink = None, error, None
         self._total.remove(self)
         if self.since:
             self._idle.remove(self)
@@ -146,7 +171,7 @@ class Answering:
             self.end(BackendTimeout())
             connection.abort()
 
-    def _wake(self) -> None:
+    def _wake(self, error: Exception | None = None) -> None:
         """There is news for who waits."""
         waiter, self._waiter = self._waiter, None
         if self._first is not None:
@@ -154,8 +179,10 @@ class Answering:
             self._first = None
         if waiter is None or waiter.done():
             return
-        if self._error is not None and not self.status:
-            waiter.set_exception(self._error)
+        if error is None and not self.status:
+            error = self._error
+        if error is not None:
+            waiter.set_exception(error)
         else:
             waiter.set_result(None)
 
@@ -163,14 +190,15 @@ class Answering:
 class Connection(asyncio.BufferedProtocol):
     """One connection. `free` is told when it may be used again, `gone` when it has ended.
 
-    `since` is when it was; `paused` says that it reads no more for now.
+    `since` is when it was; `complete` says that its answer has come to its end, `paused` that it
+    reads no more for now.
     `room` is where it reads to; connections may share it, as it is free again after each read.
     """
 
     __slots__ = (
-        *("_answering", "_beside", "_body", "_bounded", "_complete", "_excess", "_free", "_gone"),
+        *("_answering", "_beside", "_body", "_bounded", "_excess", "_free", "_gone"),
         *("_headers", "_lasts", "_odd", "_parser", "_reused", "_room", "_transport", "_whole"),
-        *("on_body", "paused", "since"),
+        *("complete", "on_body", "paused", "since"),
     )
 
     on_body: Callable[[bytes], None]
@@ -188,7 +216,7 @@ class Connection(asyncio.BufferedProtocol):
         self._answering: Answering | None = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._beside = self._body = self._whole = 0
-        self._bounded = self._complete = self._excess = False
+        self._bounded = self.complete = self._excess = False
         self._lasts = self._reused = self.paused = False
         self.since = 0.0
         self._odd = ""
@@ -206,7 +234,7 @@ class Connection(asyncio.BufferedProtocol):
         self._parser = httptools.HttpResponseParser(self)
         self._headers = []
         self._beside = self._body = 0
-        self._bounded = self._complete = self._excess = False
+        self._bounded = self.complete = self._excess = False
         outbox.send(self._transport, request)
         return answering
 
@@ -243,8 +271,8 @@ class Connection(asyncio.BufferedProtocol):
         try:
             self._parser.feed_data(self._room[:nbytes])
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            self._excess = self._complete
-            if not self._complete:
+            self._excess = self.complete
+            if not self.complete:
                 self._odd = self._odd or f"{type(error).__name__}: {error}"
         if self._excess:
             del answering.parts[self._whole :]
@@ -255,7 +283,7 @@ class Connection(asyncio.BufferedProtocol):
             self._odd = self._odd or "too much beside its body"
         if self._odd:
             self._fail(BackendError(f"the provider's answer is malformed: {self._odd}"))
-        elif self._complete:
+        elif self.complete:
             self._end()
         elif answering.held > _MOST_HELD and not self.paused:
             self.paused = True
@@ -283,7 +311,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def on_message_begin(self) -> None:
         """Another answer, which nobody asked for, takes nothing from the first."""
-        self._excess = self._complete
+        self._excess = self.complete
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header; after the body they count for nothing."""
@@ -294,7 +322,7 @@ class Connection(asyncio.BufferedProtocol):
         status = self._parser.get_status_code()
         headers = self._headers
         self._headers = []
-        if self._complete or self._answering is None or 100 <= status < 200:
+        if self.complete or self._answering is None or 100 <= status < 200:
             return
         known = dict(headers)
         coded = b"transfer-encoding" in known
@@ -310,8 +338,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def on_message_complete(self) -> None:
         """The end, unless it was one that only announces another."""
-        if not self._complete and self._answering is not None:
-            self._complete = self._parser.get_status_code() >= 200
+        if not self.complete and self._answering is not None:
+            self.complete = self._parser.get_status_code() >= 200
             self._lasts = self._parser.should_keep_alive()
             self._whole = len(self._answering.parts)
 

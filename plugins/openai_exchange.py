@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -39,6 +39,13 @@ class Exchange(Protocol):
         """What has come of the body since the last time, at least a byte; nothing at its end.
 
         Raises `BackendError` where it breaks off, `BackendTimeout` where it takes too long.
+        """
+        ...
+
+    def divert(self, sink: Callable[[bytes], bool]) -> None:
+        """Give `sink` what comes while `read` waits, until it says no or raises.
+
+        What it raises is raised by `read`. An exchange that cannot do so leaves all to `read`.
         """
         ...
 

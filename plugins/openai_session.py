@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +35,9 @@ class Answered:
         with _as_ours():
             async with asyncio.timeout(self._idle):
                 return await self._response.content.readany()
+
+    def divert(self, sink: Callable[[bytes], bool]) -> None:
+        """It is a task that reads here."""
 
     def close(self) -> None:
         """Not read to its end, a connection cannot be used again: closing it tells the provider."""

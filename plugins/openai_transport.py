@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Literal, TypeVar
 
 import msgspec
@@ -79,13 +79,15 @@ class Transport:
 
         Raises `BackendError` for one that is cut off.
         """
-        return Batched(self._batches(path, body, n, call_id))
+        chunks = _Chunks(n)
+        return Batched(self._batches(chunks, path, body, call_id), chunks.divert)
 
     async def _batches(
-        self, path: str, body: bytes, n: int | None, call_id: int | None
+        self, chunks: _Chunks, path: str, body: bytes, call_id: int | None
     ) -> AsyncGenerator[list[GenerateChunk]]:
-        reader, events = ChunkReader(n), SSEDecoder()
+        reader, events = chunks.reader, chunks.events
         exchange = await self._upstream.send(path, body, self._stream_first_byte, call_id)
+        chunks.exchange = exchange
         # It may be long, and so may the answer take.
         del body
         if exchange.status != 200:
@@ -122,6 +124,37 @@ class Transport:
         """What an answer that is no good one means."""
         told = await _read_all(exchange, _MOST_ERROR)
         return refusal(exchange.status, told, exchange.headers, self._secret)
+
+
+class _Chunks:
+    """How far a streamed answer has been read, in whichever way each part of it comes."""
+
+    __slots__ = ("events", "exchange", "reader")
+
+    def __init__(self, n: int | None) -> None:
+        self.reader = ChunkReader(n)
+        self.events = SSEDecoder()
+        self.exchange: Exchange | None = None
+
+    def divert(self, sink: Callable[[Sequence[GenerateChunk]], bool]) -> None:
+        """See `Batched`."""
+        if (exchange := self.exchange) is None:
+            return
+        reader, read, feed = self.reader, self.reader.read, self.events.feed
+
+        def take(part: bytes) -> bool:
+            more, batch = True, list[GenerateChunk]()
+            try:
+                for data in feed(part):
+                    batch += read(data)
+            finally:
+                if batch:
+                    more = sink(batch)
+            if reader.ended:
+                exchange.close()
+            return more
+
+        exchange.divert(take)
 
 
 async def _read_all(exchange: Exchange, most: int) -> bytes:

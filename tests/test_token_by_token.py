@@ -1,0 +1,222 @@
+"""A streamed answer as models give it: each piece goes on before the provider has the next."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import msgspec
+import pytest
+
+from harperpy.testing import RunningServer, chunk, running
+from helpers import HELLO, provider
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+END = b"0\r\n\r\n"
+DONE = b"data: [DONE]\n\n"
+
+
+def event(told: Any) -> bytes:
+    """One event."""
+    return b"data: %b\n\n" % msgspec.json.encode(told)
+
+
+def text(content: str) -> bytes:
+    """The event of a piece of text."""
+    return event(chunk({"content": content}))
+
+
+def piece(data: bytes) -> bytes:
+    """One chunk of HTTP's."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class Feed:
+    """A provider that streams what it is told to, when it is; `asked` counts by connection."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.left = asyncio.Event()
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection."""
+        number = len(self.asked)
+        self.asked.append(0)
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                length = int(head.partition(b"content-length:")[2].split(b"\r\n")[0])
+                await reader.readexactly(length)
+                self.asked[number] += 1
+                self._writer = writer
+                writer.write(HEAD)
+                await self.tell(text("first"))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            self.left.set()
+        finally:
+            writer.close()
+
+    async def tell(self, *events: bytes) -> None:
+        """Send events together."""
+        assert self._writer is not None
+        self._writer.write(piece(b"".join(events)))
+        await self._writer.drain()
+
+    def end(self, *events: bytes) -> None:
+        """Send the last events, and the end of the body with them."""
+        assert self._writer is not None
+        self._writer.write(piece(b"".join(events)) + END if events else END)
+
+    def hang_up(self) -> None:
+        """End the connection."""
+        assert self._writer is not None
+        self._writer.close()
+
+
+class Answer:
+    """What a client has of a streamed answer."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+
+    async def event(self) -> Any:
+        """The next event's data; nothing at the answer's end."""
+        line = await self._response.content.readline()
+        await self._response.content.readline()
+        data = line.removeprefix(b"data: ").strip()
+        return data.decode() if data in (b"", b"[DONE]") else json.loads(data)
+
+    async def text(self) -> str:
+        """The text that the next event brings."""
+        return (await self.event())["choices"][0]["delta"]["content"]
+
+
+@asynccontextmanager
+async def feeding() -> AsyncGenerator[tuple[RunningServer, Feed]]:
+    """A server in front of such a provider."""
+    feed = Feed()
+    listener = await asyncio.start_server(feed.serve, "127.0.0.1", 0)
+    async with listener:
+        port = listener.sockets[0].getsockname()[1]
+        async with running(provider(f"http://127.0.0.1:{port}/v1")) as server:
+            yield server, feed
+
+
+@asynccontextmanager
+async def asking(server: RunningServer) -> AsyncGenerator[Answer]:
+    """A chat whose answer has begun, by its first piece."""
+    async with (
+        asyncio.timeout(30),
+        server.session() as client,
+        client.post("/v1/chat/completions", json={**HELLO, "stream": True}) as response,
+    ):
+        answer = Answer(response)
+        assert "first" == await answer.text()
+        yield answer
+
+
+async def test_each_piece_is_there_before_the_next_is_sent() -> None:
+    """Whatever it holds, to the end; counted once, over a connection that is used again."""
+    call = {"index": 0, "id": "call_1", "function": {"name": "f", "arguments": "{}"}}
+    usage = {"prompt_tokens": 3, "completion_tokens": 70}
+    async with feeding() as (server, feed):
+        for _ in range(2):
+            async with asking(server) as answer:
+                for said in ("second", 'th"ird\n', "\u00e9\U0001f600"):
+                    await feed.tell(text(said))
+                    assert said == await answer.text()
+                await feed.tell(text("two"), text("more"))
+                assert ["two", "more"] == [await answer.text(), await answer.text()]
+                await feed.tell(event(chunk({"tool_calls": [call]})))
+                told = (await answer.event())["choices"][0]["delta"]["tool_calls"]
+                assert ("call_1", "f") == (told[0]["id"], told[0]["function"]["name"])
+                reason = event(chunk({}, finish_reason="tool_calls"))
+                feed.end(reason, event({"choices": [], "usage": usage}), DONE)
+                assert "tool_calls" == (await answer.event())["choices"][0]["finish_reason"]
+                assert ["[DONE]", ""] == [await answer.event(), await answer.event()]
+        rows = await server.rows()
+
+    assert [2] == feed.asked
+    counted = [(row["success"], row["prompt_tokens"], row["completion_tokens"]) for row in rows]
+    assert [(True, 3, 70)] * 2 == counted
+
+
+async def test_the_providers_last_word_ends_the_answer() -> None:
+    """Although its body goes on."""
+    async with feeding() as (server, feed):
+        async with asking(server) as answer:
+            await feed.tell(text("second"))
+            assert "second" == await answer.text()
+            await feed.tell(DONE)
+            assert "stop" == (await answer.event())["choices"][0]["finish_reason"]
+            assert ["[DONE]", ""] == [await answer.event(), await answer.event()]
+        await asyncio.wait_for(feed.left.wait(), 30)
+        [row] = await server.rows()
+    assert (True, 2) == (row["success"], row["completion_tokens"])
+
+
+BROKEN = {
+    "an event that is none": b"data: {oops\n\n",
+    "an error": event({"error": {"message": "secret", "code": 500}}),
+    "no more": None,
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+async def test_what_goes_wrong_is_the_last_event(broken: bytes | None) -> None:
+    """After what came with it before; the row has what was said until then."""
+    async with feeding() as (server, feed):
+        async with asking(server) as answer:
+            await feed.tell(text("second"))
+            assert "second" == await answer.text()
+            if broken is None:
+                feed.hang_up()
+            else:
+                await feed.tell(text("third"), broken, text("never"))
+                assert "third" == await answer.text()
+            told = (await answer.event())["error"]
+            assert "" == await answer.event()
+        [row] = await server.rows()
+
+    assert "The model provider failed to answer." == told["message"]
+    said = 2 if broken is None else 3
+    assert (False, "backend_error", said) == (
+        *(row["success"], row["error_code"]),
+        row["completion_tokens"],
+    )
+
+
+async def test_a_client_that_was_behind_misses_nothing() -> None:
+    """Its provider waits for it; then all comes in order."""
+    async with feeding() as (server, feed), asking(server) as answer:
+        sent = 0
+        try:
+            while True:
+                async with asyncio.timeout(1):
+                    await feed.tell(text(f"{sent} {'x' * 1000}"))
+                sent += 1
+        except TimeoutError:
+            # What did not fit is on the way all the same.
+            sent += 1
+        read = 0
+        while read < sent:
+            assert str(read) == (await answer.text()).split()[0]
+            read += 1
+        await feed.tell(text("at last"))
+        assert "at last" == await answer.text()
+        feed.end(DONE)
+        assert "stop" == (await answer.event())["choices"][0]["finish_reason"]
+
+
+async def test_a_client_that_leaves_is_not_answered_on() -> None:
+    """Its provider sees it, and the row has what was said until then."""
+    async with feeding() as (server, feed):
+        async with asking(server) as answer:
+            await feed.tell(text("second"))
+            assert "second" == await answer.text()
+        await asyncio.wait_for(feed.left.wait(), 30)
+        [row] = await server.rows()
+    assert (False, "aborted", 2) == (row["success"], row["error_code"], row["completion_tokens"])
