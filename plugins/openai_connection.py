@@ -34,8 +34,8 @@ class Answering:
     """
 
     __slots__ = (
-        *("_connection", "_counted", "_error", "_first", "_idle", "_sink", "_total", "_waiter"),
-        *("fields", "held", "parts", "since", "status"),
+        *("_connection", "_counted", "_error", "_first", "_idle", "_loop", "_sink", "_total"),
+        *("_waiter", "fields", "held", "parts", "since", "status"),
     )
 
     def __init__(self, connection: Connection, total: Deadlines, idle: Silences) -> None:
@@ -45,6 +45,7 @@ class Answering:
         self.held = self._counted = 0
         self.since = 0.0
         self._connection: Connection | None = connection
+        self._loop = connection.loop
         self._error: BackendError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._first: Deadlines | None = None
@@ -70,7 +71,7 @@ class Answering:
         if first is not None:
             self._first = first
             first.add(self)
-        self._waiter = waiter = asyncio.get_running_loop().create_future()
+        self._waiter = waiter = self._loop.create_future()
         return waiter
 
     def whole(self) -> bytes | None:
@@ -85,9 +86,8 @@ class Answering:
         if not parts and self._connection is not None:
             if not self.since:
                 self._idle.add(self)
-            loop = asyncio.get_running_loop()
-            self.since = loop.time()
-            self._waiter = waiter = loop.create_future()
+            self.since = self._loop.time()
+            self._waiter = waiter = self._loop.create_future()
             await waiter
         if not parts and self._error is not None:
             raise self._error
@@ -145,7 +145,7 @@ class Answering:
         data = b"".join(self.parts)
         self.parts.clear()
         self.held = self._counted = 0
-        self.since = asyncio.get_running_loop().time()
+        self.since = self._loop.time()
         try:
             if sink(data):
                 return
@@ -198,7 +198,7 @@ class Connection(asyncio.BufferedProtocol):
     __slots__ = (
         *("_answering", "_beside", "_body", "_bounded", "_excess", "_free", "_gone"),
         *("_headers", "_lasts", "_odd", "_parser", "_reused", "_room", "_transport", "_whole"),
-        *("complete", "on_body", "paused", "since"),
+        *("complete", "loop", "on_body", "paused", "since"),
     )
 
     on_body: Callable[[bytes], None]
@@ -211,6 +211,7 @@ class Connection(asyncio.BufferedProtocol):
         room: memoryview,
     ) -> None:
         self._free, self._gone, self._room = free, gone, room
+        self.loop = asyncio.get_running_loop()
         self._transport = cast("asyncio.Transport", None)
         self._parser: Any = None
         self._answering: Answering | None = None

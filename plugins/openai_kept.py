@@ -18,7 +18,7 @@ class Kept:
 
     def put(self, connection: Connection) -> None:
         """It can be used again."""
-        loop = asyncio.get_running_loop()
+        loop = connection.loop
         connection.since = now = loop.time()
         self._waiting.append(connection)
         if self._timer is None:
