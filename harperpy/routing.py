@@ -83,7 +83,8 @@ class Routes:
         self._found: dict[tuple[object, ...], Sequence[Planned]] = {}
         self._by_name: dict[Kind, dict[str, Registration]] = {"generative": {}, "embedding": {}}
         self._backends: list[ModelBackend] = []
-        self._seen: tuple[list[Any], list[tuple[str, ...]]] | None = None
+        self._patterns: list[ModelBackend] = []
+        self._seen: list[tuple[Any, ...]] | None = None
         self._listed: list[ModelInfo] = []
 
     def add(self, registration: Registration, *, replace: bool = False) -> None:
@@ -107,6 +108,7 @@ class Routes:
             raise RegistrationError(message)
         self._by_name[kind][name] = registration
         self._backends, self._seen = [one.backend for one in self], None
+        self._patterns = [one.backend for one in self if one.is_pattern]
 
     def freeze(self) -> None:
         """Take no more registrations. Raises `RegistrationError` for a fallback that is missing."""
@@ -201,20 +203,16 @@ class Routes:
 
         Of a permission only what it has.
         """
-        everything = self._everything()
-        if permission is None or permission.super_user or permission.models is None:
-            return everything.copy()
-        return [one for one in everything if self._lists(permission, one)]
-
-    def _everything(self) -> list[ModelInfo]:
-        """All that is listed; made anew where a backend says something new."""
-        backends = self._backends
-        seen = [*map(_told_of, backends)], [tuple(one.served()) for one in backends]
+        seen: list[tuple[Any, ...]] = [tuple(one.served()) for one in self._patterns]
+        seen += map(_told_of, self._backends)
         if seen != self._seen:
             self._seen, self._listed = seen, self._anew()
-        return self._listed
+        if permission is None or permission.super_user or permission.models is None:
+            return self._listed.copy()
+        return [one for one in self._listed if self._lists(permission, one)]
 
     def _anew(self) -> list[ModelInfo]:
+        """All that is listed, as a backend has said something new."""
         found: dict[str, ModelInfo] = {}
         for registration in self:
             names = [] if registration.is_pattern else [registration.name]
