@@ -6,6 +6,9 @@ import asyncio
 from types import TracebackType
 from typing import Protocol, Self
 
+# How often in its time what waits is looked at, at most.
+_LOOKS = 8
+
 
 class Ends(Protocol):
     """What may not go on for longer than its time."""
@@ -52,6 +55,52 @@ class Deadlines:
                 return
             self.remove(deadline)
             deadline.expire()
+
+
+class Waiting(Protocol):
+    """What waits time and again. `since` is when it last began to; infinity while it does not."""
+
+    since: float
+
+    def expire(self) -> None:
+        """End it."""
+        ...
+
+
+class Waits:
+    """Ends what has waited for `seconds`. Each notes by itself when it waits, at no further cost.
+
+    They are looked at now and then: with many of them, one may wait an eighth longer.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._all: set[Waiting] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, one: Waiting) -> None:
+        """Look after one more from now on."""
+        self._all.add(one)
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._seconds, self._look, loop)
+
+    def remove(self, one: Waiting) -> None:
+        """It waits no more."""
+        self._all.discard(one)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        now = oldest = loop.time()
+        for one in [*self._all]:
+            if one.since + self._seconds <= now:
+                self.remove(one)
+                one.expire()
+            else:
+                oldest = min(oldest, one.since)
+        if self._all:
+            when = max(oldest + self._seconds, now + self._seconds / _LOOKS)
+            self._timer = loop.call_at(when, self._look, loop)
 
 
 class Deadline:

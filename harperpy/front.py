@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable
 from http import HTTPStatus
+from math import inf
 from typing import Any, ClassVar, cast
 
 from multidict import CIMultiDict
@@ -43,15 +44,17 @@ class Front(asyncio.Protocol):
 
     __slots__ = (
         *("_buffer", "_chunked", "_closing", "_context", "_delivery", "_drained"),
-        *("_fronts", "_head", "_left", "_needed", "_peer", "_task", "_unsent", "transport"),
+        *("_fronts", "_head", "_left", "_needed", "_peer", "_task", "_unsent"),
+        *("since", "transport"),
     )
 
     at_once: ClassVar = True
 
     def __init__(self, fronts: Fronts) -> None:
         self._fronts = fronts
+        self.since = fronts.loop.time()
         self.transport: Any = None
-        self._peer: str | None = None
+        self._peer = ""
         self._buffer = b""
         self._head: Head | None = None
         self._needed = 0
@@ -69,6 +72,7 @@ class Front(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client has connected."""
         self.transport = transport
+        self._peer = _address(transport.get_extra_info("peername"))
         fronts = self._fronts
         fronts.all.add(self)
         fronts.fresh.add(self)
@@ -84,9 +88,8 @@ class Front(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """The client is behind."""
-        fronts = self._fronts
-        self._drained = fronts.loop.create_future()
-        fronts.idle.remove(self)
+        self._drained = self._fronts.loop.create_future()
+        self.since = inf
 
     def resume_writing(self) -> None:
         """It has caught up."""
@@ -168,16 +171,17 @@ class Front(asyncio.Protocol):
                 return
             self._needed = head.size + head.length
         if head is not None and len(data) >= self._needed:
-            (fronts.bodies if begun else fronts.idle).remove(self)
+            if begun:
+                fronts.bodies.remove(self)
             self._start(data, head)
         elif not begun:
-            fronts.idle.remove(self)
+            self.since = inf
             fronts.bodies.add(self)
 
     def _start(self, data: bytes, head: Head) -> None:
         """Answer the request that is whole now."""
         fronts, needed = self._fronts, self._needed
-        self._needed = 0
+        self.since, self._needed = inf, 0
         self._buffer = data[needed:]
         fronts.fresh.discard(self)
         if head.size > _MOST_KEPT_BYTES:
@@ -188,8 +192,6 @@ class Front(asyncio.Protocol):
 
     def _request(self, head: Head, data: bytes) -> Request:
         port, headers = self._fronts.port, head.headers
-        if self._peer is None:
-            self._peer = _address(self.transport.get_extra_info("peername"))
         request = Request(
             head.method,
             head.path,
@@ -248,7 +250,7 @@ class Front(asyncio.Protocol):
             # What one request has set in its context is not the next one's.
             self._fronts.loop.call_soon(self._go_on, context=self._fronts.context)
         else:
-            self._fronts.idle.add(self)
+            self.since = self._fronts.loop.time()
 
     def _early(self, reply: Reply) -> None:
         """Send a stream's head, as its first item is late."""

@@ -10,7 +10,7 @@ from email.utils import formatdate
 from time import time
 from typing import Any, Protocol
 
-from .deadlines import Deadlines
+from .deadlines import Deadlines, Waiting, Waits
 from .outbox import Outbox
 from .port import SERVER, Port
 
@@ -19,12 +19,8 @@ _MOST_BODY_BYTES = 256 * 1024
 _BODY_SECONDS = 1.0
 
 
-class Shared(Protocol):
-    """A connection that they look after."""
-
-    def expire(self) -> None:
-        """It was idle for too long, or its body takes too long."""
-        ...
+class Shared(Waiting, Protocol):
+    """A connection that they look after. It is idle `since` then."""
 
     def close(self) -> None:
         """End it when it has answered what it was asked, or has begun to be asked."""
@@ -50,7 +46,7 @@ class Fronts:
         self.hand_over = hand_over
         self.all: set[Shared] = set()
         self.fresh: set[Shared] = set()
-        self.idle = Deadlines(port.http.keep_alive_timeout_seconds)
+        self.idle = Waits(port.http.keep_alive_timeout_seconds)
         self.bodies = Deadlines(_BODY_SECONDS)
         self.outbox = Outbox()
         self.loop = asyncio.get_running_loop()
