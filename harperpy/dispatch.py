@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from .content import Body, EventStream, Response, ResponseError
 from .context import Context
 from .cors import Cors
 from .deadlines import Deadline, Deadlines
-from .doors import AuthLog, authorise, caller_address, is_local
+from .doors import AuthLog, authorise, caller_address, challenge, is_local
 from .errors import (
     AnswerTimeout,
     BodyTimeout,
@@ -157,7 +157,8 @@ class Dispatch:
             if (chain := self._middlewares.chain) is not None:
                 reply = await chain(_Way(self, context, found, early))
                 return reply if reply.committed else await _sound(reply, context)
-            await self.authenticate(context, found)
+            if not self._recalls(context, found):
+                await self.authenticate(context, found)
             if found is None:
                 raise NotFound
             return await self.call(context, found, early)
@@ -250,6 +251,16 @@ class Dispatch:
 
         return await prime(flow, found[0] if found else self._nowhere, context, begin)
 
+    def _recalls(self, context: Context, found: Found | None) -> bool:
+        """Whether who asks is known already: by these very headers, and nobody is to be told."""
+        request, shown = context.request, context.request.shown
+        same = shown.headers is request.headers and shown.names is _key_headers(found)
+        if not same or self._auth_log.successful:
+            return False
+        address = caller_address(context)
+        context.user = self._authenticators.recall(shown.header, address, shown)
+        return context.user is not None
+
     async def authenticate(self, context: Context, found: Found | None) -> None:
         """Who is asking; a refused credential ends it here unless the resource settles it."""
         request = context.request
@@ -257,8 +268,8 @@ class Dispatch:
             header = _credential(context, found)
             if header is not None:
                 known, address, shown = self._authenticators, caller_address(context), request.shown
-                user = known.recall(header, address, shown)
-                context.user = user or await known.identify(header, address, shown)
+                context.user = await known.identify(header, address, shown)
+                shown.headers, shown.names = request.headers, _key_headers(found)
                 if self._auth_log.successful:
                     self._auth_log.succeeded(context)
             elif request.trusted or (self._authorize_local and is_local(request)):
@@ -309,13 +320,16 @@ class Dispatch:
             response = Resource.present_error(refusal, context)
             headers = merged(context, response.headers)
         if refusal.status == 401:
-            _challenge(headers, context)
+            challenge(headers, context)
         return Reply(response.status, headers, error_body(response, headers))
 
 
 def _credential(context: Context, found: Found | None) -> str | None:
-    headers = found[0].resource.api_key_headers if found else ()
-    return credential_of(context.request, headers)
+    return credential_of(context.request, _key_headers(found))
+
+
+def _key_headers(found: Found | None) -> Collection[str]:
+    return found[0].resource.api_key_headers if found else ()
 
 
 class _Way:
@@ -380,10 +394,3 @@ def _own_headers(resource: type[Resource], context: Context) -> Mapping[str, str
     except Exception:
         logger.exception("present_headers of %s failed", resource.__name__)
         return {}
-
-
-def _challenge(headers: CIMultiDict[str], context: Context) -> None:
-    headers.add("WWW-Authenticate", 'Bearer realm="harperpy"')
-    # Basic makes a browser ask for a password: not for calls that a page makes.
-    if not {"origin", "x-requested-with"} & {name.lower() for name in context.headers}:
-        headers.add("WWW-Authenticate", 'Basic realm="harperpy", charset="UTF-8"')

@@ -6,6 +6,8 @@ import logging
 import re
 from typing import Protocol
 
+from multidict import CIMultiDict
+
 from .auth import Basic, User, read_credential
 from .context import Context
 from .errors import AccessViolation, InvalidCredentials
@@ -67,6 +69,14 @@ def is_local(request: Request) -> bool:
     name = _PORT.sub("", request.headers.get("host", "").lower())
     named = name in _LOCAL_NAMES or name.endswith(".localhost")
     return request.peer in _LOOPBACK and named and not for_others
+
+
+def challenge(headers: CIMultiDict[str], context: Context) -> None:
+    """Ask who was refused for a credential."""
+    headers.add("WWW-Authenticate", 'Bearer realm="harperpy"')
+    # Basic makes a browser ask for a password: not for calls that a page makes.
+    if not {"origin", "x-requested-with"} & {name.lower() for name in context.headers}:
+        headers.add("WWW-Authenticate", 'Basic realm="harperpy", charset="UTF-8"')
 
 
 class AuthLog:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any, Generic
 from urllib.parse import parse_qsl, unquote
@@ -18,10 +18,15 @@ _NO_PARAMS: Mapping[str, str] = MappingProxyType({})
 
 
 class Shown(msgspec.Struct, eq=False, gc=False):
-    """A credential as a client sent it last: who sends the same again has it hashed already."""
+    """A credential as a client sent it last: who sends the same again has it hashed already.
+
+    It is what `headers` hold for who looks into those called `names` too.
+    """
 
     header: str = ""
     key: bytes = b""
+    headers: Mapping[str, str] | None = None
+    names: Collection[str] = ()
 
 
 class Request(msgspec.Struct, eq=False):
@@ -81,9 +86,12 @@ class RequestTarget(Generic[Query]):
         self.search = search
         self.params = params
         self.id = params.get("id") if params else None
+        self.is_collection = False
         if pathname:
             self.id = unquote(pathname.strip("/")) or self.id
-        self.is_collection = pathname.endswith("/") or (not self.id and bool(search))
+            self.is_collection = pathname.endswith("/")
+        if search and not self.id:
+            self.is_collection = True
         self._pairs: list[tuple[str, str]] | None = None
 
     def get(self, name: str, default: str | None = None) -> str | None:
