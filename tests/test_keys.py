@@ -451,3 +451,21 @@ async def test_other_mounts_know_the_standard_header_alone() -> None:
                 assert 401 == told.status
 
     assert (401, 200) == (answer.status, both.status)
+
+
+@pytest.mark.parametrize("header", ["Authorization", "x-api-key"])
+async def test_a_key_that_is_gone_opens_nothing_on_the_connection_that_showed_it(
+    server: RunningServer, header: str
+) -> None:
+    """However often it sends the same, it is asked each time whether that still counts."""
+    key = await server.key_for("ada")
+    sent = {header: f"Bearer {key}" if header == "Authorization" else key}
+    statuses: list[int] = []
+    async with server.session("") as client:
+        for number in range(6):
+            if number == 3:
+                await server.operate("drop_user", username="ada")
+            async with client.get(f"{server.url}/v1/models", headers=sent) as response:
+                statuses.append(response.status)
+
+    assert [200, 200, 200, 401, 401, 401] == statuses
