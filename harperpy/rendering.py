@@ -202,11 +202,13 @@ def merged(context: Context, own: dict[str, str] | None = None) -> CIMultiDict[s
         for name, value in context.response_headers.items():
             if name.lower() not in taken:
                 headers.add(name, value)
-    checked(headers, context)
+        checked(headers, context)
+    elif own:
+        checked(own, context)
     return headers
 
 
-def checked(headers: CIMultiDict[str], context: Context) -> None:
+def checked(headers: Mapping[str, str] | CIMultiDict[str], context: Context) -> None:
     """Raises `ServerError` for a value that cannot be sent."""
     for name, value in headers.items():
         # What can be printed holds nothing forbidden, and is seen faster.
