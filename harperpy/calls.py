@@ -30,18 +30,16 @@ from .messages import (
 )
 from .recorder import Recorder, asked_tokens
 from .routing import Candidate, Planned, blank_row
-from .signal import AbortSignal
+from .signal import AbortSignal, Guard
 from .vocabulary import EmbedInputs
 
 T = TypeVar("T")
 Opts: TypeAlias = GenerateOpts | EmbedOpts
 _Batch: TypeAlias = Sequence[GenerateChunk]
-Asked: TypeAlias = Prompt | EmbedInputs
 
 _FALLS_BACK = frozenset({401, 403, 404, 408, 409, 429})
 # Longer waits are the caller's to make: it learns of them by Retry-After.
 _LONGEST_WAIT = 2.0
-_NOTHING = EmbedInputs()
 CALL_ID = "x-harper-call-id"
 """The header that names the row of the attempt that answered."""
 
@@ -51,7 +49,6 @@ class Call:
 
     __slots__ = (
         "_anew",
-        "_asked",
         "_at",
         "_attempts",
         "_caller",
@@ -61,6 +58,7 @@ class Call:
         "_method",
         "_opts",
         "_synced",
+        "asked",
         "plan",
         "signal",
     )
@@ -71,10 +69,10 @@ class Call:
         method: Method,
         opts: Opts,
         caller: Caller,
-        asked: Asked = _NOTHING,
+        asked: Any = None,  # a Prompt or EmbedInputs, as the method says
     ) -> None:
         self._ledger = ledger
-        self._asked = asked
+        self.asked = asked
         self._at = self._attempts = 0
         self._anew = False
         self._method: Method = method
@@ -88,7 +86,7 @@ class Call:
         if signal is None or opts.signal is not None:
             signal = AbortSignal.any_of(signal, opts.signal)
         self.signal = signal
-        self._guard = signal.guard()
+        self._guard = Guard(signal)
 
     def refuse(self, error: HarperError) -> None:
         """Record that there is nobody to ask."""
@@ -102,16 +100,18 @@ class Call:
             signal=self.signal,
             call_id=recorder.call.id,
         )
-        if isinstance(opts, GenerateOpts):
-            if opts.allowed_tools is not None and not _knows_allowed(candidate):
-                opts.allowed_tools = None
-            if recorder.most_tokens is not None:
-                opts.max_tokens = recorder.most_tokens
+        if isinstance(opts, EmbedOpts):
+            return opts
+        if opts.allowed_tools is not None and not _knows_allowed(candidate):
+            opts.allowed_tools = None
+        if recorder.most_tokens is not None:
+            opts.max_tokens = recorder.most_tokens
         return opts
 
     def prompt_for(self, candidate: Candidate, prompt: Prompt) -> Prompt:
         """The prompt with the tools that may be called, where a backend cannot be told which."""
-        allowed = self._opts.allowed_tools if isinstance(self._opts, GenerateOpts) else None
+        opts: Any = self._opts
+        allowed = opts.allowed_tools
         if allowed is None or _knows_allowed(candidate):
             return prompt
         tools = [tool for tool in prompt.tools if tool.name in allowed]
@@ -124,8 +124,8 @@ class Call:
 
     async def first(
         self,
-        ask: Callable[[Candidate, Recorder], Awaitable[T]],
-        told: Callable[[T, Recorder], None] | None = None,
+        ask: Callable[[Call, Candidate, Recorder], Awaitable[T]],
+        told: Callable[[Call, T, Recorder], None] | None = None,
     ) -> T:
         """What the first attempt that succeeds brings.
 
@@ -143,14 +143,16 @@ class Call:
                     row, most = self._row(candidate.row), None
                     if admission is not None and admission.concerns(row):
                         most = await self._admitted(admission, row)
-                    recorder = self._begin(row, most)
+                    self._attempts += 1
+                    recorder = Recorder(self._ledger, row, most)
+                    caller.call_headers[CALL_ID] = str(row.id)
                     with self._guard:
                         if self._synced is not None:
                             await self._synced()
-                        answer = await ask(candidate, recorder)
+                        answer = await ask(self, candidate, recorder)
                     if told is None:
                         return answer
-                    told(answer, recorder)
+                    told(self, answer, recorder)
                     recorder.close(None)
                     break
                 except BaseException as error:
@@ -165,10 +167,10 @@ class Call:
             caller.asking -= 1
         return answer
 
-    async def batches(self, prompt: Prompt) -> AsyncIterator[_Batch]:
+    async def batches(self) -> AsyncIterator[_Batch]:
         """Run attempts until one brings its first chunks; then that one to its end."""
-        batch, batches, recorder = await self.first(partial(self._opened, prompt))
-        caller, guard = self._caller, self._guard
+        batch, batches, recorder = await self.first(Call._opened)
+        caller, guard, prompt = self._caller, self._guard, self.asked
         try:
             while batch is not None:
                 recorder.observe(batch)
@@ -215,10 +217,10 @@ class Call:
         divert(take)
 
     async def _opened(
-        self, prompt: Prompt, candidate: Candidate, recorder: Recorder
+        self, candidate: Candidate, recorder: Recorder
     ) -> tuple[_Batch | None, AsyncIterator[_Batch], Recorder]:
         """A stream with its first chunks, if it has any."""
-        asked, opts = self.prompt_for(candidate, prompt), self.opts_for(candidate, recorder)
+        asked, opts = self.prompt_for(candidate, self.asked), self.opts_for(candidate, recorder)
         stream = cast("Streams", candidate.backend).generate_stream(asked, opts)
         recorder.source = batches = batches_of(stream)
         if isinstance(stream, Batched) and stream.divert is not None:
@@ -242,16 +244,9 @@ class Call:
         pause = _pause(error, at)
         return pause if pause < _LONGEST_WAIT else None
 
-    def _begin(self, row: ModelCall, most_tokens: int | None) -> Recorder:
-        """Note one more attempt. Raises `ServiceUnavailable` where that cannot be."""
-        self._attempts += 1
-        recorder = Recorder(self._ledger, row, most_tokens)
-        self._caller.call_headers[CALL_ID] = str(row.id)
-        return recorder
-
     async def _admitted(self, admission: Admission, row: ModelCall) -> int | None:
         """How many tokens an attempt may have at most, if bounded. Raises what refuses it."""
-        asked = self._asked
+        asked = self.asked
         if isinstance(asked, EmbedInputs):
             weights = asked.estimate, asked.most
         else:

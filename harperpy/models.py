@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -20,7 +19,7 @@ from .backend import (
     define_backend,
 )
 from .batches import Batched
-from .calls import Asked, Call, Opts
+from .calls import Call
 from .errors import BackendError, HarperError, NotImplementedYet
 from .fanout import all_of, interleaved, joined, topped_up
 from .messages import (
@@ -59,8 +58,8 @@ _IDLE: dict[Capability, tuple[Any, ...]] = {
 _needing = attrgetter(*_IDLE, "response_format", "modalities")
 _NOTHING = (None,) * (len(_IDLE) + 2)
 # What most calls need, and nothing else.
+_EMBEDS: Mapping[Capability, str] = {"embed": "model"}
 _PLAIN: dict[Method, Mapping[Capability, str]] = {
-    "embed": {"embed": "model"},
     "generate": {"generate": "model"},
     "generateStream": {"stream": "stream"},
 }
@@ -122,7 +121,7 @@ class Models:
         inputs = embed_inputs(given)
         call = self._call("embed", inputs, settings)
 
-        def ask(candidate: Candidate, recorder: Recorder) -> Awaitable[EmbedResult]:
+        def ask(call: Call, candidate: Candidate, recorder: Recorder) -> Awaitable[EmbedResult]:
             backend: Any = candidate.backend
             own = call.opts_for(candidate, recorder)
             if inputs.arrays and not backend.token_input:
@@ -130,7 +129,7 @@ class Models:
             coming: Awaitable[EmbedResult] = backend.embed(inputs.texts or inputs.arrays, own)
             return coming
 
-        def told(result: EmbedResult, recorder: Recorder) -> None:
+        def told(_: Call, result: EmbedResult, recorder: Recorder) -> None:
             _check_vectors(result, len(inputs.texts) + len(inputs.arrays))
             if result.usage is None:
                 result.usage = TokenUsage(embedding_tokens=inputs.estimate())
@@ -151,16 +150,16 @@ class Models:
         prompt, settings = _ask(given, opts, options)
         call = self._call("generate", prompt, settings)
         if (count := settings.n or 1) == 1:
-            return await _answer(call, prompt)
+            return await call.first(_asked, _told)
         results: list[GenerateResult] = []
         begun = 0
         if call.gives_many:
-            results.append(result := await _answer(call, prompt))
+            results.append(result := await call.first(_asked, _told))
             if (begun := 1 + len(result.others)) >= count:
                 return result
         # Some providers do not know `n`, and do not say so.
         more = [self._one_call("generate", prompt, settings, at) for at in range(begun, count)]
-        return joined([*results, *await all_of([_answer(call, prompt) for call in more])])
+        return joined([*results, *await all_of([call.first(_asked, _told) for call in more])])
 
     def generate_stream(
         self, given: GenerateInput, *, opts: GenerateOpts | None = None, **options: Any
@@ -172,14 +171,14 @@ class Models:
         prompt, settings = _ask(given, opts, options)
         call = self._call("generateStream", prompt, settings)
         if (count := settings.n or 1) == 1:
-            return Batched(call.batches(prompt), call.divert)
+            return Batched(call.batches(), call.divert)
 
         def one(index: int) -> AsyncIterator[GenerateChunk]:
             call = self._one_call("generateStream", prompt, settings, index)
-            return Batched(call.batches(prompt), call.divert)
+            return Batched(call.batches(), call.divert)
 
         if call.gives_many:
-            return topped_up(Batched(call.batches(prompt), call.divert), count, one)
+            return topped_up(Batched(call.batches(), call.divert), count, one)
         return interleaved({index: one(index) for index in range(count)})
 
     async def open(self) -> None:
@@ -204,13 +203,15 @@ class Models:
         """The call for one of `n` answers."""
         return self._call(method, prompt, _one_of(opts, index))
 
-    def _call(self, method: Method, asked: Asked, opts: Opts) -> Call:
+    def _call(self, method: Method, asked: Any, opts: Any) -> Call:
         caller = current_caller.get() or Caller()
         call = Call(self._ledger, method, opts, caller, asked)
         kind: Kind = "embedding" if method == "embed" else "generative"
-        requires: Mapping[Capability, str] = _requires(method, asked, opts)
-        if opts.requires:
-            requires = {**dict.fromkeys(opts.requires, "model"), **requires}
+        requires: Mapping[Capability, str]
+        requires = _EMBEDS if method == "embed" else _requires(method, asked, opts)
+        named: list[Capability] = opts.requires
+        if named:
+            requires = {**dict.fromkeys(named, "model"), **requires}
         try:
             call.plan = self._routes.plan(kind, opts.model, requires, _permission(caller))
         except HarperError as error:
@@ -224,15 +225,8 @@ def _permission(caller: Caller | None) -> Permission | None:
     return caller.user.role.permission if caller and caller.user else None
 
 
-def _answer(call: Call, prompt: Prompt) -> Coroutine[Any, Any, GenerateResult]:
-    """A call's whole answer."""
-    return call.first(partial(_asked, call, prompt), partial(_told, prompt))
-
-
-def _asked(
-    call: Call, prompt: Prompt, candidate: Candidate, recorder: Recorder
-) -> Awaitable[GenerateResult]:
-    asked, opts = call.prompt_for(candidate, prompt), call.opts_for(candidate, recorder)
+def _asked(call: Call, candidate: Candidate, recorder: Recorder) -> Awaitable[GenerateResult]:
+    asked, opts = call.prompt_for(candidate, call.asked), call.opts_for(candidate, recorder)
     backend: Any = candidate.backend
     if not hasattr(backend, "generate"):
         return _drained(backend.generate_stream(asked, opts))
@@ -240,10 +234,10 @@ def _asked(
     return coming
 
 
-def _told(prompt: Prompt, result: GenerateResult, recorder: Recorder) -> None:
+def _told(call: Call, result: GenerateResult, recorder: Recorder) -> None:
     if result.usage is None:
         told = [result.content, *(other.content for other in result.others)]
-        result.usage = recorder.estimate(prompt, sum(map(estimate_tokens, told)))
+        result.usage = recorder.estimate(call.asked, sum(map(estimate_tokens, told)))
     recorder.call.finish_reason = result.finish_reason
     recorder.count(result.usage)
 
@@ -262,13 +256,15 @@ async def _drained(chunks: AsyncIterator[GenerateChunk]) -> GenerateResult:
 def _ask(
     given: GenerateInput, opts: GenerateOpts | None, options: dict[str, Any]
 ) -> tuple[Prompt, GenerateOpts]:
-    if not isinstance(given, Prompt) and isinstance(given, Mapping):
-        options = options if opts is not None else {**options_in(given), **options}
-    settings = _settings(GenerateOpts, opts, options)
-    if settings.tool_mode == "auto":
+    prompt = given if isinstance(given, Prompt) else None
+    if opts is None and isinstance(given, Mapping):
+        options = {**options_in(given), **options}
+    if opts is None or options:
+        opts = _settings(GenerateOpts, opts, options)
+    if opts.tool_mode == "auto":
         message = "tool_mode 'auto' (running tools on the server) does not exist yet; use 'return'."
         raise NotImplementedYet(message, param="tool_mode")
-    return given if isinstance(given, Prompt) else to_prompt(given), settings
+    return prompt or to_prompt(given), opts
 
 
 def _settings(kind: type[OptsType], opts: OptsType | None, options: dict[str, Any]) -> OptsType:
@@ -297,18 +293,16 @@ def _one_of(opts: GenerateOpts, index: int) -> GenerateOpts:
     return msgspec.structs.replace(opts, n=None, seed=seed)
 
 
-def _requires(method: Method, asked: Asked, opts: Opts) -> Mapping[Capability, str]:
+def _requires(method: Method, prompt: Prompt, opts: GenerateOpts) -> Mapping[Capability, str]:
     """What a call needs, and the field that asks for it."""
     plain = _PLAIN[method]
-    if isinstance(asked, EmbedInputs) or isinstance(opts, EmbedOpts):
-        return plain
-    if not asked.tools and _needing(opts) == _NOTHING:
-        for message in asked.messages:
-            if not isinstance(message.content, str):
+    if not prompt.tools and _needing(opts) == _NOTHING:
+        for message in prompt.messages:
+            if type(message.content) is not str:
                 break
         else:
             return plain
-    return {**plain, **_more_needed(asked, opts)}
+    return {**plain, **_more_needed(prompt, opts)}
 
 
 def _more_needed(prompt: Prompt, opts: GenerateOpts) -> Mapping[Capability, str]:

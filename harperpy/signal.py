@@ -61,7 +61,7 @@ class AbortSignal:
 
     def guard(self) -> Guard:
         """A `with` block that the signal ends: its task is cancelled and `Aborted` raised."""
-        return Guard(self, self._callbacks)
+        return Guard(self)
 
     @classmethod
     def any_of(cls, *signals: AbortSignal | None) -> AbortSignal:
@@ -124,9 +124,9 @@ class Guard:
 
     __slots__ = ("_before", "_callbacks", "_signal", "_task")
 
-    def __init__(self, signal: AbortSignal, callbacks: dict[object, Callable[[], object]]) -> None:
+    def __init__(self, signal: AbortSignal) -> None:
         self._signal = signal
-        self._callbacks = callbacks
+        self._callbacks = signal._callbacks  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # one unit
 
     def __enter__(self) -> Self:
         if self._signal.reason is not None:
