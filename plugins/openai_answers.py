@@ -200,10 +200,11 @@ def _whole_choice(choice: _Choice, kind: type[C]) -> C:
     if said is None:
         message = "a choice without a message"
         raise BackendError(message)
-    result = kind(content=said.content or "")
-    calls: list[Called] = []
-    if _rarer_of(said) != _NOTHING_RARER:
-        calls = said.calls
+    rarer = _rarer_of(said) != _NOTHING_RARER
+    calls = said.calls if rarer else []
+    reason = finish_reason(choice.finish_reason or "stop", calls=bool(calls))
+    result = kind(content=said.content or "", finish_reason=reason)
+    if rarer:
         result.tool_calls = [whole_call(call) for call in calls] or None
         result.refusal = said.refusal
         result.reasoning_content = said.thought
@@ -211,7 +212,6 @@ def _whole_choice(choice: _Choice, kind: type[C]) -> C:
         result.audio = said.audio
     if likely is not None:
         result.logprobs, result.refusal_logprobs = likely.content, likely.refusal
-    result.finish_reason = finish_reason(choice.finish_reason or "stop", calls=bool(calls))
     return result
 
 

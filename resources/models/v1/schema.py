@@ -225,18 +225,20 @@ class ChatRequest(msgspec.Struct):
     model: Annotated[str, Meta(min_length=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    tools: Annotated[list[ToolIn], Meta(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-    functions: Annotated[list[FunctionIn], Meta(min_length=1, max_length=128)] | None = None
-    function_call: Literal["none", "auto"] | Named | None = None
-    response_format: ResponseFormatIn | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     stop: str | Annotated[list[str], Meta(max_length=4)] | None = None
     seed: Seed | None = None
+    user: str | None = None
+    # From here on what few requests have.
+    tools: Annotated[list[ToolIn], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[list[FunctionIn], Meta(min_length=1, max_length=128)] | None = None
+    function_call: Literal["none", "auto"] | Named | None = None
+    response_format: ResponseFormatIn | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: dict[str, Bias] | None = None
@@ -254,7 +256,6 @@ class ChatRequest(msgspec.Struct):
     moderation: dict[str, Any] | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
     store: bool | None = None
-    user: str | None = None
     metadata: Annotated[dict[str, Label], Meta(max_length=16)] | None = None
     safety_identifier: Annotated[str, Meta(max_length=64)] | None = None
     prompt_cache_key: str | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -49,7 +48,7 @@ _RARE_LABELS = (
     "prompt_cache_options",
     "prompt_cache_retention",
 )
-# Options that few requests have, and those of them that are told as they are.
+# Options that few requests have, and are told as they are.
 _AS_THEY_ARE = (
     "presence_penalty",
     "frequency_penalty",
@@ -66,13 +65,8 @@ _AS_THEY_ARE = (
     "service_tier",
     "store",
 )
-_RARE = (
-    *_AS_THEY_ARE,
-    *_RARE_LABELS,
-    *("response_format", "audio", "prediction"),
-    *("tools", "functions", "tool_choice", "function_call"),
-)
-_rare_of, _NOTHING_RARE = attrgetter(*_RARE), (None,) * len(_RARE)
+_COMMON = ChatRequest.__struct_fields__.index("tools")
+_NOTHING_RARE = (None,) * len(ChatRequest.__struct_fields__[_COMMON:])
 # Who says text, and parts of messages, and nothing else.
 _SPEAKERS: dict[type, Any] = {
     SystemMessageIn: "system",
@@ -110,7 +104,7 @@ def to_opts(request: ChatRequest, extra: Mapping[str, Any]) -> GenerateOpts:
         raise InvalidBody(message, param="stream_options")
     if request.user is not None:
         opts.provider_options["user"] = request.user
-    if _rare_of(request) != _NOTHING_RARE:
+    if msgspec.structs.astuple(request)[_COMMON:] != _NOTHING_RARE:
         _add_rare(opts, request)
     if extra:
         opts.provider_options = {**extra, **opts.provider_options}
