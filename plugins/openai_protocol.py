@@ -65,6 +65,7 @@ class _Chat(msgspec.Struct, omit_defaults=True, gc=False):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     stream_options: dict[str, Any] | None = None
+    user: Any = msgspec.UNSET
 
 
 def chat_body(
@@ -106,11 +107,18 @@ def chat_body(
         _add_tools(body, prompt.tools, opts)
     if stream:
         body.stream_options = {"include_usage": True}
-    if opts.provider_options:
-        told = msgspec.structs.asdict(body).items()
-        own = {name: value for name, value in told if value is not None}
-        return encoded({**opts.provider_options, **own})
-    return encoded(body)
+    return _with(opts.provider_options, body) if opts.provider_options else encoded(body)
+
+
+def _with(options: dict[str, Any], body: _Chat) -> bytes:
+    """The body with options of the provider's own, where it has none of that name."""
+    if len(options) == 1 and "user" in options:
+        # Many give nothing else.
+        body.user = options["user"]
+        return encoded(body)
+    told = msgspec.structs.asdict(body).items()
+    own = {name: value for name, value in told if value is not None and name != "user"}
+    return encoded({**options, **own})
 
 
 def encoded(body: Any) -> bytes:

@@ -65,8 +65,9 @@ def completion(result: GenerateResult, request: ChatRequest) -> msgspec.Struct:
     """A `chat.completion` object."""
     functions = bool(request.functions)
     choices = [_choice(0, result, functions=functions)]
-    for at, other in enumerate(result.others, 1):
-        choices.append(_choice(at, other, functions=functions))
+    if result.others:
+        others = enumerate(result.others, 1)
+        choices += [_choice(at, other, functions=functions) for at, other in others]
     return _Completion(
         completion_id(),
         "chat.completion",
