@@ -127,9 +127,8 @@ CallRow: TypeAlias = tuple[Any, ...]
 """The values of a `ModelCall`, in the order of its fields."""
 
 
-def row_of(call: ModelCall) -> CallRow:
-    """A call as it stands now."""
-    return msgspec.structs.astuple(call)
+row_of: Callable[[ModelCall], CallRow] = msgspec.structs.astuple
+"""A call as it stands now."""
 
 
 Subscriber: TypeAlias = Callable[[ModelCall], None]
