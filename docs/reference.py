@@ -48,6 +48,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "AbortController",
         "Deadlines",
         "Outbox",
+        "Waits",
     ),
     "Users": (
         *("User", "Role", "Permission", "Grants", "TableRights", "permission.AttributeRights"),

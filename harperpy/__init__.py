@@ -14,7 +14,7 @@ from .context import Context, get_context
 from .contracts import Contract, FieldError, Problem
 from .daily import recount_days
 from .database import Database
-from .deadlines import Deadlines
+from .deadlines import Deadlines, Waits
 from .doors import caller_address
 from .entries import FileEntry
 from .errors import (
@@ -258,6 +258,7 @@ __all__ = [
     "Vector",
     "Verified",
     "Waiting",
+    "Waits",
     "base64_of",
     "caller_address",
     "completion_id",

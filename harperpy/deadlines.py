@@ -57,7 +57,7 @@ class Deadlines:
             deadline.expire()
 
 
-class Waiting(Protocol):
+class Waiter(Protocol):
     """What waits time and again. `since` is when it last began to; infinity while it does not."""
 
     since: float
@@ -75,17 +75,17 @@ class Waits:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._all: set[Waiting] = set()
+        self._all: set[Waiter] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, one: Waiting) -> None:
+    def add(self, one: Waiter) -> None:
         """Look after one more from now on."""
         self._all.add(one)
         if self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._seconds, self._look, loop)
 
-    def remove(self, one: Waiting) -> None:
+    def remove(self, one: Waiter) -> None:
         """It waits no more."""
         self._all.discard(one)
 

@@ -10,7 +10,7 @@ from email.utils import formatdate
 from time import time
 from typing import Any, Protocol
 
-from .deadlines import Deadlines, Waiting, Waits
+from .deadlines import Deadlines, Waiter, Waits
 from .outbox import Outbox
 from .port import SERVER, Port
 
@@ -19,7 +19,7 @@ _MOST_BODY_BYTES = 256 * 1024
 _BODY_SECONDS = 1.0
 
 
-class Shared(Waiting, Protocol):
+class Shared(Waiter, Protocol):
     """A connection that they look after. It is idle `since` then."""
 
     def close(self) -> None:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from typing import Any, cast
 
 import httptools
 
-from harperpy import BackendError, BackendTimeout, Deadlines, Outbox
-
-from .openai_silences import Silences
+from harperpy import BackendError, BackendTimeout, Deadlines, Outbox, Waits
 
 # The same as most servers allow.
 _MOST_HEAD = 64 << 10
@@ -30,20 +29,21 @@ _VERSIONS = ("1.1", "1.0")
 class Answering:
     """The answer to one request, while it comes in and after.
 
-    `since` is when a read of it last began to wait; `held` is how many bytes nobody has read.
+    `since` is when the read that waits began to; `held` is how many bytes nobody has read.
     """
 
     __slots__ = (
-        *("_connection", "_counted", "_error", "_first", "_idle", "_loop", "_sink", "_total"),
-        *("_waiter", "fields", "held", "parts", "since", "status"),
+        *("_connection", "_counted", "_error", "_first", "_idle", "_loop", "_read", "_sink"),
+        *("_total", "_waiter", "fields", "held", "parts", "since", "status"),
     )
 
-    def __init__(self, connection: Connection, total: Deadlines, idle: Silences) -> None:
+    def __init__(self, connection: Connection, total: Deadlines, idle: Waits) -> None:
         self.status = 0
         self.fields: Sequence[tuple[bytes, bytes]] = ()
         self.parts: list[bytes] = []
         self.held = self._counted = 0
-        self.since = 0.0
+        self.since = inf
+        self._read = False
         self._connection: Connection | None = connection
         self._loop = connection.loop
         self._error: BackendError | None = None
@@ -57,11 +57,6 @@ class Answering:
     def headers(self) -> Mapping[str, str]:
         """Those of a refusal's head, by their names in lower case."""
         return {name.decode("latin-1"): value.decode("latin-1") for name, value in self.fields}
-
-    @property
-    def waits(self) -> bool:
-        """Whether somebody waits for what comes next."""
-        return self._waiter is not None
 
     def head(self, first: Deadlines | None) -> asyncio.Future[None]:
         """Done when the head is there; without `first` it takes as long as the whole may.
@@ -84,7 +79,8 @@ class Answering:
         """What has come since the last time; nothing at the end. Raises `BackendError`."""
         parts = self.parts
         if not parts and self._connection is not None:
-            if not self.since:
+            if not self._read:
+                self._read = True
                 self._idle.add(self)
             self.since = self._loop.time()
             self._waiter = waiter = self._loop.create_future()
@@ -128,7 +124,7 @@ class Answering:
         fresh = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
         self.held += fresh
         # Before the first read it is the head that somebody waits for.
-        if self._waiter is not None and self.status and (fresh or not self.since):
+        if self._waiter is not None and self.status and (fresh or not self._read):
             if self._sink is not None and not self._waiter.done():
                 self._pass_on(self._sink)
             else:
@@ -158,7 +154,7 @@ class Answering:
         # What it leads to leads back to here.
         self._connection, self._error, self._sink = None, error, None
         self._total.remove(self)
-        if self.since:
+        if self._read:
             self._idle.remove(self)
         if self._waiter is not None:
             self._wake()
@@ -173,7 +169,7 @@ class Answering:
 
     def _wake(self, error: Exception | None = None) -> None:
         """There is news for who waits."""
-        waiter, self._waiter = self._waiter, None
+        waiter, self._waiter, self.since = self._waiter, None, inf
         if self._first is not None:
             self._first.remove(self)
             self._first = None
@@ -227,7 +223,7 @@ class Connection(asyncio.BufferedProtocol):
         """Whether it can be used, as far as anybody knows."""
         return not self._transport.is_closing()
 
-    def ask(self, request: bytes, outbox: Outbox, total: Deadlines, idle: Silences) -> Answering:
+    def ask(self, request: bytes, outbox: Outbox, total: Deadlines, idle: Waits) -> Answering:
         """Send a whole request; its answer is to come."""
         answering = self._answering = Answering(self, total, idle)
         self._reused = self._parser is not None

@@ -51,7 +51,7 @@ class ServedNames:
         self.clock = clock
         self._fetch = fetch
         self._where = where
-        self._names: Sequence[str] = ()
+        self._names: tuple[str, ...] = ()
         self._fetched_at = 0.0
         self._trouble: str | None = None
         self._task: asyncio.Task[None] | None = None
@@ -79,7 +79,7 @@ class ServedNames:
 
     async def _refresh(self) -> None:
         try:
-            self._names = (await self._fetch()).names()
+            self._names = tuple((await self._fetch()).names())
         except Exception as error:  # noqa: BLE001  # nobody asked for this: whatever fails waits
             self._tell(_reason(error))
         else:

@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping
 
 from yarl import URL
 
-from harperpy import BackendError, BackendTimeout, ConfigError, Deadlines, Outbox
+from harperpy import BackendError, BackendTimeout, ConfigError, Deadlines, Outbox, Waits
 
 from .openai_connection import ROOM, Answering, Connection
 from .openai_exchange import Timeouts
 from .openai_kept import Kept
-from .openai_silences import Silences
 
 _KEPT_SECONDS = 30.0
 
@@ -41,7 +40,7 @@ class Pool:
         self._open: set[Connection] = set()
         self._outbox = Outbox()
         self._total = Deadlines(timeouts.total)
-        self._idle = Silences(timeouts.idle)
+        self._idle = Waits(timeouts.idle)
         self._first: dict[float, Deadlines] = {}
         self._doubted = 0
         self._context: ssl.SSLContext | None = None
