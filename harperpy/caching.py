@@ -9,8 +9,6 @@ from multidict import CIMultiDict
 from .context import Context
 from .preconditions import is_known, quoted
 
-_SHARED = ("public", "s-maxage")
-
 
 def vary(headers: CIMultiDict[str], on: str) -> None:
     """Say that the answer depends on this header of the request too."""
@@ -40,6 +38,6 @@ def keep_private(headers: CIMultiDict[str], context: Context, status: int) -> No
     told = headers.get("Cache-Control")
     if told is None:
         headers["Cache-Control"] = "private, no-cache"
-    elif any(word in told.lower() for word in _SHARED):
+    elif "public" in (told := told.lower()) or "s-maxage" in told:
         return
     vary(headers, "Authorization")

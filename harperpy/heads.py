@@ -11,7 +11,7 @@ _END = b"\r\n\r\n"
 _MOST_HEADERS = 100
 _MOST_DIGITS = 9
 _ELSEWHERE = frozenset({"HEAD", "CONNECT"})
-_ODD = ("transfer-encoding", "expect", "content-encoding", "upgrade")
+_ODD = frozenset({"transfer-encoding", "expect", "content-encoding", "upgrade"})
 # A repetition of these is refused by who is strict, and of others it is rare.
 _ONCE = ("connection", "host", "content-type", "user-agent", "authorization")
 
@@ -108,11 +108,11 @@ def _parted(data: bytes, length: str | None) -> tuple[bytes, bytes]:
 
 def _are_common(headers: CIMultiDict[str]) -> bool:
     """Whether they say nothing unusual of the connection and the body."""
-    if len(headers) > _MOST_HEADERS or "host" not in headers:
+    names = {name.lower() for name in headers}
+    if len(headers) > _MOST_HEADERS or "host" not in names or not _ODD.isdisjoint(names):
         return False
-    if any(name in headers for name in _ODD):
-        return False
-    if any(len(headers.getall(name, ())) > 1 for name in _ONCE):
+    repeats = len(names) < len(headers)
+    if repeats and any(len(headers.getall(name, ())) > 1 for name in _ONCE):
         return False
     stays = headers.get("connection", "keep-alive").lower() == "keep-alive"
     return stays and headers.get("content-length", "0").isdigit()

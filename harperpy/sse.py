@@ -187,6 +187,8 @@ def _plain_data(events: bytes) -> list[str]:
     text = events.decode("utf-8", "replace")
     # In most streams each event is one line of data.
     if text.startswith(_DATA):
+        if "\n" not in text:
+            return [text[len(_DATA) :]]
         told = text[len(_DATA) :].split("\n\n" + _DATA)
         if "\n" not in "".join(told):
             return told

@@ -363,7 +363,8 @@ def _oddity(known: dict[bytes, bytes], headers: Sequence[tuple[bytes, bytes]]) -
     """What keeps a head from being understood; nothing if it can be."""
     coded = known.get(b"transfer-encoding")
     if coded is not None:
-        twice = sum(name == b"transfer-encoding" for name, _ in headers) > 1
+        names = [name for name, _ in headers] if len(known) < len(headers) else []
+        twice = names.count(b"transfer-encoding") > 1
         if twice or coded.strip().lower() != b"chunked":
             return "its Transfer-Encoding is not chunked"
         if b"content-length" in known:
