@@ -4,6 +4,7 @@ import asyncio
 import calendar
 import re
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -584,10 +585,12 @@ async def test_no_door_leads_past_a_limit(
     """Whoever asks a model by whichever path is counted, and told so in the headers."""
     rule = "{per: user, requestsPerMinute: 1, tokensPerMinute: 9000}"
     async with running(limited(upstream.url, rule), resources={"writer": Writer}) as server:
+        began = time.monotonic()
         first, refused = [await ask(server, method, path, json=body) for _ in range(2)]
+        least = 59 - (time.monotonic() - began)
         assert [200, 429] == [first.status, refused.status]
         assert "Rate limit reached for user HDB_ADMIN on requests per min" in refused.text
-        assert int(refused.headers["Retry-After"]) in (59, 60)
+        assert least <= int(refused.headers["Retry-After"]) <= 60
         for answer in (first, refused):
             assert {
                 f"x-ratelimit-{what}-{kind}"
@@ -595,7 +598,10 @@ async def test_no_door_leads_past_a_limit(
                 for kind in ("requests", "tokens")
             } == {name.lower() for name in answer.headers if name.lower().startswith("x-ratelimit")}
             assert "0" == answer.headers["x-ratelimit-remaining-requests"]
-            assert re.fullmatch(r"1m0s|59(\.\d+)?s", answer.headers["x-ratelimit-reset-requests"])
+            left = answer.headers["x-ratelimit-reset-requests"]
+            told = re.fullmatch(r"1m0s|(\d+(?:\.\d+)?)s", left)
+            assert told is not None
+            assert least <= float(told[1] or 60) <= 60
         assert 1 == len(upstream.requests)
 
 
