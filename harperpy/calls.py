@@ -108,9 +108,10 @@ class Call:
             opts.max_tokens = recorder.most_tokens
         return opts
 
-    def prompt_for(self, candidate: Candidate, prompt: Prompt) -> Prompt:
+    def prompt_for(self, candidate: Candidate) -> Prompt:
         """The prompt with the tools that may be called, where a backend cannot be told which."""
         opts: Any = self._opts
+        prompt: Prompt = self.asked
         allowed = opts.allowed_tools
         if allowed is None or _knows_allowed(candidate):
             return prompt
@@ -220,7 +221,7 @@ class Call:
         self, candidate: Candidate, recorder: Recorder
     ) -> tuple[_Batch | None, AsyncIterator[_Batch], Recorder]:
         """A stream with its first chunks, if it has any."""
-        asked, opts = self.prompt_for(candidate, self.asked), self.opts_for(candidate, recorder)
+        asked, opts = self.prompt_for(candidate), self.opts_for(candidate, recorder)
         stream = cast("Streams", candidate.backend).generate_stream(asked, opts)
         recorder.source = batches = batches_of(stream)
         if isinstance(stream, Batched) and stream.divert is not None:

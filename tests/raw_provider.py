@@ -30,6 +30,18 @@ def sized(body: bytes, *lines: bytes, status: bytes = OK) -> bytes:
     return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
+def piece(data: bytes, extension: bytes = b"") -> bytes:
+    """One chunk."""
+    return b"%x%b\r\n%b\r\n" % (len(data), extension, data)
+
+
+async def read_request(reader: asyncio.StreamReader) -> None:
+    """Read one request to its end."""
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    length = int(head.partition(b"content-length:")[2].split(b"\r\n")[0])
+    await reader.readexactly(length)
+
+
 class Provider:
     """Answers what a test says, on as many connections as come; `asked` counts by connection."""
 
@@ -44,9 +56,7 @@ class Provider:
         self.asked.append(0)
         try:
             while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).lower()
-                length = int(head.partition(b"content-length:")[2].split(b"\r\n")[0])
-                await reader.readexactly(length)
+                await read_request(reader)
                 self.asked[number] += 1
                 answer = self.answers.pop(0) if self.answers else sized(said("again"))
                 if not isinstance(answer, bytes):

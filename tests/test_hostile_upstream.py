@@ -12,14 +12,9 @@ import pytest
 
 from harperpy.testing import RunningServer, running
 from helpers import HELLO, Answered, ask, provider
-from raw_provider import OK, Provider, Send, certificate, said, sized
+from raw_provider import OK, Provider, Send, certificate, piece, said, sized
 
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
-
-
-def piece(data: bytes, extension: bytes = b"") -> bytes:
-    """One chunk."""
-    return b"%x%b\r\n%b\r\n" % (len(data), extension, data)
 
 
 @asynccontextmanager

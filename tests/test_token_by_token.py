@@ -12,8 +12,9 @@ import pytest
 
 from harperpy.testing import RunningServer, chunk, running
 from helpers import HELLO, provider
+from raw_provider import OK, piece, read_request
 
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+HEAD = OK + b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 END = b"0\r\n\r\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -26,11 +27,6 @@ def event(told: Any) -> bytes:
 def text(content: str) -> bytes:
     """The event of a piece of text."""
     return event(chunk({"content": content}))
-
-
-def piece(data: bytes) -> bytes:
-    """One chunk of HTTP's."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 class Feed:
@@ -47,9 +43,7 @@ class Feed:
         self.asked.append(0)
         try:
             while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).lower()
-                length = int(head.partition(b"content-length:")[2].split(b"\r\n")[0])
-                await reader.readexactly(length)
+                await read_request(reader)
                 self.asked[number] += 1
                 self._writer = writer
                 writer.write(HEAD)
