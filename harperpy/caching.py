@@ -19,7 +19,7 @@ def vary(headers: CIMultiDict[str], on: str) -> None:
         headers["Vary"] = f"{known}, {on}"
 
 
-def stamp(headers: CIMultiDict[str], context: Context, status: int) -> bool:
+def tell_version(headers: CIMultiDict[str], context: Context, status: int) -> bool:
     """Say which version it is. Whether the client has it already, so that 304 is the answer."""
     if not 200 <= status < 300:
         return False

@@ -10,6 +10,7 @@ from multidict import CIMultiDict
 
 from .accounting import Caller, current_caller
 from .auth import User
+from .backend import is_awaitable
 from .background import Background
 from .errors import HarperError
 from .negotiation import ContentTypes
@@ -21,7 +22,7 @@ from .transactions import Transaction
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Awaitable, Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
     from .models import Models
 
@@ -227,16 +228,18 @@ class Context(Caller):
         """Whether an `async with context.transaction()` block is open."""
         return self._transaction is not None and self._transaction.in_block
 
-    async def settle(self, work: Awaitable[T]) -> T:
-        """Await the handler's work; commit what it wrote when it returns, undo it when it raises.
+    async def settle(self, work: Callable[[], Any]) -> Any:
+        """Do the handler's work; commit what it wrote when it returns, undo it when it raises.
 
-        Cancellation is a raise.
+        Cancellation is a raise. What it returns is awaited if it wants to be.
         """
         self._handled = True
         if self._transaction is not None:
             self._transaction.of_handler = True
         try:
-            value = await work
+            value = work()
+            if is_awaitable(value):
+                value = await value
         except BaseException:
             self._handled = False
             if self._transaction is not None:

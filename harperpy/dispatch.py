@@ -11,9 +11,9 @@ from multidict import CIMultiDict
 
 from .accounting import Caller, current_caller
 from .auth import Authenticators, User
-from .backend import is_awaitable
+from .backend import is_awaitable, settled
 from .background import Background
-from .caching import keep_private, stamp, vary
+from .caching import keep_private, vary
 from .content import Body, EventStream, Response, ResponseError
 from .context import Context
 from .cors import Cors
@@ -25,7 +25,6 @@ from .errors import (
     ClientError,
     InvalidCredentials,
     NotFound,
-    ServerError,
     ServiceUnavailable,
 )
 from .framing import as_harper_error, log_error
@@ -38,7 +37,20 @@ from .negotiation import ContentTypes
 from .permission import Verb
 from .reach import Found, find, verb_of
 from .registry import Entry, Resources
-from .rendering import Early, Flow, Reply, checked, error_body, merged, prime, render, upgraded
+from .rendering import (
+    Early,
+    Flow,
+    Reply,
+    after,
+    error_body,
+    merged,
+    prime,
+    ready,
+    render,
+    sound,
+    stamp,
+    upgraded,
+)
 from .request import Request, RequestTarget
 from .resource import Resource
 from .sse import encode_json
@@ -111,7 +123,7 @@ class Dispatch:
         if found is not None:
             context.app = found[0].path
         try:
-            reply = await self._answer(context, found, early)
+            reply = await self._way(context, found, early)
         except Exception as error:  # noqa: BLE001  # every error becomes an answer here
             reply = self.refusal(error, found, context)
         if not reply.committed:
@@ -127,7 +139,7 @@ class Dispatch:
             if reply.keepalive is not None and request.method == "GET":
                 reply.check = partial(self._check, context, found)
         if context.etag is not None or context.last_modified is not None:
-            _stamp(reply, context)
+            stamp(reply, context)
         keep_private(headers, context, reply.status)
         if self._cors.lists and (told := self._cors.headers(request)):
             vary(headers, told.pop("Vary"))
@@ -136,35 +148,45 @@ class Dispatch:
         if context.call_headers:
             headers.update(context.call_headers)
 
-    async def _answer(self, context: Context, found: Found | None, early: Early) -> Reply:
+    def _way(self, context: Context, found: Found | None, early: Early) -> Awaitable[Reply]:
+        """What is to be awaited for the reply. Raises what nobody has to be known for."""
         request = context.request
         if "origin" in request.headers and not self._cors.admits(request):
             what = "open a WebSocket here" if request.websocket else "post this with a password"
             message = f"Origin: pages of this origin may not {what}"
             raise ClientError(message, status=403, code="origin_not_allowed")
         if request.method == "OPTIONS" and (preflight := self._cors.preflight(request)):
-            return Reply(204, CIMultiDict(preflight))
+            return ready(Reply(204, CIMultiDict(preflight)))
         if request.path == _HEALTH and request.method in ("GET", "HEAD"):
-            return await self._report_health(context)
+            return self._report_health(context)
         if self._health.phase != "ready":
             message = f"the server is {self._health.phase}"
             raise ServiceUnavailable(message, headers={"Retry-After": "1"})
-        leave: Callable[[], None] | None = None
         if self._throttle is not None and request.method not in SAFE:
-            leave = await self._throttle.enter()
-            early = _after(leave, early)
+            return self._in_turn(self._throttle, context, found, early)
+        return self._on(context, found, early)
+
+    async def _in_turn(
+        self, throttle: Throttle, context: Context, found: Found | None, early: Early
+    ) -> Reply:
+        leave = await throttle.enter()
         try:
-            if (chain := self._middlewares.chain) is not None:
-                reply = await chain(_Way(self, context, found, early))
-                return reply if reply.committed else await _sound(reply, context)
-            if not self._recalls(context, found):
-                await self.authenticate(context, found)
-            if found is None:
-                raise NotFound
-            return await self.call(context, found, early)
+            return await self._on(context, found, after(leave, early))
         finally:
-            if leave is not None:
-                leave()
+            leave()
+
+    def _on(self, context: Context, found: Found | None, early: Early) -> Awaitable[Reply]:
+        if (chain := self._middlewares.chain) is not None:
+            return sound(chain(_Way(self, context, found, early)), context)
+        if found is not None and self._recalls(context, found):
+            return self.call(context, found, early)
+        return self._identified(context, found, early)
+
+    async def _identified(self, context: Context, found: Found | None, early: Early) -> Reply:
+        await self.authenticate(context, found)
+        if found is None:
+            raise NotFound
+        return await self.call(context, found, early)
 
     async def call(self, context: Context, found: Found, early: Early) -> Reply:
         """Authorise and call the resource that was found."""
@@ -177,7 +199,10 @@ class Dispatch:
         if verb == "connect":
             given = Incoming(entry.read) if request.websocket else None
         try:
-            work = self._invoke(entry, verb, permission, target, given, context)
+            if entry.opens(permission, context):
+                work = partial(self._invoke, entry, verb, target, given, context)
+            else:
+                work = partial(self._admit, permission, entry, verb, target, given, context)
             value = await context.settle(work)
             if isinstance(given, Incoming):
                 check = partial(self._check, context, found)
@@ -190,26 +215,32 @@ class Dispatch:
             reply = await self.rendered(error.response, context, found, early)
         return reply
 
-    async def _invoke(  # noqa: PLR0917  # who may, and what they call with what
+    async def _admit(  # noqa: PLR0917  # who may, and what they call with what
         self,
+        permission: Verb,
         entry: Entry,
         verb: str,
-        permission: Verb,
         target: RequestTarget,
         given: Any,
         context: Context,
     ) -> Any:
         await authorise(entry, permission, target, context)
+        return await settled(self._invoke(entry, verb, target, given, context))
+
+    def _invoke(
+        self, entry: Entry, verb: str, target: RequestTarget, given: Any, context: Context
+    ) -> Any:
+        """What a verb returns, to be awaited within its time if it wants to be."""
         if verb in entry.plain:
             context.check_accept()
         if context.request.websocket:
             check_handshake(context.headers)
         value = entry.handlers[verb](target, given, context)
-        if not is_awaitable(value):
-            return value
         own = entry.resource.time_limit
         seconds = self._time_limit if own is None else own
-        return await (self._in_time(value, seconds, entry, context) if seconds else value)
+        if seconds and is_awaitable(value):
+            return self._in_time(value, seconds, entry, context)
+        return value
 
     async def _in_time(
         self, value: Awaitable[Any], seconds: float, entry: Entry, context: Context
@@ -251,11 +282,11 @@ class Dispatch:
 
         return await prime(flow, found[0] if found else self._nowhere, context, begin)
 
-    def _recalls(self, context: Context, found: Found | None) -> bool:
+    def _recalls(self, context: Context, found: Found) -> bool:
         """Whether who asks is known already: by these very headers, and nobody is to be told."""
         request, shown = context.request, context.request.shown
-        same = shown.headers is request.headers and shown.names is _key_headers(found)
-        if not same or self._auth_log.successful:
+        same = shown.headers is request.headers
+        if not same or shown.names is not _key_headers(found) or self._auth_log.successful:
             return False
         address = caller_address(context)
         context.user = self._authenticators.recall(shown.header, address, shown)
@@ -358,33 +389,6 @@ class _Way:
 
     def refused(self, error: Exception) -> Reply:
         return self._dispatch.refusal(error, self._found, self.context)
-
-
-async def _sound(reply: Reply, context: Context) -> Reply:
-    """The reply if its headers, which middlewares may have changed, can be sent."""
-    try:
-        checked(reply.headers, context)
-    except ServerError:
-        await reply.close()
-        raise
-    return reply
-
-
-def _after(first: Callable[[], None], early: Early) -> Early:
-    """The same, told of a head only when something else was done."""
-
-    def begin(reply: Reply) -> None:
-        first()
-        early(reply)
-
-    return begin
-
-
-def _stamp(reply: Reply, context: Context) -> None:
-    """Say which version a whole answer is, or that the client has it."""
-    if stamp(reply.headers, context, reply.status) and isinstance(reply.body, bytes):
-        reply.status, reply.body = 304, b""
-        reply.headers.pop("Content-Type", None)
 
 
 def _own_headers(resource: type[Resource], context: Context) -> Mapping[str, str]:

@@ -30,6 +30,8 @@ from .resource import (
     WITHOUT_BODY,
     ProtocolName,
     Resource,
+    granted,
+    left_to_roles,
 )
 from .signatures import Signature
 from .spelling import closest
@@ -59,20 +61,8 @@ class Entry:
     """
 
     __slots__ = (
-        "admits",
-        "allow",
-        "contracts",
-        "direct",
-        "handlers",
-        "owner",
-        "path",
-        "pattern",
-        "plain",
-        "protocols",
-        "public",
-        "read",
-        "resource",
-        "yields",
+        *("_by_role", "admits", "allow", "contracts", "direct", "handlers", "owner", "path"),
+        *("pattern", "plain", "protocols", "public", "read", "resource", "yields"),
     )
 
     def __init__(
@@ -102,6 +92,7 @@ class Entry:
             permission: fitted(_fit(resource, f"allow_{permission}", _ASKED), 3)
             for permission in PERMISSIONS
         }
+        self._by_role = left_to_roles(resource)
         self.read: Read | None = None
         if "connect" in self.handlers:
             _finish_connect(self)
@@ -120,6 +111,12 @@ class Entry:
     def refused(self, user: User) -> AccessViolation:
         """What is said to a user who may not call it: what everyone is told."""
         return AccessViolation(user)
+
+    def opens(self, permission: Verb, context: Context) -> bool:
+        """Whether it is open without a look at more than a role: if not, `permits` decides."""
+        return permission in self.public or (
+            permission in self._by_role and granted(context.user, context, permission)
+        )
 
     async def permits(self, permission: Verb, target: RequestTarget, context: Context) -> bool:
         """Whether it is open to the context's user; a hook that fails denies."""

@@ -21,7 +21,7 @@ from multidict import CIMultiDict
 
 from .backend import aclose, aiterate
 from .batches import Divert, EncodedEvents
-from .caching import vary
+from .caching import tell_version, vary
 from .content import Blob, EventStream, Response
 from .context import Context
 from .errors import ClientError, NotFound, ServerError
@@ -78,6 +78,41 @@ class Flow(msgspec.Struct, eq=False):
 
 
 Early = Callable[[Reply], None]
+
+
+def after(first: Callable[[], None], early: Early) -> Early:
+    """The same, told of a head only when something else was done."""
+
+    def begin(reply: Reply) -> None:
+        first()
+        early(reply)
+
+    return begin
+
+
+async def ready(reply: Reply) -> Reply:
+    """A reply that need not be waited for."""
+    return reply
+
+
+async def sound(coming: Awaitable[Reply], context: Context) -> Reply:
+    """A reply whose headers, which middlewares may have changed, can be sent."""
+    reply = await coming
+    try:
+        if not reply.committed:
+            checked(reply.headers, context)
+    except ServerError:
+        await reply.close()
+        raise
+    return reply
+
+
+def stamp(reply: Reply, context: Context) -> None:
+    """Say which version a whole answer is, or that the client has it."""
+    known = tell_version(reply.headers, context, reply.status)
+    if known and isinstance(reply.body, bytes):
+        reply.status, reply.body = 304, b""
+        reply.headers.pop("Content-Type", None)
 
 
 def render(value: Any, context: Context) -> Reply | Flow:

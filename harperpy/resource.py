@@ -119,9 +119,26 @@ class Resource:
         return {"event": "harper-error", "data": _problem_body(error, context)}
 
 
+_BY_ROLE: dict[Verb, object] = {
+    "read": Resource.allow_read,
+    "create": Resource.allow_create,
+    "update": Resource.allow_update,
+    "delete": Resource.allow_delete,
+}
+
+
 def granted(user: User | None, context: Context, verb: Verb) -> bool:
     """Whether the user's role opens the matched mount for the verb."""
     return user is not None and user.role.permission.allows(context.app or "", verb)
+
+
+def left_to_roles(resource: type[Resource]) -> frozenset[Verb]:
+    """The permissions about which a class has nothing to say of its own: the role decides."""
+    return frozenset(
+        permission
+        for permission, hook in _BY_ROLE.items()
+        if getattr(resource, f"allow_{permission}") is hook
+    )
 
 
 def problem(error: HarperError, context: Context) -> Response:

@@ -566,8 +566,10 @@ def test_every_mount_is_shut_to_websockets(house: House) -> None:
     assert set(MOUNTS) - {"tool", "feed", "typed", "stream", *LOCKED} == opened - {""}
 
 
-HANDLERS = (".handlers[", "operation.function(")
+HANDLERS = re.compile(r"\.handlers\[\w+\]\(|self\._invoke|operation\.function\(")
 """How verbs and operations are called."""
+DOORS = ("await authorise(", "if entry.opens(")
+"""What lets somebody pass."""
 
 
 def test_whatever_calls_a_handler_has_asked_authorise_before() -> None:
@@ -576,13 +578,19 @@ def test_whatever_calls_a_handler_has_asked_authorise_before() -> None:
     found: dict[str, bool] = {}
     for file in [*folder.glob("*.py"), *folder.parent.glob("plugins/*.py")]:
         for one in ast.walk(ast.parse(file.read_text())):
-            if isinstance(one, ast.AsyncFunctionDef):
+            if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef):
                 code = ast.unparse(one)
-                if called := [code.index(handler) for handler in HANDLERS if handler in code]:
-                    asked = "await authorise(" in code[: min(called)]
+                if called := HANDLERS.search(code):
+                    asked = any(door in code[: called.start()] for door in DOORS)
                     found[f"{file.stem}.{one.name}"] = asked
 
-    assert {"dispatch._invoke": True, "operations.call": True} == found
+    # It is called by the two before it alone.
+    alone = {"dispatch._invoke": False}
+    assert {
+        "dispatch.call": True,
+        "dispatch._admit": True,
+        "operations.call": True,
+    } | alone == found
 
 
 RAW = {
