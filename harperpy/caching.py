@@ -7,16 +7,17 @@ from email.utils import formatdate
 from multidict import CIMultiDict
 
 from .context import Context
+from .names import AUTHORIZATION, CACHE_CONTROL, VARY
 from .preconditions import is_known, quoted
 
 
 def vary(headers: CIMultiDict[str], on: str) -> None:
     """Say that the answer depends on this header of the request too."""
-    known = headers.get("Vary")
+    known = headers.get(VARY)
     if known is None:
-        headers["Vary"] = on
+        headers[VARY] = on
     elif known != "*" and on.lower() not in known.lower():
-        headers["Vary"] = f"{known}, {on}"
+        headers[VARY] = f"{known}, {on}"
 
 
 def tell_version(headers: CIMultiDict[str], context: Context, status: int) -> bool:
@@ -33,11 +34,11 @@ def tell_version(headers: CIMultiDict[str], context: Context, status: int) -> bo
 
 def keep_private(headers: CIMultiDict[str], context: Context, status: int) -> None:
     """No cache gives one caller's answer to another, unless the handler says that it may."""
-    if context.user is None and status != 401 and "authorization" not in context.headers:
+    if context.user is None and status != 401 and AUTHORIZATION not in context.headers:
         return
-    told = headers.get("Cache-Control")
+    told = headers.get(CACHE_CONTROL)
     if told is None:
-        headers["Cache-Control"] = "private, no-cache"
+        headers[CACHE_CONTROL] = "private, no-cache"
     elif "public" in (told := told.lower()) or "s-maxage" in told:
         return
     vary(headers, "Authorization")

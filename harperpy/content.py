@@ -10,6 +10,7 @@ import msgspec
 
 from .errors import HarperError, InvalidBody, PayloadTooLarge
 from .forms import Parts
+from .names import CONTENT_TYPE
 from .pointers import pointer, told
 from .sse import encode_json
 
@@ -241,6 +242,6 @@ class EventStream:
 def json_response(status: int, data: Any, headers: Mapping[str, str] | None = None) -> Response:
     """A JSON answer whatever the client's `Accept` says, for error shapes that clients parse."""
     response = Response(status, headers)
-    response.headers["Content-Type"] = "application/json"
+    response.headers[CONTENT_TYPE] = "application/json"
     response.body = encode_json(data)
     return response

@@ -13,6 +13,7 @@ from .auth import User
 from .backend import is_awaitable
 from .background import Background
 from .errors import HarperError
+from .names import ACCEPT
 from .negotiation import ContentTypes
 from .patterns import has_parameters
 from .preconditions import check_version
@@ -103,7 +104,7 @@ class Context(Caller):
         self.last_modified = None
         self.rejection = None
         self.stopping = AbortSignal() if stopping is None else stopping
-        self.accept = request.headers.get("accept")
+        self.accept = request.headers.get(ACCEPT)
         self.types = types or ContentTypes()
         self._begin = begin
         self._background = background

@@ -33,6 +33,7 @@ from .health import Health
 from .incoming import Incoming
 from .middleware import Middlewares
 from .models import Models
+from .names import CONTENT_TYPE, ORIGIN, REQUEST_ID
 from .negotiation import ContentTypes
 from .permission import Verb
 from .reach import Found, find, verb_of
@@ -144,14 +145,14 @@ class Dispatch:
         if self._cors.lists and (told := self._cors.headers(request)):
             vary(headers, told.pop("Vary"))
             headers.update(told)
-        headers["x-request-id"] = request.id
+        headers[REQUEST_ID] = request.id
         if context.call_headers:
             headers.update(context.call_headers)
 
     def _way(self, context: Context, found: Found | None, early: Early) -> Awaitable[Reply]:
         """What is to be awaited for the reply. Raises what nobody has to be known for."""
         request = context.request
-        if "origin" in request.headers and not self._cors.admits(request):
+        if ORIGIN in request.headers and not self._cors.admits(request):
             what = "open a WebSocket here" if request.websocket else "post this with a password"
             message = f"Origin: pages of this origin may not {what}"
             raise ClientError(message, status=403, code="origin_not_allowed")
@@ -285,8 +286,9 @@ class Dispatch:
     def _recalls(self, context: Context, found: Found) -> bool:
         """Whether who asks is known already: by these very headers, and nobody is to be told."""
         request, shown = context.request, context.request.shown
-        same = shown.headers is request.headers
-        if not same or shown.names is not _key_headers(found) or self._auth_log.successful:
+        if shown.headers is not request.headers or self._auth_log.successful:
+            return False
+        if shown.names is not found[0].resource.api_key_headers:
             return False
         address = caller_address(context)
         context.user = self._authenticators.recall(shown.header, address, shown)
@@ -296,7 +298,7 @@ class Dispatch:
         """Who is asking; a refused credential ends it here unless the resource settles it."""
         request = context.request
         try:
-            header = _credential(context, found)
+            header = credential_of(context.request, _key_headers(found))
             if header is not None:
                 known, address, shown = self._authenticators, caller_address(context), request.shown
                 context.user = await known.identify(header, address, shown)
@@ -312,7 +314,7 @@ class Dispatch:
 
     async def _check(self, context: Context, found: Found) -> None:
         """Ask anew whether what was allowed when it began still is. Raises what refuses it now."""
-        header = _credential(context, found)
+        header = credential_of(context.request, _key_headers(found))
         if header is not None and context.rejection is None:
             address, shown = caller_address(context), context.request.shown
             user = await self._authenticators.identify(header, address, shown)
@@ -330,7 +332,7 @@ class Dispatch:
             context.user = None
         whole = context.user is not None and context.user.is_super_user
         status, body = self._health.report(whole=whole)
-        headers = merged(context, {"Content-Type": "application/json"})
+        headers = merged(context, {CONTENT_TYPE: "application/json"})
         return Reply(status, headers, encode_json(body))
 
     def refusal(self, error: Exception, found: Found | None, context: Context) -> Reply:
@@ -353,10 +355,6 @@ class Dispatch:
         if refusal.status == 401:
             challenge(headers, context)
         return Reply(response.status, headers, error_body(response, headers))
-
-
-def _credential(context: Context, found: Found | None) -> str | None:
-    return credential_of(context.request, _key_headers(found))
 
 
 def _key_headers(found: Found | None) -> Collection[str]:

@@ -16,6 +16,8 @@ from .context import Context
 from .delivery import BODILESS, Delivery
 from .fronts import Fronts
 from .heads import Head, read_head, told_lines
+from .names import CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, DATE
+from .names import SERVER as SERVER_NAME
 from .negotiation import OCTETS
 from .port import SERVER, UNSENT_BYTES, refusal
 from .rendering import Reply
@@ -203,7 +205,7 @@ class Front(asyncio.Protocol):
             shown=head.shown,
         )
         if data:
-            told, decoders = headers.get("content-type", ""), port.dispatch.types.decoders
+            told, decoders = headers.get(CONTENT_TYPE, ""), port.dispatch.types.decoders
             request.body = Body(None, told, data, port.http.max_body_size, None, decoders)
         return request
 
@@ -261,15 +263,15 @@ class Front(asyncio.Protocol):
     def _whole(self, reply: Reply, body: bytes) -> int:
         """Send an answer that has all its bytes; how many there are in its body."""
         headers = reply.headers
-        if "Content-Length" in headers:
-            del headers["Content-Length"]
+        if CONTENT_LENGTH in headers:
+            del headers[CONTENT_LENGTH]
         if reply.status in BODILESS:
             body, length, size = b"", "", 0
         else:
             size = len(body)
             length = f"Content-Length: {size}\r\n"
-        if size and "Content-Type" not in headers:
-            headers["Content-Type"] = OCTETS
+        if size and CONTENT_TYPE not in headers:
+            headers[CONTENT_TYPE] = OCTETS
         head = self._head_bytes(reply.status, headers, length)
         if size < _LARGE:
             self._fronts.outbox.send(self.transport, head + body)
@@ -282,9 +284,9 @@ class Front(asyncio.Protocol):
         """Prepare a stream's head, to go out with the first of its bytes."""
         headers = reply.headers
         bare = reply.status in BODILESS
-        length = headers.get("Content-Length")
+        length = headers.get(CONTENT_LENGTH)
         if not bare:
-            headers.setdefault("Content-Type", OCTETS)
+            headers.setdefault(CONTENT_TYPE, OCTETS)
         self._chunked = not bare and length is None
         if self._chunked:
             headers["Transfer-Encoding"] = "chunked"
@@ -326,14 +328,14 @@ class Front(asyncio.Protocol):
 
     def _head_bytes(self, status: int, headers: CIMultiDict[str], length: str) -> bytes:
         """A head. Raises `ValueError` for what would be more than one line of it."""
-        if "Server" in headers:
-            del headers["Server"]
+        if SERVER_NAME in headers:
+            del headers[SERVER_NAME]
         if self._closing:
-            headers["Connection"] = "close"
-        elif "Connection" in headers:
-            self._closing = headers["Connection"].lower() == "close"
+            headers[CONNECTION] = "close"
+        elif CONNECTION in headers:
+            self._closing = headers[CONNECTION].lower() == "close"
         first = _STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n"
-        last = _SIGNED if "Date" in headers else self._fronts.stamp()
+        last = _SIGNED if DATE in headers else self._fronts.stamp()
         return f"{first}{told_lines(headers)}\r\n{length}{last}".encode()
 
     def _failed(self, error: Exception) -> None:

@@ -6,6 +6,7 @@ import base64
 from collections.abc import Collection, Mapping
 
 from .errors import ClientError, InvalidCredentials
+from .names import AUTHORIZATION
 from .request import Request
 
 SUBPROTOCOL = "harperpy"
@@ -41,7 +42,7 @@ def credential_of(request: Request, headers: Collection[str] = ()) -> str | None
     A page cannot set it for a WebSocket: it offers `harperpy` and `bearer.KEY` as subprotocols, of
     which the answer names the first.
     """
-    header = request.headers.get("authorization")
+    header = request.headers.get(AUTHORIZATION)
     for name in headers:
         if name in request.headers:
             header = _agreed(request, header, headers)

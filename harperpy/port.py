@@ -20,6 +20,7 @@ from .context import Context
 from .delivery import Delivery
 from .dispatch import Dispatch
 from .meter import Meter
+from .names import CONTENT_TYPE, REQUEST_ID
 from .negotiation import EVENTS, JSON
 from .rendering import Reply
 from .sections import HttpConfig
@@ -57,7 +58,7 @@ class Port:
 
     def request_id(self, headers: Mapping[str, str]) -> str:
         """The client's own id of a request, else one of ours."""
-        told = headers.get("x-request-id")
+        told = headers.get(REQUEST_ID)
         if told is not None and _CLIENT_ID.fullmatch(told):
             return told
         return f"{self._prefix}{next(self._count):06x}"
@@ -86,7 +87,7 @@ class Port:
         threshold, headers, body = self.http.compression_threshold, reply.headers, reply.body
         if not threshold or not isinstance(body, bytes) or len(body) <= threshold:
             return
-        if "Content-Encoding" in headers or headers.get("Content-Type") == EVENTS:
+        if "Content-Encoding" in headers or headers.get(CONTENT_TYPE) == EVENTS:
             return
         vary(headers, "Accept-Encoding")
         if _takes_gzip(context.headers.get("accept-encoding", "")):

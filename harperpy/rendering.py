@@ -27,6 +27,7 @@ from .context import Context
 from .errors import ClientError, NotFound, ServerError
 from .framing import END, RAW, frames, framing_of
 from .incoming import Incoming, Socket
+from .names import CACHE_CONTROL, CONTENT_TYPE
 from .negotiation import CSV, EVENTS, JSON, OCTETS, TEXT
 from .outgoing import sent
 from .registry import Entry
@@ -36,7 +37,7 @@ from .sse import SSE, encode_json
 logger = logging.getLogger("harperpy.dispatch")
 
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_STREAM_HEADERS = {CACHE_CONTROL: "no-cache", "X-Accel-Buffering": "no"}
 
 
 class Reply(msgspec.Struct, eq=False):
@@ -112,7 +113,7 @@ def stamp(reply: Reply, context: Context) -> None:
     known = tell_version(reply.headers, context, reply.status)
     if known and isinstance(reply.body, bytes):
         reply.status, reply.body = 304, b""
-        reply.headers.pop("Content-Type", None)
+        reply.headers.pop(CONTENT_TYPE, None)
 
 
 def render(value: Any, context: Context) -> Reply | Flow:
@@ -176,7 +177,7 @@ def _as_it_is(value: Blob | bytes | bytearray, context: Context) -> Reply:
     if not isinstance(value, Blob):
         return _whole(200, merged(context), OCTETS, bytes(value), context)
     # Who wrote it says what it is; between us and the client it may still be compressed.
-    headers = merged(context, {"Content-Type": value.content_type, "Vary": "Accept-Encoding"})
+    headers = merged(context, {CONTENT_TYPE: value.content_type, "Vary": "Accept-Encoding"})
     data = value.data.encode() if isinstance(value.data, str) else value.data
     return _whole(200, headers, value.content_type, data, context)
 
@@ -185,29 +186,29 @@ def _render_response(response: Response, context: Context) -> Reply | Flow:
     headers = merged(context, response.headers)
     body = response.body
     if response.data is not msgspec.UNSET:
-        media = headers.get("Content-Type") or context.types.negotiate(context.accept)
+        media = headers.get(CONTENT_TYPE) or context.types.negotiate(context.accept)
         data = context.types.serialize(response.data, media.partition(";")[0])
         return _whole(response.status, headers, media, data, context, keep_status=True)
     if body is None or isinstance(body, (str, bytes)):
-        if body and "Content-Type" not in headers:
+        if body and CONTENT_TYPE not in headers:
             is_text = isinstance(body, str)
-            headers["Content-Type"] = f"{TEXT}; charset=utf-8" if is_text else OCTETS
+            headers[CONTENT_TYPE] = f"{TEXT}; charset=utf-8" if is_text else OCTETS
         data = body.encode() if isinstance(body, str) else body or b""
         return Reply(response.status, headers, data)
     context.status = response.status
-    headers.setdefault("Content-Type", OCTETS)
-    media = headers["Content-Type"].partition(";")[0]
+    headers.setdefault(CONTENT_TYPE, OCTETS)
+    media = headers[CONTENT_TYPE].partition(";")[0]
     return Flow(aiterate(body), media, response.headers, raw=True)
 
 
 def error_body(response: Response, headers: CIMultiDict[str]) -> bytes:
     """The bytes of a worded refusal: `data` as JSON, text or bytes as they are."""
     if response.data is not msgspec.UNSET:
-        headers.setdefault("Content-Type", JSON)
+        headers.setdefault(CONTENT_TYPE, JSON)
         return encode_json(response.data)
     body = response.body
     if isinstance(body, str):
-        headers.setdefault("Content-Type", f"{TEXT}; charset=utf-8")
+        headers.setdefault(CONTENT_TYPE, f"{TEXT}; charset=utf-8")
         return body.encode()
     return body if isinstance(body, bytes) else b""
 
@@ -320,9 +321,9 @@ def _head(
 
 def _name(media: str, headers: CIMultiDict[str]) -> None:
     """Say what type it is, unless the handler did; a browser is to keep our CSV as a file."""
-    if "Content-Type" in headers:
+    if CONTENT_TYPE in headers:
         return
-    headers["Content-Type"] = f"{media}; charset=utf-8" if media == CSV else media
+    headers[CONTENT_TYPE] = f"{media}; charset=utf-8" if media == CSV else media
     if media == CSV:
         headers.setdefault("Content-Disposition", 'attachment; filename="data.csv"')
 

@@ -11,6 +11,7 @@ from .content import Response, json_response
 from .context import Context
 from .contracts import Contract, Problem
 from .errors import HarperError
+from .names import CONTENT_TYPE
 from .permission import Verb
 from .request import RequestTarget
 
@@ -146,7 +147,7 @@ def problem(error: HarperError, context: Context) -> Response:
     asked = context.accept or ""
     media = "application/problem+json" if "problem+json" in asked else "application/json"
     response = json_response(error.status, _problem_body(error, context), error.headers)
-    response.headers["Content-Type"] = media
+    response.headers[CONTENT_TYPE] = media
     return response
 
 

@@ -27,6 +27,7 @@ ORDER = (
     "sse",
     "pointers",
     "forms",
+    "names",
     "content",
     "records",
     "negotiation",

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+from multidict import istr
 
 from harperpy import SSE, Context, HarperError, Resource, Response, json_response, openai_error
 
 # The version of the API that OpenAI's answers have named since its beginning.
 _VERSION = "2020-10-01"
+_TOLD_VERSION, _TOLD_MS = istr("openai-version"), istr("openai-processing-ms")
 
 
 class OpenAIErrorDetail(msgspec.Struct):
@@ -44,7 +46,7 @@ class OpenAIResource(Resource):
     def present_headers(context: Context) -> Mapping[str, str]:
         """The API's version, and the milliseconds until the head of this answer."""
         taken = (time.perf_counter() - context.started) * 1000
-        return {"openai-version": _VERSION, "openai-processing-ms": str(round(taken))}
+        return {_TOLD_VERSION: _VERSION, _TOLD_MS: str(round(taken))}
 
     @staticmethod
     def present_error(error: HarperError, context: Context) -> Response:

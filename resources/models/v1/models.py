@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import msgspec
+from multidict import istr
 
 from harperpy import (
     Context,
@@ -17,7 +18,7 @@ from harperpy import (
 
 from .errors import OpenAIResource
 
-_JSON = {"Content-Type": "application/json"}
+_JSON: dict[str, str] = {istr("Content-Type"): "application/json"}
 
 
 class _Model(msgspec.Struct, omit_defaults=True, gc=False):
