@@ -166,9 +166,12 @@ class Authenticators:
             shown.key = hashlib.blake2b(sent, key=self._secret, digest_size=32).digest()
             shown.header, shown.headers = header, None
         known = self._cache.get(shown.key)
-        if known is None or known[0] != self._epoch.now() or known[1] <= time.time():
+        if known is None:
             return None
-        return known[2] if known[3] is None or known[3] == address else None
+        epoch, expires, user, bound = known
+        if epoch != self._epoch.now() or expires <= time.time():
+            return None
+        return user if bound is None or bound == address else None
 
     async def _ask(self, credential: Credential) -> Verified:
         refusal: InvalidCredentials | None = None

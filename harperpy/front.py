@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from http import HTTPStatus
 from math import inf
 from typing import Any, ClassVar, cast
@@ -188,26 +188,27 @@ class Front(asyncio.Protocol):
         fronts.fresh.discard(self)
         if head.size > _MOST_KEPT_BYTES:
             self._head = None
-        request = self._request(head, data[head.size : needed])
-        answer = self._answer(request, head.length)
-        self._task = asyncio.Task(answer, loop=fronts.loop, name=request.id)
-
-    def _request(self, head: Head, data: bytes) -> Request:
-        port, headers = self._fronts.port, head.headers
+        port, headers = fronts.port, head.headers
+        name = port.request_id(headers)
         request = Request(
             head.method,
             head.path,
             headers,
             head.query,
-            id=port.request_id(headers),
+            id=name,
             peer=self._peer,
             trusted=port.trusted,
             shown=head.shown,
         )
-        if data:
-            told, decoders = headers.get(CONTENT_TYPE, ""), port.dispatch.types.decoders
-            request.body = Body(None, told, data, port.http.max_body_size, None, decoders)
-        return request
+        if head.length:
+            request.body = self._body(headers, data[head.size : needed])
+        answer = self._answer(request, head.length)
+        self._task = asyncio.Task(answer, loop=fronts.loop, name=name)
+
+    def _body(self, headers: Mapping[str, str], data: bytes) -> Body:
+        port = self._fronts.port
+        told, decoders = headers.get(CONTENT_TYPE, ""), port.dispatch.types.decoders
+        return Body(None, told, data, port.http.max_body_size, None, decoders)
 
     # --- what goes out
 

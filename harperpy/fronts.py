@@ -55,7 +55,7 @@ class Fronts:
         self.most_head = http.max_header_size
         self.most_body = min(http.max_body_size, _MOST_BODY_BYTES)
         self._empty: asyncio.Event | None = None
-        self._second = 0
+        self._second = 0.0
         self._stamp = ""
 
     def close(self) -> None:
@@ -91,9 +91,9 @@ class Fronts:
 
     def stamp(self) -> str:
         """The end of a head: who answers, and when."""
-        second = int(time())
-        if second != self._second:
-            self._second = second
-            date = formatdate(second, usegmt=True)
+        now = time()
+        if not 0.0 <= now - self._second < 1.0:
+            self._second = now // 1.0
+            date = formatdate(self._second, usegmt=True)
             self._stamp = f"Server: {SERVER}\r\nDate: {date}\r\n\r\n"
         return self._stamp
