@@ -229,7 +229,7 @@ class Context(Caller):
         """Whether an `async with context.transaction()` block is open."""
         return self._transaction is not None and self._transaction.in_block
 
-    async def settle(self, work: Callable[[], Any]) -> Any:
+    async def settle(self, work: Callable[[T], Any], given: T) -> Any:
         """Do the handler's work; commit what it wrote when it returns, undo it when it raises.
 
         Cancellation is a raise. What it returns is awaited if it wants to be.
@@ -238,7 +238,7 @@ class Context(Caller):
         if self._transaction is not None:
             self._transaction.of_handler = True
         try:
-            value = work()
+            value = work(given)
             if is_awaitable(value):
                 value = await value
         except BaseException:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from multidict import CIMultiDict
 
@@ -61,6 +61,8 @@ from .transactions import Transaction
 logger = logging.getLogger("harperpy.dispatch")
 
 _HEALTH = "/health"
+_Asked: TypeAlias = tuple[Entry, str, Verb, RequestTarget, Any, Context]
+"""Who may, and what they call with what: a mount, its verb, the permission that it takes."""
 
 
 class Dispatch:
@@ -200,11 +202,11 @@ class Dispatch:
         if verb == "connect":
             given = Incoming(entry.read) if request.websocket else None
         try:
+            work: Callable[[_Asked], Any] = self._admit
             if entry.opens(permission, context):
-                work = partial(self._invoke, entry, verb, target, given, context)
-            else:
-                work = partial(self._admit, permission, entry, verb, target, given, context)
-            value = await context.settle(work)
+                work = self._invoke
+            asked = entry, verb, permission, target, given, context
+            value = await context.settle(work, asked)
             if isinstance(given, Incoming):
                 check = partial(self._check, context, found)
                 return upgraded(value, given, check, entry, context)
@@ -216,22 +218,14 @@ class Dispatch:
             reply = await self.rendered(error.response, context, found, early)
         return reply
 
-    async def _admit(  # noqa: PLR0917  # who may, and what they call with what
-        self,
-        permission: Verb,
-        entry: Entry,
-        verb: str,
-        target: RequestTarget,
-        given: Any,
-        context: Context,
-    ) -> Any:
+    async def _admit(self, asked: _Asked) -> Any:
+        entry, _, permission, target, _, context = asked
         await authorise(entry, permission, target, context)
-        return await settled(self._invoke(entry, verb, target, given, context))
+        return await settled(self._invoke(asked))
 
-    def _invoke(
-        self, entry: Entry, verb: str, target: RequestTarget, given: Any, context: Context
-    ) -> Any:
+    def _invoke(self, asked: _Asked) -> Any:
         """What a verb returns, to be awaited within its time if it wants to be."""
+        entry, verb, _, target, given, context = asked
         if verb in entry.plain:
             context.check_accept()
         if context.request.websocket:

@@ -586,11 +586,8 @@ def test_whatever_calls_a_handler_has_asked_authorise_before() -> None:
 
     # It is called by the two before it alone.
     alone = {"dispatch._invoke": False}
-    assert {
-        "dispatch.call": True,
-        "dispatch._admit": True,
-        "operations.call": True,
-    } | alone == found
+    doors = {"dispatch.call": True, "dispatch._admit": True, "operations.call": True}
+    assert doors | alone == found
 
 
 RAW = {
