@@ -23,7 +23,7 @@ INTENT, OUTCOME = b"I", b"O"
 
 LOCK = "lock"
 _SEGMENT = 1 << 20
-# What an outcome adds to its intent: numbers, and the reason it ended for.
+# What an outcome adds to its intent's JSON: what stands around it, numbers, and why it ended.
 _MOST_ADDED = 1024
 _encode = msgspec.json.Encoder().encode_into
 
@@ -57,7 +57,8 @@ class Journal:
         self._position = self._size = 0
         # What is left of the segment when all that was promised is in it.
         self._left = 0
-        self._begun, self._over = bytearray(INTENT), bytearray(OUTCOME)
+        # As long as the last call's was: what is encoded from its beginning rarely makes it grow.
+        self._body = bytearray()
         self._promised: dict[int, tuple[int, int]] = {}
         self._sizes: dict[int, int] = {}
         self._ended: list[CallRow] = []
@@ -72,11 +73,11 @@ class Journal:
             message = "the server is stopping"
             raise ServiceUnavailable(message)
         try:
-            self._note(self._begun, call)
+            self._note(INTENT, call)
         except OSError as error:
             message = f"the journal of model calls cannot be written: {error.strerror or error}"
             raise ServiceUnavailable(message, headers={"Retry-After": "1"}) from error
-        promise = len(self._begun) + _MOST_ADDED
+        promise = len(self._body) + _MOST_ADDED
         self._promised[call.id] = promise, self._number
         self._left -= promise
 
@@ -87,7 +88,7 @@ class Journal:
         promise, _ = self._promised.pop(call.id, (0, 0))
         self._left += promise
         try:
-            call = self._note(self._over, call)
+            call = self._note(OUTCOME, call)
         except OSError as error:
             call = _plain(call)
             logger.warning("the end of model call %d is in memory alone: %s", call.id, error)
@@ -141,19 +142,20 @@ class Journal:
         os.close(self._lock)
         self._lock = self._file = -1
 
-    def _note(self, line: bytearray, call: ModelCall) -> ModelCall:
-        """Write a call's line, whose kind is there already; the call without what no text can hold.
+    def _note(self, kind: bytes, call: ModelCall) -> ModelCall:
+        """Write a call's line of a kind; the call without what no text can hold.
 
         One that begins is written where its end has room, too.
         """
+        body = self._body
         try:
-            _encode(call, line, 1)
+            _encode(call, body)
         except (UnicodeEncodeError, TypeError, OverflowError):
             call = _plain(call)
-            _encode(call, line, 1)
-        line += b"\n"
+            _encode(call, body)
+        line = kind + body + b"\n"
         length = len(line)
-        needed = length if line is self._over else 2 * length + _MOST_ADDED
+        needed = length if kind is OUTCOME else length + len(body) + _MOST_ADDED
         if self._left < needed:
             self._new_segment(needed)
         if os.pwrite(self._file, line, self._position) != length:
