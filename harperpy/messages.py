@@ -173,25 +173,26 @@ class GenerateOpts(msgspec.Struct, kw_only=True):
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    response_format: ResponseFormat | None = None
     tool_mode: Literal["return", "auto"] = "return"
     tool_choice: str | None = None
     allowed_tools: list[str] | None = None
     parallel_tool_calls: bool | None = None
-    logprobs: bool | None = None
     top_logprobs: int | None = None
     n: int | None = None
+    prediction: dict[str, Any] | None = None
+    provider_options: dict[str, Any] = {}
+    # From here on what not every backend is able to.
+    response_format: ResponseFormat | None = None
+    modalities: list[str] | None = None
+    logprobs: bool | None = None
     logit_bias: dict[str, float] | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
-    modalities: list[str] | None = None
-    audio: dict[str, Any] | None = None
-    prediction: dict[str, Any] | None = None
     web_search_options: dict[str, Any] | None = None
     moderation: dict[str, Any] | None = None
     service_tier: str | None = None
     store: bool | None = None
-    provider_options: dict[str, Any] = {}
+    audio: dict[str, Any] | None = None
 
 
 class EmbedOpts(msgspec.Struct, kw_only=True):

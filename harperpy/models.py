@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any, TypeAlias, TypeVar, cast
 
 import msgspec
@@ -55,8 +54,8 @@ _IDLE: dict[Capability, tuple[Any, ...]] = {
     "store": (False,),
     "audio": (),
 }
-_needing = attrgetter(*_IDLE, "response_format", "modalities")
-_NOTHING = (None,) * (len(_IDLE) + 2)
+_NEEDING = GenerateOpts.__struct_fields__.index("response_format")
+_NOTHING = (None,) * len(GenerateOpts.__struct_fields__[_NEEDING:])
 # What most calls need, and nothing else.
 _EMBEDS: Mapping[Capability, str] = {"embed": "model"}
 _PLAIN: dict[Method, Mapping[Capability, str]] = {
@@ -296,7 +295,7 @@ def _one_of(opts: GenerateOpts, index: int) -> GenerateOpts:
 def _requires(method: Method, prompt: Prompt, opts: GenerateOpts) -> Mapping[Capability, str]:
     """What a call needs, and the field that asks for it."""
     plain = _PLAIN[method]
-    if not prompt.tools and _needing(opts) == _NOTHING:
+    if not prompt.tools and msgspec.structs.astuple(opts)[_NEEDING:] == _NOTHING:
         for message in prompt.messages:
             if type(message.content) is not str:
                 break
@@ -314,7 +313,8 @@ def _more_needed(prompt: Prompt, opts: GenerateOpts) -> Mapping[Capability, str]
         needs |= {"custom_tools": "tools"} if "custom" in kinds else {}
     if opts.response_format not in (None, "text"):
         needs["structured_output"] = "response_format"
-    for (option, idle), value in zip(_IDLE.items(), _needing(opts), strict=False):
+    for option, idle in _IDLE.items():
+        value = getattr(opts, option)
         if value is not None and value not in idle:
             needs[option] = option
     if opts.modalities and "audio" in opts.modalities:
