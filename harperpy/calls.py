@@ -94,29 +94,28 @@ class Call:
 
     def opts_for(self, candidate: Candidate, recorder: Recorder) -> Any:
         """The options as this candidate's backend sees them: its own model's name, one signal."""
-        opts = msgspec.structs.replace(
+        return msgspec.structs.replace(
             self._opts,
             model=candidate.provider_model,
             signal=self.signal,
             call_id=recorder.call.id,
         )
-        if isinstance(opts, EmbedOpts):
-            return opts
-        if opts.allowed_tools is not None and not _knows_allowed(candidate):
+
+    def question(self, candidate: Candidate, recorder: Recorder) -> tuple[Prompt, GenerateOpts]:
+        """The prompt and the options as this candidate's backend is asked.
+
+        Where it cannot be told which tools may be called, the prompt has only those.
+        """
+        prompt: Prompt = self.asked
+        opts: GenerateOpts = self.opts_for(candidate, recorder)
+        allowed = opts.allowed_tools
+        if allowed is not None and "allowed_tools" not in candidate.backend.features:
+            tools = [tool for tool in prompt.tools if tool.name in allowed]
+            prompt = msgspec.structs.replace(prompt, tools=tools)
             opts.allowed_tools = None
         if recorder.most_tokens is not None:
             opts.max_tokens = recorder.most_tokens
-        return opts
-
-    def prompt_for(self, candidate: Candidate) -> Prompt:
-        """The prompt with the tools that may be called, where a backend cannot be told which."""
-        opts: Any = self._opts
-        prompt: Prompt = self.asked
-        allowed = opts.allowed_tools
-        if allowed is None or _knows_allowed(candidate):
-            return prompt
-        tools = [tool for tool in prompt.tools if tool.name in allowed]
-        return msgspec.structs.replace(prompt, tools=tools)
+        return prompt, opts
 
     @property
     def gives_many(self) -> bool:
@@ -221,7 +220,7 @@ class Call:
         self, candidate: Candidate, recorder: Recorder
     ) -> tuple[_Batch | None, AsyncIterator[_Batch], Recorder]:
         """A stream with its first chunks, if it has any."""
-        asked, opts = self.prompt_for(candidate), self.opts_for(candidate, recorder)
+        asked, opts = self.question(candidate, recorder)
         stream = cast("Streams", candidate.backend).generate_stream(asked, opts)
         recorder.source = batches = batches_of(stream)
         if isinstance(stream, Batched) and stream.divert is not None:
@@ -299,11 +298,6 @@ def _refuse() -> NoReturn:
         "model is asked now: ask it before the first write, or after `await tx.commit()`"
     )
     raise TransactionError(message)
-
-
-def _knows_allowed(candidate: Candidate) -> bool:
-    """Whether the backend can be told which of the tools may be called."""
-    return "allowed_tools" in candidate.backend.features
 
 
 def falls_back(error: Exception) -> bool:

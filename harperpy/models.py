@@ -225,7 +225,7 @@ def _permission(caller: Caller | None) -> Permission | None:
 
 
 def _asked(call: Call, candidate: Candidate, recorder: Recorder) -> Awaitable[GenerateResult]:
-    asked, opts = call.prompt_for(candidate), call.opts_for(candidate, recorder)
+    asked, opts = call.question(candidate, recorder)
     backend: Any = candidate.backend
     if not hasattr(backend, "generate"):
         return _drained(backend.generate_stream(asked, opts))

@@ -246,7 +246,7 @@ async def test_openai_itself_is_told_which_tools_are_allowed(url: str, sent: str
     call = Call(Ledger(), "generate", opts, Caller(), asked=prompt)
     row = ModelCall(id=1, created=1.0, method="generate", model="gpt")
     attempt = Recorder(Ledger(), row)
-    asked, told = call.prompt_for(candidate), call.opts_for(candidate, attempt)
+    asked, told = call.question(candidate, attempt)
     body = json.loads(backend._chat(asked, told, stream=False))
 
     choice = body["tool_choice"]
