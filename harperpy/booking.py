@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import chain
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import sqlalchemy as sa
@@ -15,6 +15,8 @@ from sqlalchemy.dialects import sqlite
 from .accounting import CallRow, ModelCall
 from .daily import DAY_MS, DIGITS, growing
 from .system import COSTS, CREATED, DIMENSIONS, TOKENS, hdb_model_calls, hdb_model_calls_daily
+
+_Columns: TypeAlias = list[tuple[Any, ...]]
 
 # What SQLite runs as one statement waits for the interpreter once, and not once a row.
 _TOGETHER, _A_FEW = 50, 10
@@ -61,8 +63,12 @@ class Booking:
         for at in range(0, len(rows), _SLICE):
             fresh = self._unknown(connection, rows[at : at + _SLICE])
             if fresh:
-                self._insert(connection, fresh)
-                connection.exec_driver_sql(self._grow, list(_days(fresh)))
+                columns: _Columns = list(zip(*fresh, strict=True))
+                alike = all(_is_one(columns[at]) for at in _ALIKE)
+                self._insert(connection, columns, alike=alike)
+                of_one_day = alike and not _spans_days(columns)
+                groups = [columns] if of_one_day else _groups(fresh)
+                connection.exec_driver_sql(self._grow, [_day(group) for group in groups])
 
     def _unknown(self, connection: sa.Connection, rows: Sequence[CallRow]) -> list[CallRow]:
         by_id = {row[_ID]: row for row in rows}
@@ -71,13 +77,11 @@ class Booking:
             del by_id[known]
         return list(by_id.values())
 
-    def _insert(self, connection: sa.Connection, rows: Sequence[CallRow]) -> None:
-        columns: list[tuple[Any, ...]] = list(zip(*rows, strict=True))
+    def _insert(self, connection: sa.Connection, columns: _Columns, *, alike: bool) -> None:
         for at in _FLAGS:
             # The driver takes an integer as it is, and for anything else looks for an adapter.
             columns[at] = tuple(map(int, columns[at]))
         used = [one for one in _COLUMNS if _has_some(columns[one[1]])]
-        alike = all(columns[at].count(columns[at][0]) == len(rows) for at in _ALIKE)
         common = [one for one in used if alike and one[1] in _ALIKE]
         own = [one for one in used if one not in common]
         values = list(zip(*(columns[at] for _, at in own), strict=True))
@@ -118,25 +122,42 @@ def _has_some(column: Sequence[Any]) -> bool:
     return column[0] is not None or column.count(None) < len(column)
 
 
-def _days(rows: Sequence[CallRow]) -> Iterator[CallRow]:
-    """What the rows add, one for each day and who and what."""
+def _is_one(column: Sequence[Any]) -> bool:
+    return column.count(column[0]) == len(column)
+
+
+def _day_of(created: float) -> int:
+    return int(created / DAY_MS)
+
+
+def _spans_days(columns: _Columns) -> bool:
+    created = columns[_CREATED]
+    return _day_of(min(created)) != _day_of(max(created))
+
+
+def _groups(rows: Sequence[CallRow]) -> Iterator[_Columns]:
+    """The columns of the rows of each day and who and what."""
     groups: dict[tuple[int, CallRow], list[CallRow]] = {}
     for row in rows:
-        key = int(row[_CREATED] / DAY_MS), _who_and_what(row)
+        key = _day_of(row[_CREATED]), _who_and_what(row)
         groups.setdefault(key, []).append(row)
+    return (list(zip(*group, strict=True)) for group in groups.values())
+
+
+def _day(columns: _Columns) -> CallRow:
+    """What calls of one day add, of which it is the same who and what they are."""
     tokens, costs = _SUMS
-    for (day, key), group in groups.items():
-        columns: list[tuple[Any, ...]] = list(zip(*group, strict=True))
-        success = sum(columns[_SUCCESS])
-        yield (
-            datetime.fromtimestamp(day * DAY_MS / 1000, UTC).date().isoformat(),
-            *(one or "" for one in key),
-            len(group),
-            len(group) - success,
-            list(zip(columns[_SUCCESS], columns[_COST], strict=True)).count((True, None)),
-            *(_total(columns[at]) for at in tokens),
-            *(round(_total(columns[at]), DIGITS) for at in costs),
-        )
+    succeeded = columns[_SUCCESS]
+    day = _day_of(columns[_CREATED][0]) * DAY_MS / 1000
+    return (
+        datetime.fromtimestamp(day, UTC).date().isoformat(),
+        *(columns[_AT[name]][0] or "" for name in DIMENSIONS),
+        len(succeeded),
+        len(succeeded) - sum(succeeded),
+        list(zip(succeeded, columns[_COST], strict=True)).count((True, None)),
+        *(_total(columns[at]) for at in tokens),
+        *(round(_total(columns[at]), DIGITS) for at in costs),
+    )
 
 
 def _total(column: CallRow) -> Any:

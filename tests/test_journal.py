@@ -318,6 +318,7 @@ VARIED: dict[str, Callable[[int], dict[str, Any]]] = {
         "error_code": "timeout" if number == 77 else None,
         "user": "a",
     },
+    "over midnight": lambda number: {"created": 20_717 * 86_400_000.0 + number - 5},
     "some without a name": lambda number: {"tenant": "t" if number % 3 else None, "cost": 0.25},
 }
 
