@@ -39,7 +39,7 @@ class Vector(Sequence[float]):
         flat = text[:1] == b"[" and text.find(b"[", 1) < 0 and len(text) > len("[]")
         vector = cls()
         vector._json = text
-        if not flat or any(sign in text for sign in _NO_NUMBERS):
+        if not flat or any(map(text.__contains__, _NO_NUMBERS)):
             message = "no array of numbers"
             raise ValueError(message)
         if _may_be_large(text):

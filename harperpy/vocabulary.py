@@ -64,7 +64,10 @@ def embed_inputs(given: EmbedInput) -> EmbedInputs:
     if not items:
         _refuse("input", "at least one text or token number")
     if isinstance(items[0], str):
-        return EmbedInputs(texts=[_text(text, f"input[{at}]") for at, text in enumerate(items)])
+        # Where each stands is worded for the one that is refused.
+        if set(map(type, items)) != {str} or "" in items:
+            items = [_text(text, f"input[{at}]") for at, text in enumerate(items)]
+        return EmbedInputs(texts=items)
     if isinstance(items[0], Sequence):
         arrays = [_array(array, f"input[{at}]") for at, array in enumerate(items)]
         return EmbedInputs(arrays=arrays)

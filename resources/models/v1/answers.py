@@ -61,6 +61,23 @@ class _Completion(msgspec.Struct, omit_defaults=True):
     moderation: dict[str, Any] | None = None
 
 
+class _Embedding(msgspec.Struct):
+    """One vector."""
+
+    object: str
+    index: int
+    embedding: Any
+
+
+class _Embeddings(msgspec.Struct):
+    """All vectors, and what they cost."""
+
+    object: str
+    data: list[_Embedding]
+    model: str
+    usage: dict[str, int]
+
+
 def completion(result: GenerateResult, request: ChatRequest) -> msgspec.Struct:
     """A `chat.completion` object."""
     functions = bool(request.functions)
@@ -81,19 +98,19 @@ def completion(result: GenerateResult, request: ChatRequest) -> msgspec.Struct:
     )
 
 
-def embedding_list(request: EmbeddingRequest, result: EmbedResult) -> dict[str, Any]:
+def embedding_list(request: EmbeddingRequest, result: EmbedResult) -> msgspec.Struct:
     """OpenAI's list of embeddings, floats or base64 as asked."""
     encode = _base64 if request.encoding_format == "base64" else _floats
     tokens = result.usage.embedding_tokens or 0 if result.usage else 0
-    return {
-        "object": "list",
-        "data": [
-            {"object": "embedding", "index": index, "embedding": encode(vector)}
+    return _Embeddings(
+        "list",
+        [
+            _Embedding("embedding", index, encode(vector))
             for index, vector in enumerate(result.vectors)
         ],
-        "model": request.model or "default",
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-    }
+        request.model or "default",
+        {"prompt_tokens": tokens, "total_tokens": tokens},
+    )
 
 
 def _choice(index: int, choice: Choice, *, functions: bool) -> _Choice:
