@@ -25,7 +25,7 @@ from harperpy import (
 from . import reconciliation
 from .receipts import GetModelCall, Receipts
 
-_MOVE_SECONDS = 0.1
+_MOVE_SECONDS = 0.25
 _RETRY_SECONDS = 1.0
 _CLEANING_SECONDS = 3600.0
 _DAY_MS = 86_400_000
