@@ -231,17 +231,23 @@ class _ChunkEncoder:
     def events(self, batch: Iterable[GenerateChunk | str]) -> Encoded:
         """The events of a batch: of each token one for each kind of piece that it holds."""
         told: list[bytes] = []
+        text: str | None
+        choices, last, tail = self._choices, self._last, self._text_tail
         for token in batch:
             if isinstance(token, str):
-                self._add_text(0, token, told)
-                continue
-            index = token.index
-            if index > self._last:
-                self._open(index, told)
-            if _is_text(token):
-                self._add_text(index, token.delta_content, told)
+                index, text = 0, token
             else:
-                self._add_pieces(token, told)
+                index, text = token.index, token.delta_content
+                if index > last:
+                    last = self._open(index, told)
+                # Most are a piece of text and nothing else.
+                if text is None or token != GenerateChunk(delta_content=text, index=index):
+                    self._add_pieces(token, told)
+                    continue
+            if (choice := choices.get(index)) is None or not choice.started:
+                self._add(self._choice(index), {"content": text}, told)
+            else:
+                told += (choice.text_head, encode_text(text), tail)
         return Encoded(b"".join(told))
 
     def last(self, *, include_usage: bool) -> Encoded:
@@ -258,20 +264,13 @@ class _ChunkEncoder:
             told.append(b"%b,%b\n\n" % (self._head, tail[1:]))
         return Encoded(b"".join([*told, b"data: [DONE]\n\n"]))
 
-    def _open(self, index: int, told: list[bytes]) -> None:
+    def _open(self, index: int, told: list[bytes]) -> int:
         """A beginning for each choice before this one: clients count them as they come."""
         lower = range(self._last + 1, index)
         self._last = index
         for at in lower:
             self._add(self._choice(at), {"content": ""}, told)
-
-    def _add_text(self, index: int, text: str | None, told: list[bytes]) -> None:
-        """As `_add`, by the shorter way that most chunks can go."""
-        choice = self._choices.get(index)
-        if choice is None or not choice.started:
-            self._add(self._choice(index), {"content": text}, told)
-        else:
-            told += (choice.text_head, encode_text(text), self._text_tail)
+        return index
 
     def _add_pieces(self, token: GenerateChunk, told: list[bytes]) -> None:
         if token.usage is not None:
@@ -339,12 +338,6 @@ class _ChunkEncoder:
         # The old protocol has room for one call.
         first = (call["function"] for call in calls if call["index"] == 0)
         return {"function_call": call} if (call := next(first, None)) else {}
-
-
-def _is_text(token: GenerateChunk) -> bool:
-    """Whether a chunk is a piece of text and nothing else, as most are."""
-    text = token.delta_content
-    return text is not None and token == GenerateChunk(delta_content=text, index=token.index)
 
 
 def _call(choice: _Choice, delta: ToolCallDelta | ToolCall) -> dict[str, Any]:

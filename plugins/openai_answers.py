@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any, TypeVar, cast
 
@@ -14,57 +14,19 @@ from harperpy import (
     GenerateChunk,
     GenerateResult,
     TokenLogprob,
-    TokenUsage,
     Vector,
 )
 
 from .openai_calls import Called, Calls, Function, whole_call
+from .openai_pattern import Pattern, pattern_of
 from .openai_refusals import our_code
+from .openai_usage import Usage
 
 C = TypeVar("C", bound=Choice)
-
-_TEXTS = ("text_tokens", "audio_tokens", "image_tokens")
-_OF_PROMPT = (*_TEXTS, "cache_write_tokens")
-_OF_COMPLETION = (*_TEXTS, "accepted_prediction_tokens", "rejected_prediction_tokens")
-_MOST_TOKENS = 2**53
 
 
 class _Struct(msgspec.Struct, gc=False):
     """A part of a provider's answer; what we do not know in it is passed over."""
-
-
-class Usage(_Struct):
-    """A provider's usage; whatever in it is no count of tokens is passed over."""
-
-    prompt_tokens: Any = None
-    completion_tokens: Any = None
-    prompt_tokens_details: dict[str, Any] | None = None
-    completion_tokens_details: dict[str, Any] | None = None
-
-    def tokens(self) -> TokenUsage | None:
-        """As harperpy counts; None where it says neither what was asked nor what was answered."""
-        asked, answered = _count(self.prompt_tokens), _count(self.completion_tokens)
-        if asked is None and answered is None:
-            return None
-        usage = TokenUsage(prompt_tokens=asked, completion_tokens=answered)
-        if details := self.prompt_tokens_details:
-            usage.cached_tokens = _count(details.get("cached_tokens"))
-            usage.prompt_details = _counts(details, _OF_PROMPT)
-        if details := self.completion_tokens_details:
-            usage.reasoning_tokens = _count(details.get("reasoning_tokens"))
-            usage.completion_details = _counts(details, _OF_COMPLETION)
-        return usage
-
-
-def _counts(details: dict[str, Any], names: tuple[str, ...]) -> dict[str, int] | None:
-    found = ((name, _count(details.get(name))) for name in names)
-    return {name: count for name, count in found if count is not None} or None
-
-
-def _count(value: Any) -> int | None:
-    if type(value) is int:
-        return value if 0 <= value < _MOST_TOKENS else None
-    return _count(int(value)) if type(value) is float and value.is_integer() else None
 
 
 class _Said(_Struct):
@@ -178,6 +140,8 @@ _whole_of, _NOTHING_WHOLE = attrgetter(*_WHOLE), (None,) * len(_WHOLE)
 _decode = msgspec.json.Decoder(_Chunk).decode
 _SILENCE = _Said()
 _NO_REASONS: frozenset[int] = frozenset()
+# How often a pattern is looked for in a stream whose events have none in common.
+_LOOKS = 3
 
 
 def whole_answer(completion: Completion, n: int | None) -> GenerateResult:
@@ -228,29 +192,42 @@ class ChunkReader:
     Of choices that nobody asked for it says nothing.
     """
 
-    __slots__ = ("_calls", "_last", "_n", "_news", "ended", "reasons")
+    __slots__ = ("_calls", "_last", "_looks", "_n", "_news", "_pattern", "ended", "reasons")
 
     def __init__(self, n: int | None = None) -> None:
         self._n = n or 1
         # Most providers say in each event the same of the answer as a whole.
         self._last = _NOTHING_WHOLE
         self._news: GenerateChunk | None = None
+        self._pattern: Pattern | None = None
+        self._looks = _LOOKS
         self._calls: dict[int, Calls] = {}
         self.reasons = _NO_REASONS
         self.ended = False
 
+    def read_all(self, events: Iterable[str], batch: list[GenerateChunk]) -> None:
+        """Put what `read` makes of each into a batch, until one raises.
+
+        By a shorter way for those that bring text as one before did.
+        """
+        for data in events:
+            pattern = self._pattern
+            if pattern is None or (text := pattern.text(data)) is None:
+                batch += self.read(data)
+            elif text:
+                batch.append(GenerateChunk(index=pattern.index, delta_content=text))
+
     def read(self, data: str) -> Sequence[GenerateChunk]:
         """The chunks of one event, none for one that brings nothing. Raises `BackendError`."""
         if self.ended or data == "[DONE]":
-            self.ended = True
+            self.ended, self._pattern = True, None
             return ()
         try:
             event = _decode(data)
         except msgspec.DecodeError as error:
             told = data.strip()
-            self.ended = told == "[DONE]"
-            if self.ended or not told:
-                return ()
+            if not told or told == "[DONE]":
+                return self.read(told) if told else ()
             message = "an event of the stream is not what it should be"
             raise BackendError(message) from error
         whole = _whole_of(event)
@@ -262,10 +239,26 @@ class ChunkReader:
             chunk = self._chunk(choice)
             if chunk is not None:
                 chunks.append(chunk)
-        return chunks if self._news is None else self._with_news(self._news, chunks)
+        if self._news is not None:
+            return self._with_news(self._news, chunks)
+        if self._looks and len(chunks) == 1:
+            self._look(data, chunks[0])
+        return chunks
+
+    def _look(self, data: str, chunk: GenerateChunk) -> None:
+        """Note the pattern of an event that has brought text alone."""
+        text, known = chunk.delta_content, self._pattern
+        if text is None or chunk != GenerateChunk(index=chunk.index, delta_content=text):
+            return
+        self._looks = _LOOKS if known is not None and known.used else self._looks - 1
+        pattern, another = pattern_of(data, text, chunk.index), f"{text}."
+        # The same text may stand elsewhere too.
+        found = pattern is not None and _says(pattern.event(another), another)
+        self._pattern = pattern if found else None
 
     def _take(self, event: _Chunk) -> None:
         """Note what is new of the answer as a whole. Raises `BackendError` for its failure."""
+        self._pattern = None
         if event.error is not None:
             raise _stream_error(event.error)
         news = self._news or GenerateChunk()
@@ -348,6 +341,16 @@ class ChunkReader:
             logprobs=choice.logprobs.content if choice.logprobs else None,
             refusal_logprobs=choice.logprobs.refusal if choice.logprobs else None,
         )
+
+
+def _says(data: str, text: str) -> bool:
+    """Whether this is the text that an event's choice brings."""
+    try:
+        event = _decode(data)
+    except msgspec.DecodeError:
+        return False
+    said = [choice.delta or choice.message for choice in event.choices or ()]
+    return [text] == [one and one.content for one in said]
 
 
 def _stream_error(told: Any) -> BackendError:

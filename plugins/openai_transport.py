@@ -95,15 +95,13 @@ class Transport:
         batch: list[GenerateChunk] = []
         try:
             while not reader.ended and (read := await exchange.read()):
-                for data in events.feed(read):
-                    batch += reader.read(data)
+                reader.read_all(events.feed(read), batch)
                 # The next may take long to come: nothing of this one is kept meanwhile.
-                read, data = b"", ""
+                read = b""
                 if batch:
                     yield batch
                     batch = []
-            for data in events.end():
-                batch += reader.read(data)
+            reader.read_all(events.end(), batch)
         except BackendError:
             if batch:
                 yield batch
@@ -140,13 +138,12 @@ class _Chunks:
         """See `Batched`."""
         if (exchange := self.exchange) is None:
             return
-        reader, read, feed = self.reader, self.reader.read, self.events.feed
+        reader, feed = self.reader, self.events.feed
 
         def take(part: bytes) -> bool:
             more, batch = True, list[GenerateChunk]()
             try:
-                for data in feed(part):
-                    batch += read(data)
+                reader.read_all(feed(part), batch)
             finally:
                 if batch:
                     more = sink(batch)

@@ -12,6 +12,7 @@ from harperpy.plugins.openai import OpenAI
 from harperpy.plugins.openai_answers import ChunkReader
 
 from harperpy import (
+    BackendError,
     ConfigError,
     GenerateChunk,
     GenerateOpts,
@@ -342,6 +343,62 @@ def test_what_is_said_of_an_empty_answer_comes_at_its_end() -> None:
 
     expected = [GenerateChunk(finish_reason="stop"), GenerateChunk(system_fingerprint="fp")]
     assert expected == [*reader.finish()]
+
+
+def told(text: str | None = "a", index: int = 0, **more: Any) -> str:
+    """An event of a stream as providers write it."""
+    choice = {"index": index, "delta": {"content": text}, "finish_reason": None}
+    return msgspec.json.encode({"id": "1", "model": "a", "choices": [choice], **more}).decode()
+
+
+ALIKE = [told(text) for text in "abc"]
+NOT_ALIKE: dict[str, list[str]] = {
+    "text of all kinds": [told(text) for text in ('"', "\\", "\n", "", "é\u2028", "\U0001f600")],
+    "text that stands elsewhere too": [told(text) for text in ("id", "a", "choices", ":", '","')],
+    "text that something else is too": [told("a", padding=text) for text in "abca"],
+    "text that is a name": [told("finish_reason"), *ALIKE],
+    "the whole as before": [told("a", service_tier=tier) for tier in "ttttutttt"],
+    "escapes": [told().replace('"a"}', '"\\u0041"}'), told().replace('"a"}', '"\\/"}')],
+    "no text": [told(None), told().replace('"a"}', "7}")],
+    "more than a text": [told().replace('"a"}', '"b","refusal":"no"}'),
+                         told().replace('"a"}', '"b","content":"c"}')],
+    "another word of the whole": [told(system_fingerprint="f"), *ALIKE, told(service_tier="t"),
+                                  *ALIKE, told(system_fingerprint="f"), *ALIKE],
+    "usage": [told(usage={"prompt_tokens": 1, "completion_tokens": 2}), *ALIKE],
+    "usage in each": [told(text, usage={"prompt_tokens": 1}) for text in "abcd"],
+    "an error": [told(error={"message": "no"}), *ALIKE],
+    "what is no event": ["", "{", *ALIKE],
+    "the end": ["[DONE]", *ALIKE],
+    "the end in other words": [" [DONE]", *ALIKE],
+    "a reason": [told().replace("null", '"stop"'), *ALIKE],
+    "another choice": [told("x", index=1), told("y"), told("z", index=1), told("x", index=2)] * 4,
+    "two choices at once": [told().replace("}]", "}," + told("b", 1).partition("[")[2][:-1])] * 3,
+    "never the same": [told(text, padding="x" * at) for at, text in enumerate("abcdefgh")],
+    "now and then the same": [told(text, created=at // 3) for at, text in enumerate("abcdefgh")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", NOT_ALIKE.values(), ids=NOT_ALIKE)
+def test_events_that_are_alike_are_read_as_all_others(odd: list[str]) -> None:
+    """What differs in its text alone goes a shorter way, to the same chunks and the same end."""
+    for given in ([*ALIKE, *odd], odd, [*ALIKE, *odd, *ALIKE]):
+        expected = read(given, one_by_one=True)
+
+        assert expected == read(given, one_by_one=False)
+
+
+def read(given: list[str], *, one_by_one: bool) -> tuple[list[GenerateChunk], Any]:
+    """The chunks of these events, and what is said at their end."""
+    reader, chunks = ChunkReader(2), list[GenerateChunk]()
+    try:
+        if one_by_one:
+            for data in given:
+                chunks += reader.read(data)
+        else:
+            reader.read_all(given, chunks)
+        return chunks, [*reader.finish()]
+    except BackendError as error:
+        return chunks, str(error)
 
 
 async def test_tool_calls_without_an_index_are_told_apart(

@@ -31,7 +31,6 @@ from harperpy import (
     json_response,
     openai_stream,
 )
-from harperpy.streaming import _is_text
 from harperpy.testing import running
 from helpers import Answered, ask, events
 
@@ -915,11 +914,27 @@ async def test_text_alone_is_worded_as_text_beside_something(
     "field",
     [one for one in GenerateChunk.__struct_fields__ if one not in ("delta_content", "index")],
 )
-def test_text_beside_anything_is_not_text_alone(field: str) -> None:
+async def test_text_beside_anything_is_not_text_alone(field: str) -> None:
     """No field of a chunk is lost on the short way, those to come included."""
-    assert _is_text(GenerateChunk(delta_content="a"))
-    other: dict[str, Any] = {field: "b"}
-    assert not _is_text(GenerateChunk(delta_content="a", **other))
+    values: dict[str, Any] = {
+        "delta_tool_calls": [ToolCallDelta(index=0, id="c", name="f", arguments="{}")],
+        "usage": TokenUsage(prompt_tokens=1, completion_tokens=1),
+        "moderation": {"flagged": False},
+        "delta_audio": {"id": "a"},
+    }
+    for name in ("logprobs", "refusal_logprobs", "delta_annotations"):
+        values[name] = [{"a": 1}]
+    other: dict[str, Any] = {field: values.get(field, "length")}
+    first = GenerateChunk(delta_content="a")
+    given: dict[str, Any] = {"model": "m", "id": "one", "include_usage": True}
+
+    async def told(*more: GenerateChunk) -> str:
+        data = [event.data async for event in openai_stream([first, *more], **given)]
+        return re.sub(r'"created":\d+', "", "".join(map(str, data)))
+
+    alone = await told(GenerateChunk(delta_content="b"))
+    assert alone == await told(GenerateChunk(delta_content="b"))
+    assert alone != await told(GenerateChunk(delta_content="b", **other))
 
 
 async def test_two_answers_have_two_ids_and_one_may_be_given() -> None:
