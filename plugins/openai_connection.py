@@ -14,6 +14,8 @@ import httptools
 
 from harperpy import BackendError, BackendTimeout, Deadlines, Outbox, Waits
 
+from .openai_heads import Heads
+
 # The same as most servers allow.
 _MOST_HEAD = 64 << 10
 # What chunks may cost beside their bytes; one of a single byte costs five more.
@@ -188,12 +190,12 @@ class Connection(asyncio.BufferedProtocol):
 
     `since` is when it was; `complete` says that its answer has come to its end, `paused` that it
     reads no more for now.
-    `room` is where it reads to; connections may share it, as it is free again after each read.
+    `heads` is where it reads to; connections share it, as it is free again after each read.
     """
 
     __slots__ = (
         *("_answering", "_beside", "_body", "_bounded", "_excess", "_free", "_gone"),
-        *("_headers", "_lasts", "_odd", "_parser", "_reused", "_room", "_transport", "_whole"),
+        *("_headers", "_heads", "_lasts", "_odd", "_parser", "_reused", "_transport", "_whole"),
         *("complete", "loop", "on_body", "paused", "since"),
     )
 
@@ -204,9 +206,9 @@ class Connection(asyncio.BufferedProtocol):
         self,
         free: Callable[[Connection], None],
         gone: Callable[[Connection], None],
-        room: memoryview,
+        heads: Heads,
     ) -> None:
-        self._free, self._gone, self._room = free, gone, room
+        self._free, self._gone, self._heads = free, gone, heads
         self.loop = asyncio.get_running_loop()
         self._transport = cast("asyncio.Transport", None)
         self._parser: Any = None
@@ -226,12 +228,10 @@ class Connection(asyncio.BufferedProtocol):
     def ask(self, request: bytes, outbox: Outbox, total: Deadlines, idle: Waits) -> Answering:
         """Send a whole request; its answer is to come."""
         answering = self._answering = Answering(self, total, idle)
-        self._reused = self._parser is not None
         self.on_body = answering.parts.append
-        self._parser = httptools.HttpResponseParser(self)
-        self._headers = []
-        self._beside = self._body = 0
-        self._bounded = self.complete = self._excess = False
+        self._parser = None
+        self._beside = 0
+        self.complete = False
         outbox.send(self._transport, request)
         return answering
 
@@ -257,7 +257,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where to read to."""
-        return self._room
+        return self._heads.room
 
     def buffer_updated(self, nbytes: int) -> None:
         """Read on in the answer; what nobody has asked for ends the connection."""
@@ -265,8 +265,29 @@ class Connection(asyncio.BufferedProtocol):
         if answering is None:
             self._transport.abort()
             return
+        begins = self._parser is None
+        if begins and (known := self._heads.body(nbytes)) is not None:
+            answering.status = _OK
+            answering.parts.append(known)
+            self.complete = self._lasts = True
+            self._end()
+            return
+        body = self._read(answering, nbytes)
+        if self._odd:
+            self._fail(BackendError(f"the provider's answer is malformed: {self._odd}"))
+        elif self.complete:
+            if begins and answering.status == _OK and self._lasts and not self._excess:
+                self._heads.note(nbytes, body)
+            self._end()
+        elif answering.held > _MOST_HELD and not self.paused:
+            self.paused = True
+            self._transport.pause_reading()
+
+    def _read(self, answering: Answering, nbytes: int) -> int:
+        """Read on in the answer, whatever its head; how much of its body has come."""
+        parser = self._parser or self._begin()
         try:
-            self._parser.feed_data(self._room[:nbytes])
+            parser.feed_data(self._heads.room[:nbytes])
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._excess = self.complete
             if not self.complete:
@@ -278,13 +299,15 @@ class Connection(asyncio.BufferedProtocol):
         self._beside += nbytes - body
         if self._beside > _MOST_HEAD + _MOST_FRAMING * self._body:
             self._odd = self._odd or "too much beside its body"
-        if self._odd:
-            self._fail(BackendError(f"the provider's answer is malformed: {self._odd}"))
-        elif self.complete:
-            self._end()
-        elif answering.held > _MOST_HELD and not self.paused:
-            self.paused = True
-            self._transport.pause_reading()
+        return body
+
+    def _begin(self) -> Any:
+        """A parser for an answer whose head may be any."""
+        self._headers = []
+        self._body = 0
+        self._bounded = self._excess = False
+        self._parser = parser = httptools.HttpResponseParser(self)
+        return parser
 
     def eof_received(self) -> None:
         """Nothing more comes, so nothing more is sent."""
@@ -350,6 +373,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._excess or unsent or not self._lasts:
             self._transport.abort()
         else:
+            self._reused = True
             self._free(self)
 
     def _fail(self, error: BackendError) -> None:

@@ -13,6 +13,7 @@ from harperpy import BackendError, BackendTimeout, ConfigError, Deadlines, Outbo
 
 from .openai_connection import ROOM, Answering, Connection
 from .openai_exchange import Timeouts
+from .openai_heads import Heads
 from .openai_kept import Kept
 
 _KEPT_SECONDS = 30.0
@@ -34,7 +35,7 @@ class Pool:
         self._path = url.raw_path.rstrip("/")
         self._lines = _lines(url, headers)
         self._heads: dict[tuple[str, str], bytes] = {}
-        self._room = memoryview(bytearray(ROOM))
+        self._answers = Heads(ROOM)
         self._free = Kept(_KEPT_SECONDS)
         self._done: Callable[[Connection], None] = self._free.put if kept else Connection.abort
         self._open: set[Connection] = set()
@@ -88,7 +89,7 @@ class Pool:
         try:
             async with asyncio.timeout(min(self._timeouts.connect, first_byte)):
                 _, connection = await loop.create_connection(
-                    lambda: Connection(self._done, self._forget, self._room),
+                    lambda: Connection(self._done, self._forget, self._answers),
                     self._host,
                     self._port,
                     ssl=self._context,

@@ -72,10 +72,15 @@ WELL: dict[str, bytes | Send] = {
 }
 
 
+AGAIN = sized(said("again"))
+
+
+@pytest.mark.parametrize("before", [0, 2])
 @pytest.mark.parametrize("answer", WELL.values(), ids=WELL)
-async def test_what_is_well_formed_is_read(answer: bytes | Send) -> None:
-    """However it is framed and cut."""
-    async with answering(answer) as (server, _):
+async def test_what_is_well_formed_is_read(answer: bytes | Send, before: int) -> None:
+    """However it is framed and cut, and whatever has come over its connection before."""
+    async with answering(*[AGAIN] * before, answer) as (server, _):
+        assert ["again"] * before == [text_of(await make(server)) for _ in range(before)]
         assert "hi" == text_of(await make(server))
         assert "again" == text_of(await make(server))
 
@@ -137,18 +142,53 @@ ODD: dict[str, bytes] = {
 }
 
 
+@pytest.mark.parametrize("before", [0, 2])
 @pytest.mark.parametrize("answer", ODD.values(), ids=ODD)
-async def test_what_two_could_read_differently_is_not_read(answer: bytes) -> None:
+async def test_what_two_could_read_differently_is_not_read(answer: bytes, before: int) -> None:
     """It is a 502 that says nothing of it, its connection is never used again, the next call is."""
-    async with answering(answer) as (server, them):
+    if not answer and before:
+        pytest.skip("a connection that ends while it is kept is not an answer")
+    async with answering(*[AGAIN] * before, answer) as (server, them):
+        assert ["again"] * before == [text_of(await make(server)) for _ in range(before)]
         refused = await make(server)
         assert "again" == text_of(await make(server))
-        row = (await server.rows())[-1]
+        row = (await server.rows())[-1 - before]
 
     told = "The model provider failed to answer."
     assert (502, told) == (refused.status, refused.json["error"]["message"])
     assert (False, "backend_error") == (row["success"], row["error_code"])
-    assert [1, 1] == them.asked
+    assert [before + 1, 1] == them.asked
+
+
+@pytest.mark.parametrize("more", [0, 1, -1, 9])
+async def test_a_head_that_was_seen_before_promises_no_more_than_it_says(more: int) -> None:
+    """Of a body that is too short or too long nothing is taken for what an answer before held."""
+    body = said("other")
+    told = OK + b"Content-Length: %d\r\n\r\n" % (len(body) + more) + body
+
+    async with answering(AGAIN, AGAIN, told) as (server, them):
+        answers = [await make(server) for _ in range(4)]
+
+    expected = [200, 200, 502 if more else 200, 200]
+    assert expected == [answer.status for answer in answers]
+    assert [3, 1] == them.asked
+
+
+async def test_answers_of_one_head_have_each_their_own_length() -> None:
+    """One after the other, over one connection; what is not there yet is waited for."""
+    texts = ["again" + "." * size for size in (0, 9, 100, 1, 70_000, 10, 0)]
+
+    async def halves(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        data = sized(said("again"))
+        for begin, end in ((0, -20), (-20, len(data))):
+            writer.write(data[begin:end])
+            await writer.drain()
+            await asyncio.sleep(0.05)
+
+    async with answering(*(sized(said(text)) for text in texts), halves) as (server, them):
+        assert texts == [text_of(await make(server)) for _ in texts]
+        assert "again" == text_of(await make(server))
+    assert [len(texts) + 1] == them.asked
 
 
 async def test_an_answer_that_nobody_asked_for_is_nobodys() -> None:
@@ -163,14 +203,17 @@ async def test_an_answer_that_nobody_asked_for_is_nobodys() -> None:
         await reader.read()
         dropped.set()
 
-    for answer in (sized(HI) + smuggled, later):
-        async with answering(answer) as (server, them):
-            assert "hi" == text_of(await make(server))
-            if answer is later:
-                await asyncio.wait_for(dropped.wait(), 30)
-            assert "again" == text_of(await make(server))
-        assert 2 == sum(them.asked)
-        assert 1 == them.asked[0]
+    for before in (0, 2):
+        for answer in (sized(HI) + smuggled, later):
+            dropped.clear()
+            async with answering(*[AGAIN] * before, answer) as (server, them):
+                assert ["again"] * before == [text_of(await make(server)) for _ in range(before)]
+                assert "hi" == text_of(await make(server))
+                if answer is later:
+                    await asyncio.wait_for(dropped.wait(), 30)
+                assert "again" == text_of(await make(server))
+            assert before + 2 == sum(them.asked)
+            assert before + 1 == them.asked[0]
 
 
 async def test_a_connection_is_used_again() -> None:
