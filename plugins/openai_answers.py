@@ -192,7 +192,10 @@ class ChunkReader:
     Of choices that nobody asked for it says nothing.
     """
 
-    __slots__ = ("_calls", "_last", "_looks", "_n", "_news", "_pattern", "ended", "reasons")
+    __slots__ = (
+        *("_begun", "_calls", "_last", "_looks", "_n", "_news", "_pattern"),
+        *("ended", "reasons"),
+    )
 
     def __init__(self, n: int | None = None) -> None:
         self._n = n or 1
@@ -201,6 +204,7 @@ class ChunkReader:
         self._news: GenerateChunk | None = None
         self._pattern: Pattern | None = None
         self._looks = _LOOKS
+        self._begun: tuple[int, ...] = ()
         self._calls: dict[int, Calls] = {}
         self.reasons = _NO_REASONS
         self.ended = False
@@ -288,7 +292,7 @@ class ChunkReader:
 
     @property
     def _silent(self) -> set[int]:
-        return (set(self._calls) or {0}) - self.reasons
+        return {*(self._begun or (0,))} - self.reasons
 
     def finish(self) -> Sequence[GenerateChunk]:
         """The reasons that a whole stream kept to itself. Raises `BackendError` for a cut one."""
@@ -307,10 +311,10 @@ class ChunkReader:
 
     def _chunk(self, choice: _Choice) -> GenerateChunk | None:
         index, said = choice.index, choice.delta or choice.message or _Said()
-        if index not in self._calls:
+        if index not in self._begun:
             if not 0 <= index < self._n:
                 return None
-            self._calls[index] = Calls()
+            self._begun += (index,)
         text, said.content = said.content, None
         if said == _SILENCE and choice.finish_reason is None and choice.logprobs is None:
             return GenerateChunk(index=index, delta_content=text) if text else None
@@ -319,8 +323,12 @@ class ChunkReader:
     def _more_than_text(
         self, choice: _Choice, said: _Said, text: str | None
     ) -> GenerateChunk | None:
-        calls = self._calls[choice.index]
-        deltas = calls.read(said.calls)
+        given = said.calls
+        if (calls := self._calls.get(choice.index)) is None:
+            calls = Calls()
+            if given:
+                self._calls[choice.index] = calls
+        deltas = calls.read(given)
         pieces = (text, said.refusal, deltas, said.thought, said.annotations, said.audio)
         likely = choice.logprobs and (choice.logprobs.content or choice.logprobs.refusal)
         reason = choice.finish_reason

@@ -14,20 +14,20 @@ class Pattern:
     providers send hundreds of them. `used` says whether there was one.
     """
 
-    __slots__ = ("_after", "_before", "_between", "index", "used")
+    __slots__ = ("_after", "_before", "index", "used")
 
     def __init__(self, before: str, after: str, index: int) -> None:
         self._before, self._after = before, after
-        self._between = slice(len(before), -len(after))
         self.index = index
         self.used = False
 
     def text(self, data: str) -> str | None:
         """The text of an event, if it is of this pattern."""
-        if not (data.startswith(self._before) and data.endswith(self._after)):
+        before, after = self._before, self._after
+        if not (data.startswith(before) and data.endswith(after)):
             return None
         try:
-            text = _text_in(data[self._between])
+            text = _text_in(data[len(before) : -len(after)])
         except msgspec.DecodeError:
             return None
         self.used = True

@@ -127,31 +127,30 @@ class Transport:
 class _Chunks:
     """How far a streamed answer has been read, in whichever way each part of it comes."""
 
-    __slots__ = ("events", "exchange", "reader")
+    __slots__ = ("_sink", "events", "exchange", "reader")
 
     def __init__(self, n: int | None) -> None:
         self.reader = ChunkReader(n)
         self.events = SSEDecoder()
         self.exchange: Exchange | None = None
+        self._sink: Callable[[Sequence[GenerateChunk]], bool] | None = None
 
     def divert(self, sink: Callable[[Sequence[GenerateChunk]], bool]) -> None:
         """See `Batched`."""
-        if (exchange := self.exchange) is None:
-            return
-        reader, feed = self.reader, self.events.feed
+        if self.exchange is not None:
+            self._sink = sink
+            self.exchange.divert(self._take)
 
-        def take(part: bytes) -> bool:
-            more, batch = True, list[GenerateChunk]()
-            try:
-                reader.read_all(feed(part), batch)
-            finally:
-                if batch:
-                    more = sink(batch)
-            if reader.ended:
-                exchange.close()
-            return more
-
-        exchange.divert(take)
+    def _take(self, part: bytes) -> bool:
+        more, batch, reader = True, list[GenerateChunk](), self.reader
+        try:
+            reader.read_all(self.events.feed(part), batch)
+        finally:
+            if batch and self._sink is not None:
+                more = self._sink(batch)
+        if reader.ended and self.exchange is not None:
+            self.exchange.close()
+        return more
 
 
 async def _read_all(exchange: Exchange, most: int) -> bytes:
