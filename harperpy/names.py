@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from multidict import istr
 
-ACCEPT = istr("Accept")
-AUTHORIZATION = istr("Authorization")
+# Of requests, as they are written where a plain mapping holds them.
+ACCEPT = istr("accept")
+AUTHORIZATION = istr("authorization")
+ORIGIN = istr("origin")
+REQUEST_ID = istr("x-request-id")
+# Of answers, as they are told.
 CACHE_CONTROL = istr("Cache-Control")
 CONNECTION = istr("Connection")
 CONTENT_LENGTH = istr("Content-Length")
 CONTENT_TYPE = istr("Content-Type")
 DATE = istr("Date")
-ORIGIN = istr("Origin")
-REQUEST_ID = istr("x-request-id")
 SERVER = istr("Server")
 VARY = istr("Vary")
