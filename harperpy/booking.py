@@ -151,7 +151,7 @@ def _day(columns: _Columns) -> CallRow:
     day = _day_of(columns[_CREATED][0]) * DAY_MS / 1000
     return (
         datetime.fromtimestamp(day, UTC).date().isoformat(),
-        *(columns[_AT[name]][0] or "" for name in DIMENSIONS),
+        *(column[0] or "" for column in _who_and_what(columns)),
         len(succeeded),
         len(succeeded) - sum(succeeded),
         list(zip(succeeded, columns[_COST], strict=True)).count((True, None)),

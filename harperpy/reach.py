@@ -21,8 +21,6 @@ def find(resources: Resources, types: ContentTypes, context: Context) -> Found |
     """The resource that answers, and the type that an extension of the path asks for."""
     request = context.request
     path, search = request.path, request.query
-    if "." not in path and not resources.selective:
-        return resources.match(path, search)
     protocol = _protocol(context) if resources.selective else "rest"
     found = resources.match(path, search, protocol)
     if found is None and resources.selective and request.method in _READS:
