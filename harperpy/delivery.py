@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from multidict import CIMultiDict
 
@@ -21,12 +21,12 @@ BODILESS = frozenset({204, 304})
 
 
 class Line(Protocol):
-    """A connection, as one answer sees it.
+    """A connection, as one answer sees it."""
 
-    Where it is `at_once`, a write to a client that keeps up leaves nothing to await.
-    """
-
-    at_once: ClassVar[bool]
+    @property
+    def push(self) -> Callable[[bytes], bool] | None:
+        """Sends a part of the body and says whether the client keeps up; None: it is awaited."""
+        ...
 
     async def head(self, reply: Reply) -> None:
         """Send the head, or let it go with the first bytes of the body."""
@@ -50,7 +50,7 @@ class Delivery:
 
     __slots__ = (
         *("_beginning", "_behind", "_context", "_interval", "_last", "_line", "_loop"),
-        *("_quiet", "_task", "_tasks", "_watch", "begun", "sent", "status"),
+        *("_push", "_quiet", "_task", "_tasks", "_watch", "begun", "sent", "status"),
     )
 
     def __init__(self, line: Line, context: Context, task: asyncio.Task[Any] | None) -> None:
@@ -66,6 +66,7 @@ class Delivery:
         self._interval: float | None = None
         self._last = 0.0
         self._behind = False
+        self._push: Callable[[bytes], bool] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._watch: asyncio.Task[None] | None = None
 
@@ -81,7 +82,8 @@ class Delivery:
             if isinstance(body, bytes):
                 await self._write(body)
             elif reply.status not in BODILESS:
-                divert = reply.divert if self._line.at_once else None
+                self._push = self._line.push
+                divert = reply.divert if self._push is not None else None
                 async for data in body:
                     if (drained := self._put(data)) is not None:
                         await self._wait(drained)
@@ -139,8 +141,10 @@ class Delivery:
         return self._line.write(data)
 
     def _take(self, data: bytes) -> bool:
-        """As `_put`; whether the client keeps up."""
-        return self._put(data) is None
+        """Send a part that was read without us; whether the client keeps up."""
+        self.sent += len(data)
+        self._last = self._loop.time()
+        return self._push is not None and self._push(data)
 
     async def _wait(self, drained: Awaitable[None]) -> None:
         self._behind = True

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Mapping
 from http import HTTPStatus
 from math import inf
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from multidict import CIMultiDict
 
@@ -49,8 +49,6 @@ class Front(asyncio.Protocol):
         *("_fronts", "_head", "_left", "_needed", "_peer", "_task", "_unsent"),
         *("since", "transport"),
     )
-
-    at_once: ClassVar = True
 
     def __init__(self, fronts: Fronts) -> None:
         self._fronts = fronts
@@ -296,16 +294,32 @@ class Front(asyncio.Protocol):
 
     def write(self, data: bytes) -> Awaitable[None] | None:
         """Send a part of a stream; what to await where the client is behind."""
+        data = self._promised(data)
+        if len(data) >= _LARGE:
+            self._write_large(data)
+        elif data:
+            self._send(self._framed(data))
+        return self._drained
+
+    def push(self, data: bytes) -> bool:
+        """Send a part with what else this turn of the loop sends; whether the client keeps up."""
+        data = self._promised(data)
+        if len(data) >= _LARGE:
+            self._write_large(data)
+        elif data:
+            self._fronts.outbox.send(self.transport, self._headed(self._framed(data)))
+        return self._drained is None
+
+    def _promised(self, data: bytes) -> bytes:
+        """What is left of a part within the length that the head tells, if it tells one."""
         if self._left is not None:
             # What is more than was promised would be the beginning of another answer.
             data = data[: self._left]
             self._left -= len(data)
-        if len(data) >= _LARGE:
-            self._write_large(data)
-        elif data:
-            framed = b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
-            self._send(framed)
-        return self._drained
+        return data
+
+    def _framed(self, data: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
 
     def _write_large(self, data: bytes) -> None:
         """As `write`, without copies of what is large."""
@@ -321,11 +335,16 @@ class Front(asyncio.Protocol):
             self._closing = True
 
     def _send(self, data: bytes) -> None:
-        """Send bytes; the head, where they are the first, in one with them."""
+        """Send bytes now, after what was pushed before."""
+        self._fronts.outbox.flush()
+        if data := self._headed(data):
+            self.transport.write(data)
+
+    def _headed(self, data: bytes) -> bytes:
+        """The bytes; where they are the first, the head in one with them."""
         if self._unsent:
             data, self._unsent = self._unsent + data, b""
-        if data:
-            self.transport.write(data)
+        return data
 
     def _head_bytes(self, status: int, headers: CIMultiDict[str], length: str) -> bytes:
         """A head. Raises `ValueError` for what would be more than one line of it."""

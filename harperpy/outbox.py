@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 
+_MOST_BYTES = 256 * 1024
+
 
 class Outbox:
     """Bytes for several transports. Written one right after the other they wake their reader once.
 
-    For messages that are whole and few: nobody learns that a transport is behind.
+    For what comes in answer to something that was read: who writes on and on never lets it go out.
+    That a transport is behind is learnt when it is written to; so much does not wait for that.
     """
 
-    __slots__ = ("_loop", "_unsent")
+    __slots__ = ("_loop", "_size", "_unsent")
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._size = 0
         self._unsent: list[tuple[asyncio.WriteTransport, bytes]] = []
 
     def send(self, transport: asyncio.WriteTransport, data: bytes) -> None:
@@ -24,10 +28,15 @@ class Outbox:
                 self._loop = asyncio.get_running_loop()
             self._loop.call_soon(self.flush)
         self._unsent.append((transport, data))
+        self._size += len(data)
+        if self._size > _MOST_BYTES:
+            self.flush()
 
     def flush(self) -> None:
-        """Write it now, as for a transport that is about to be closed."""
-        unsent, self._unsent = self._unsent, []
+        """Write it now, as for a transport that is about to be closed or written to."""
+        if not self._unsent:
+            return
+        unsent, self._unsent, self._size = self._unsent, [], 0
         for transport, data in unsent:
             if not transport.is_closing():
                 transport.write(data)

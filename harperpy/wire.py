@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
-from typing import ClassVar, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
 
 from aiohttp.web_protocol import RequestPayloadError
 from aiohttp.web_request import BaseRequest
@@ -141,7 +141,7 @@ class Wire:
 class _Line:
     """One answer over aiohttp."""
 
-    at_once: ClassVar = False
+    push: Callable[[bytes], bool] | None = None
 
     def __init__(self, raw: BaseRequest) -> None:
         self._raw = raw
