@@ -164,7 +164,7 @@ class Authenticators:
         if shown.header != header:
             sent = header.encode(errors="surrogateescape")
             shown.key = hashlib.blake2b(sent, key=self._secret, digest_size=32).digest()
-            shown.header, shown.headers = header, None
+            shown.header, shown.course = header, None
         known = self._cache.get(shown.key)
         if known is None:
             return None

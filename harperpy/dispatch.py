@@ -36,7 +36,7 @@ from .models import Models
 from .names import CONTENT_TYPE, ORIGIN, REQUEST_ID
 from .negotiation import ContentTypes
 from .permission import Verb
-from .reach import Found, find, verb_of
+from .reach import Found, course_of, find, verb_of
 from .registry import Entry, Resources
 from .rendering import (
     Early,
@@ -154,6 +154,18 @@ class Dispatch:
     def _way(self, context: Context, found: Found | None, early: Early) -> Awaitable[Reply]:
         """What is to be awaited for the reply. Raises what nobody has to be known for."""
         request = context.request
+        if request.shown.course is None and (own := self._own(context)) is not None:
+            return own
+        if self._health.phase != "ready":
+            message = f"the server is {self._health.phase}"
+            raise ServiceUnavailable(message, headers={"Retry-After": "1"})
+        if self._throttle is not None and request.method not in SAFE:
+            return self._in_turn(self._throttle, context, found, early)
+        return self._on(context, found, early)
+
+    def _own(self, context: Context) -> Awaitable[Reply] | None:
+        """What no resource answers. Raises what is not for pages of the request's origin."""
+        request = context.request
         if ORIGIN in request.headers and not self._cors.admits(request):
             what = "open a WebSocket here" if request.websocket else "post this with a password"
             message = f"Origin: pages of this origin may not {what}"
@@ -162,12 +174,7 @@ class Dispatch:
             return ready(Reply(204, CIMultiDict(preflight)))
         if request.path == _HEALTH and request.method in ("GET", "HEAD"):
             return self._report_health(context)
-        if self._health.phase != "ready":
-            message = f"the server is {self._health.phase}"
-            raise ServiceUnavailable(message, headers={"Retry-After": "1"})
-        if self._throttle is not None and request.method not in SAFE:
-            return self._in_turn(self._throttle, context, found, early)
-        return self._on(context, found, early)
+        return None
 
     async def _in_turn(
         self, throttle: Throttle, context: Context, found: Found | None, early: Early
@@ -181,14 +188,19 @@ class Dispatch:
     def _on(self, context: Context, found: Found | None, early: Early) -> Awaitable[Reply]:
         if (chain := self._middlewares.chain) is not None:
             return sound(chain(_Way(self, context, found, early)), context)
-        if found is not None and self._recalls(context, found):
-            return self.call(context, found, early)
+        shown, course = context.request.shown, context.request.shown.course
+        if found is not None and course is not None:
+            context.user = self._authenticators.recall(shown.header, course.address, shown)
+            if context.user is not None:
+                return self.call(context, found, early)
         return self._identified(context, found, early)
 
     async def _identified(self, context: Context, found: Found | None, early: Early) -> Reply:
-        await self.authenticate(context, found)
+        header = await self.authenticate(context, found)
         if found is None:
             raise NotFound
+        if header is not None and context.user is not None and not self._auth_log.successful:
+            context.request.shown.course = course_of(found, context)
         return await self.call(context, found, early)
 
     async def call(self, context: Context, found: Found, early: Early) -> Reply:
@@ -277,26 +289,15 @@ class Dispatch:
 
         return await prime(flow, found[0] if found else self._nowhere, context, begin)
 
-    def _recalls(self, context: Context, found: Found) -> bool:
-        """Whether who asks is known already: by these very headers, and nobody is to be told."""
-        request, shown = context.request, context.request.shown
-        if shown.headers is not request.headers or self._auth_log.successful:
-            return False
-        if shown.names is not found[0].resource.api_key_headers:
-            return False
-        address = caller_address(context)
-        context.user = self._authenticators.recall(shown.header, address, shown)
-        return context.user is not None
-
-    async def authenticate(self, context: Context, found: Found | None) -> None:
-        """Who is asking; a refused credential ends it here unless the resource settles it."""
+    async def authenticate(self, context: Context, found: Found | None) -> str | None:
+        """Who is asking, and by what; a refusal ends it here unless the resource settles it."""
         request = context.request
+        header: str | None = None
         try:
             header = credential_of(context.request, _key_headers(found))
             if header is not None:
-                known, address, shown = self._authenticators, caller_address(context), request.shown
-                context.user = await known.identify(header, address, shown)
-                shown.headers, shown.names = request.headers, _key_headers(found)
+                address, shown = caller_address(context), request.shown
+                context.user = await self._authenticators.identify(header, address, shown)
                 if self._auth_log.successful:
                     self._auth_log.succeeded(context)
             elif request.trusted or (self._authorize_local and is_local(request)):
@@ -305,6 +306,7 @@ class Dispatch:
             if found is None or not found[0].resource.settles_credentials:
                 raise
             context.rejection = error
+        return header
 
     async def _check(self, context: Context, found: Found) -> None:
         """Ask anew whether what was allowed when it began still is. Raises what refuses it now."""

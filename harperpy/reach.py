@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeAlias
 
+import msgspec
+
 from .context import Context
+from .doors import caller_address
 from .errors import AccessViolation, ClientError, MethodNotAllowed, NotImplementedYet
 from .negotiation import EVENTS, ContentTypes
 from .permission import Verb
@@ -17,9 +21,33 @@ Found: TypeAlias = tuple[Entry, RequestTarget]
 _READS = ("GET", "HEAD")
 
 
+class Course(msgspec.Struct, eq=False):
+    """What a head and the frozen mounts alone decide, so that it is worked out once.
+
+    It leads from the `address` that it came from. Who asks, and whether they may, is decided anew
+    for each request.
+    """
+
+    entry: Entry
+    verb: str
+    permission: Verb
+    accept: str | None
+    address: str
+    pathname: str
+    search: str
+    params: Mapping[str, str]
+
+
 def find(resources: Resources, types: ContentTypes, context: Context) -> Found | None:
     """The resource that answers, and the type that an extension of the path asks for."""
     request = context.request
+    course: Course | None = request.shown.course
+    if course is not None:
+        context.accept = course.accept
+        if course.params:
+            # They are the request's own, whatever its handler does to them.
+            return course.entry, RequestTarget(course.pathname, course.search, {**course.params})
+        return course.entry, RequestTarget(course.pathname, course.search)
     path, search = request.path, request.query
     protocol = _protocol(context) if resources.selective else "rest"
     found = resources.match(path, search, protocol)
@@ -35,9 +63,29 @@ def find(resources: Resources, types: ContentTypes, context: Context) -> Found |
     return without
 
 
+def course_of(found: Found, context: Context) -> Course | None:
+    """The course of all requests with this head; None where more than that decides."""
+    entry, target = found
+    known = entry.direct.get(context.method)
+    if known is None or context.request.websocket:
+        return None
+    return Course(
+        entry,
+        *known,
+        context.accept,
+        caller_address(context),
+        target.pathname,
+        target.search,
+        {**target.params},
+    )
+
+
 def verb_of(found: Found, context: Context) -> tuple[str, Verb]:
     """The verb and the permission for a request; who is not logged in learns no more than that."""
     entry, target = found
+    course: Course | None = context.request.shown.course
+    if course is not None:
+        return course.verb, course.permission
     method = context.request.method
     if (known := entry.direct.get(method)) is not None and not context.request.websocket:
         return known

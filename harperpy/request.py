@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Generic
 from urllib.parse import parse_qsl, unquote
@@ -20,13 +20,12 @@ _NO_PARAMS: Mapping[str, str] = MappingProxyType({})
 class Shown(msgspec.Struct, eq=False, gc=False):
     """A credential as a client sent it last: who sends the same again has it hashed already.
 
-    It is what `headers` hold for who looks into those called `names` too.
+    `course` is what a dispatch knows of the whole head by which it came: its own business.
     """
 
     header: str = ""
     key: bytes = b""
-    headers: Mapping[str, str] | None = None
-    names: Collection[str] = ()
+    course: Any = None
 
 
 class Request(msgspec.Struct, eq=False):
@@ -51,7 +50,7 @@ class Request(msgspec.Struct, eq=False):
     websocket: bool = False
     """Whether it asks to become a WebSocket."""
     shown: Shown = msgspec.field(default_factory=Shown)
-    """What the client showed before on the same connection."""
+    """What the client showed before on the same connection, by this very head."""
 
     # What it holds is no log's business.
     __repr__ = object.__repr__

@@ -24,6 +24,7 @@ from harperpy import (
     get_context,
 )
 from harperpy.meter import Meter
+from harperpy.registry import Resources
 from harperpy.testing import ECHO, RunningServer, running
 from helpers import later
 
@@ -744,6 +745,67 @@ async def test_nothing_comes_after_a_streams_end(front: str) -> None:
 
     assert 2 == len(told)
     assert told[0].endswith(b"\r\n\r\nd\r\ndata: first\n\n\r\n0\r\n\r\n")
+
+
+async def spoil(target: RequestTarget) -> list[Any]:
+    """What the request finds in its target and its context, both of which it changes."""
+    context, kept = get_context(), dict(target.params)
+    before = [target.id, target.search, kept, context.accept, context.headers["content-length"]]
+    target.id, target.search, context.user = "spoilt", "spoilt", None
+    context.accept = "application/json"
+    if isinstance(target.params, dict):
+        target.params["id"] = "spoilt"
+    return before
+
+
+async def test_a_way_is_found_once_and_is_the_requests_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the next head says another length; what one does to its target stays with it."""
+    matched: list[str] = []
+    match = Resources.match
+
+    def counted(self: Resources, path: str, *more: Any) -> Any:
+        matched.append(path)
+        return match(self, path, *more)
+
+    monkeypatch.setattr(Resources, "match", counted)
+    mounts = {"of/:id": answering(spoil, public=False)}
+    async with running(config("on"), resources=mounts) as server, connected(server) as connection:
+        key = f"Authorization: Bearer {server.api_key}"
+        for length in (1, 2, 2, 10, 1, 300):
+            connection.writer.write(ask("POST /of/7?a=b", key, "Accept: */*", body=b"x" * length))
+            wanted = ["7", "a=b", {"id": "7"}, "*/*", str(length)]
+            assert wanted == json.loads(await connection.answer())
+        assert ["/of/7"] == matched
+        connection.writer.write(ask("POST /of/8?a=b", key, "Accept: */*", body=b"x"))
+        assert "8" == json.loads(await connection.answer())[0]
+
+
+async def test_who_may_is_asked_for_each_request_of_a_connection() -> None:
+    """Its way is known and its head the same: what was taken away meanwhile is gone."""
+    mounts = {"it": answering(VALUES["json"], public=False)}
+    async with running(config("on"), resources=mounts) as server, connected(server) as connection:
+        key = await server.key_for("eve", "super_user")
+        (made,) = [one for one in await server.operate("list_api_keys") if one.user == "eve"]
+        request = ask("GET /it", f"Authorization: Bearer {key}")
+
+        async def statuses(count: int = 3) -> list[str]:
+            found = [await asked() for _ in range(count)]
+            return sorted({*found})
+
+        async def asked() -> str:
+            connection.writer.write(request)
+            told = (await connection.reader.readuntil(b"\r\n\r\n")).decode()
+            length = int(told.partition("Content-Length: ")[2].split()[0])
+            await connection.reader.readexactly(length)
+            return told.split()[1]
+
+        assert ["200"] == await statuses()
+        await server.operate("alter_user", username="eve", role="model_user")
+        assert ["403"] == await statuses()
+        await server.operate("alter_user", username="eve", role="super_user")
+        assert ["200"] == await statuses()
+        await server.operate("drop_api_key", id=made.id)
+        assert ["401"] == await statuses()
 
 
 @pytest.mark.parametrize("size", [10, 150])
