@@ -141,13 +141,14 @@ class SSEDecoder:
     """Turns the bytes of an event stream into the `data` of its events.
 
     Line ends may be LF, CR or CRLF and may fall anywhere between reads. More than `limit` bytes
-    without the end of an event raise `BackendError`.
+    without the end of an event raise `BackendError`. `pending` is what has come of an event that is
+    not complete.
     """
 
-    __slots__ = ("_limit", "_pending", "_started")
+    __slots__ = ("_limit", "_started", "pending")
 
     def __init__(self, limit: int = 1 << 20) -> None:
-        self._pending = b""
+        self.pending = b""
         self._limit = limit
         self._started = False
 
@@ -156,28 +157,28 @@ class SSEDecoder:
 
         Raises for what is beyond the limit when no event before it is left to be told.
         """
-        pending = self._pending + read if self._pending else read
+        pending = self.pending + read if self.pending else read
         if not self._started:
             if _BOM.startswith(pending) and pending != _BOM:
-                self._pending = pending
+                self.pending = pending
                 return ()
             pending = pending.removeprefix(_BOM)
             self._started = True
         if _CR in pending:
-            *events, self._pending = _EVENT_END.split(pending)
+            *events, self.pending = _EVENT_END.split(pending)
             told = [data for event in events if (data := _data_of(event)) is not None]
         else:
             # Nearly all write LF alone.
-            whole, _, self._pending = pending.rpartition(b"\n\n")
+            whole, _, self.pending = pending.rpartition(b"\n\n")
             told = _plain_data(whole) if whole else []
-        if len(self._pending) > self._limit and not told:
+        if len(self.pending) > self._limit and not told:
             message = f"an event of more than {self._limit} bytes"
             raise BackendError(message)
         return told
 
     def end(self) -> Iterator[str]:
         """The data of an event that the stream ended in the middle of, for senders that forget."""
-        rest, self._pending = self._pending, b""
+        rest, self.pending = self.pending, b""
         if (data := _data_of(rest)) is not None:
             yield data
 

@@ -189,12 +189,13 @@ def finish_reason(given: str, *, calls: bool) -> Any:
 class ChunkReader:
     """Turns a stream's events into chunks, and knows whether it came to its end.
 
-    Of choices that nobody asked for it says nothing.
+    Of choices that nobody asked for it says nothing. `pattern` is that of the events that now
+    bring text.
     """
 
     __slots__ = (
-        *("_begun", "_calls", "_last", "_looks", "_n", "_news", "_pattern"),
-        *("ended", "reasons"),
+        *("_begun", "_calls", "_last", "_looks", "_n", "_news"),
+        *("ended", "pattern", "reasons"),
     )
 
     def __init__(self, n: int | None = None) -> None:
@@ -202,7 +203,7 @@ class ChunkReader:
         # Most providers say in each event the same of the answer as a whole.
         self._last = _NOTHING_WHOLE
         self._news: GenerateChunk | None = None
-        self._pattern: Pattern | None = None
+        self.pattern: Pattern | None = None
         self._looks = _LOOKS
         self._begun: tuple[int, ...] = ()
         self._calls: dict[int, Calls] = {}
@@ -215,7 +216,7 @@ class ChunkReader:
         By a shorter way for those that bring text as one before did.
         """
         for data in events:
-            pattern = self._pattern
+            pattern = self.pattern
             if pattern is None or (text := pattern.text(data)) is None:
                 batch += self.read(data)
             elif text:
@@ -224,7 +225,7 @@ class ChunkReader:
     def read(self, data: str) -> Sequence[GenerateChunk]:
         """The chunks of one event, none for one that brings nothing. Raises `BackendError`."""
         if self.ended or data == "[DONE]":
-            self.ended, self._pattern = True, None
+            self.ended, self.pattern = True, None
             return ()
         try:
             event = _decode(data)
@@ -251,18 +252,18 @@ class ChunkReader:
 
     def _look(self, data: str, chunk: GenerateChunk) -> None:
         """Note the pattern of an event that has brought text alone."""
-        text, known = chunk.delta_content, self._pattern
+        text, known = chunk.delta_content, self.pattern
         if text is None or chunk != GenerateChunk(index=chunk.index, delta_content=text):
             return
         self._looks = _LOOKS if known is not None and known.used else self._looks - 1
         pattern, another = pattern_of(data, text, chunk.index), f"{text}."
         # The same text may stand elsewhere too.
         found = pattern is not None and _says(pattern.event(another), another)
-        self._pattern = pattern if found else None
+        self.pattern = pattern if found else None
 
     def _take(self, event: _Chunk) -> None:
         """Note what is new of the answer as a whole. Raises `BackendError` for its failure."""
-        self._pattern = None
+        self.pattern = None
         if event.error is not None:
             raise _stream_error(event.error)
         news = self._news or GenerateChunk()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from harperpy import GenerateChunk
+
 _text_in = msgspec.json.Decoder(str).decode
 
 
@@ -14,10 +16,14 @@ class Pattern:
     providers send hundreds of them. `used` says whether there was one.
     """
 
-    __slots__ = ("_after", "_before", "index", "used")
+    __slots__ = ("_after", "_before", "_begin", "_between", "_end", "_texts", "index", "used")
 
     def __init__(self, before: str, after: str, index: int) -> None:
         self._before, self._after = before, after
+        # The same around a text and its quotes, as most send events.
+        self._begin, self._end = f'data: {before}"'.encode(), f'"{after}\n\n'.encode()
+        self._between = self._end + self._begin
+        self._texts = slice(len(self._begin) - 1, 1 - len(self._end))
         self.index = index
         self.used = False
 
@@ -32,6 +38,22 @@ class Pattern:
             return None
         self.used = True
         return text
+
+    def chunks(self, read: bytes) -> list[GenerateChunk] | None:
+        """The chunks of a read that is whole events of this pattern and nothing else."""
+        if not (read.startswith(self._begin) and read.endswith(self._end)):
+            return None
+        index = self.index
+        batch: list[GenerateChunk] = []
+        try:
+            # No text holds the end of a line as it is.
+            for text in read[self._texts].replace(self._between, b'"\n"').split(b"\n"):
+                if said := _text_in(text):
+                    batch += (GenerateChunk(index=index, delta_content=said),)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return None
+        self.used = True
+        return batch
 
     def event(self, text: str) -> str:
         """An event of this pattern."""

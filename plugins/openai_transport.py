@@ -127,27 +127,35 @@ class Transport:
 class _Chunks:
     """How far a streamed answer has been read, in whichever way each part of it comes."""
 
-    __slots__ = ("_sink", "events", "exchange", "reader")
+    __slots__ = ("events", "exchange", "reader")
 
     def __init__(self, n: int | None) -> None:
         self.reader = ChunkReader(n)
         self.events = SSEDecoder()
         self.exchange: Exchange | None = None
-        self._sink: Callable[[Sequence[GenerateChunk]], bool] | None = None
 
     def divert(self, sink: Callable[[Sequence[GenerateChunk]], bool]) -> None:
         """See `Batched`."""
-        if self.exchange is not None:
-            self._sink = sink
-            self.exchange.divert(self._take)
+        if (exchange := self.exchange) is None:
+            return
+        reader, events = self.reader, self.events
 
-    def _take(self, part: bytes) -> bool:
-        more, batch, reader = True, list[GenerateChunk](), self.reader
+        def take(read: bytes) -> bool:
+            pattern = reader.pattern
+            if pattern is not None and not events.pending and (batch := pattern.chunks(read)):
+                return sink(batch)
+            return self._take(read, sink)
+
+        exchange.divert(take)
+
+    def _take(self, read: bytes, sink: Callable[[Sequence[GenerateChunk]], bool]) -> bool:
+        more, reader = True, self.reader
+        batch: list[GenerateChunk] = []
         try:
-            reader.read_all(self.events.feed(part), batch)
+            reader.read_all(self.events.feed(read), batch)
         finally:
-            if batch and self._sink is not None:
-                more = self._sink(batch)
+            if batch:
+                more = sink(batch)
         if reader.ended and self.exchange is not None:
             self.exchange.close()
         return more

@@ -1,6 +1,7 @@
 """The `openai` backend before providers of all kinds; what of them fails: test_error_table.py."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -399,6 +400,47 @@ def read(given: list[str], *, one_by_one: bool) -> tuple[list[GenerateChunk], An
         return chunks, [*reader.finish()]
     except BackendError as error:
         return chunks, str(error)
+
+
+def sent_as(*data: str) -> list[bytes]:
+    """Each event in a write of its own."""
+    return [f"data: {one}\n\n".encode() for one in data]
+
+
+WRITES: dict[str, list[bytes]] = {
+    **{name: sent_as(*ALIKE, *odd, *ALIKE) for name, odd in NOT_ALIKE.items()},
+    "several at once": [*sent_as(*ALIKE), b"".join(sent_as(*ALIKE)), *sent_as("[DONE]")],
+    "an event in two": [*sent_as(*ALIKE), b"data: " + told()[:30].encode(),
+                        told()[30:].encode() + b"\n\n", *sent_as("[DONE]")],
+    "an event in the middle of another": [*sent_as(*ALIKE), b'data: {"id', *sent_as(*ALIKE)],
+    "lines around the text": sent_as(*ALIKE, told().replace('"a"}', '\n"a"}'), *ALIKE),
+    "lines after the text": sent_as(*ALIKE, told().replace('"a"}', '"a"\n}'), *ALIKE),
+    "such among others": [*sent_as(*ALIKE), b"".join(
+        sent_as(told(), told().replace('"a"}', '"a"\n}'), *ALIKE))],
+    "half a text": sent_as(*ALIKE, told().replace('"a"}', '"}'), *ALIKE),
+    "a text without its end": sent_as(*ALIKE, told().replace('"a"}', '"a\\"}'), *ALIKE),
+    "no text of any encoding": [*sent_as(*ALIKE),
+                                *(one.replace(b'"b"}', b'"\xff"}') for one in sent_as(*ALIKE))],
+    "comments between": [*sent_as(*ALIKE), b": a\n\n", *sent_as(*ALIKE),
+                         b": a\n" + sent_as(told())[0]],
+    "a name before": [*sent_as(*ALIKE), b"event: a\n" + sent_as(told())[0], *sent_as(*ALIKE)],
+    "a line without an end": [*sent_as(*ALIKE), b"data: " + told().encode() + b"\n", b"\n"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("writes", WRITES.values(), ids=WRITES)
+async def test_a_read_of_events_that_are_alike_is_read_as_any_other(
+    gateway: RunningServer, upstream: ScriptedUpstream, writes: list[bytes]
+) -> None:
+    """It goes a shorter way than one of other line ends, to the same answer."""
+    told: list[str] = []
+    for ends in (b"\n", b"\r\n"):
+        sent = [one.replace(b"\n", ends) for one in writes]
+        upstream.script(Answer(events=sent, pause=0.003))
+        answer = await make(gateway, "stream")
+        told.append(re.sub(r'"id":"[^"]+"|"created":\d+', "", answer.text))
+
+    assert told[0] == told[1]
 
 
 async def test_tool_calls_without_an_index_are_told_apart(
