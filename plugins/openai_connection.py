@@ -119,18 +119,18 @@ class Answering:
 
     def news(self) -> int:
         """How many bytes have come into `parts` since the last time; who waits learns of them."""
-        parts, counted = self.parts, self._counted
+        parts, waiter = self.parts, self._waiter
+        if parts and self._sink is not None and waiter is not None and not waiter.done():
+            # It waits since there was nothing left: all of this is new.
+            return self._pass_on(self._sink)
+        fresh = sum(map(len, parts[self._counted :]))
         self._counted = len(parts)
-        if counted:
-            parts = parts[counted:]
-        fresh = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
         self.held += fresh
+        if self.held > _MOST_HELD and self._connection is not None:
+            self._connection.hold()
         # Before the first read it is the head that somebody waits for.
-        if self._waiter is not None and self.status and (fresh or not self._read):
-            if self._sink is not None and not self._waiter.done():
-                self._pass_on(self._sink)
-            else:
-                self._wake()
+        if waiter is not None and self.status and (fresh or not self._read):
+            self._wake()
         return fresh
 
     def divert(self, sink: Callable[[bytes], bool]) -> None:
@@ -138,18 +138,18 @@ class Answering:
         if self._connection is not None:
             self._sink = sink
 
-    def _pass_on(self, sink: Callable[[bytes], bool]) -> None:
-        """Give it what has come; who waits learns of a failure alone."""
+    def _pass_on(self, sink: Callable[[bytes], bool]) -> int:
+        """Give it what has come, so many bytes; who waits learns of a failure alone."""
         data = b"".join(self.parts)
         self.parts.clear()
-        self.held = self._counted = 0
         self.since = self._loop.time()
         try:
-            if sink(data):
-                return
+            if not sink(data):
+                self._sink = None
         except Exception as error:  # noqa: BLE001  # raised where it is waited for
             self._wake(error)
-        self._sink = None
+            self._sink = None
+        return len(data)
 
     def end(self, error: BackendError | None) -> None:
         """Nothing more comes: it is complete, or this went wrong."""
@@ -194,7 +194,7 @@ class Connection(asyncio.BufferedProtocol):
     """
 
     __slots__ = (
-        *("_answering", "_beside", "_body", "_bounded", "_excess", "_free", "_gone"),
+        *("_allowed", "_answering", "_bounded", "_excess", "_free", "_gone"),
         *("_headers", "_heads", "_lasts", "_odd", "_parser", "_reused", "_transport", "_whole"),
         *("complete", "loop", "on_body", "paused", "since"),
     )
@@ -214,7 +214,7 @@ class Connection(asyncio.BufferedProtocol):
         self._parser: Any = None
         self._answering: Answering | None = None
         self._headers: list[tuple[bytes, bytes]] = []
-        self._beside = self._body = self._whole = 0
+        self._allowed = self._whole = 0
         self._bounded = self.complete = self._excess = False
         self._lasts = self._reused = self.paused = False
         self.since = 0.0
@@ -230,10 +230,15 @@ class Connection(asyncio.BufferedProtocol):
         answering = self._answering = Answering(self, total, idle)
         self.on_body = answering.parts.append
         self._parser = None
-        self._beside = 0
         self.complete = False
         outbox.send(self._transport, request)
         return answering
+
+    def hold(self) -> None:
+        """There is no room for more."""
+        if not self.paused and not self.complete:
+            self.paused = True
+            self._transport.pause_reading()
 
     def go_on(self) -> None:
         """There is room for more."""
@@ -265,49 +270,46 @@ class Connection(asyncio.BufferedProtocol):
         if answering is None:
             self._transport.abort()
             return
-        begins = self._parser is None
-        if begins and (known := self._heads.body(nbytes)) is not None:
-            answering.status = _OK
-            answering.parts.append(known)
-            self.complete = self._lasts = True
-            self._end()
-            return
-        body = self._read(answering, nbytes)
+        parser = self._parser
+        if begins := parser is None:
+            if (known := self._heads.body(nbytes)) is not None:
+                answering.status = _OK
+                answering.parts.append(known)
+                self.complete = self._lasts = True
+                self._end()
+                return
+            parser = self._begin()
+        try:
+            parser.feed_data(self._heads.room[:nbytes])
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._stop(error)
+        if self._excess:
+            del answering.parts[self._whole :]
+        body = answering.news()
+        # What may still come beside the body, of which each byte allows for more.
+        self._allowed += body * (1 + _MOST_FRAMING) - nbytes
+        if self._allowed < 0:
+            self._odd = self._odd or "too much beside its body"
         if self._odd:
             self._fail(BackendError(f"the provider's answer is malformed: {self._odd}"))
         elif self.complete:
             if begins and answering.status == _OK and self._lasts and not self._excess:
                 self._heads.note(nbytes, body)
             self._end()
-        elif answering.held > _MOST_HELD and not self.paused:
-            self.paused = True
-            self._transport.pause_reading()
-
-    def _read(self, answering: Answering, nbytes: int) -> int:
-        """Read on in the answer, whatever its head; how much of its body has come."""
-        parser = self._parser or self._begin()
-        try:
-            parser.feed_data(self._heads.room[:nbytes])
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            self._excess = self.complete
-            if not self.complete:
-                self._odd = self._odd or f"{type(error).__name__}: {error}"
-        if self._excess:
-            del answering.parts[self._whole :]
-        body = answering.news()
-        self._body += body
-        self._beside += nbytes - body
-        if self._beside > _MOST_HEAD + _MOST_FRAMING * self._body:
-            self._odd = self._odd or "too much beside its body"
-        return body
 
     def _begin(self) -> Any:
         """A parser for an answer whose head may be any."""
         self._headers = []
-        self._body = 0
+        self._allowed = _MOST_HEAD
         self._bounded = self._excess = False
         self._parser = parser = httptools.HttpResponseParser(self)
         return parser
+
+    def _stop(self, error: Exception) -> None:
+        """It cannot be read on; beyond its end that takes nothing from it."""
+        self._excess = self.complete
+        if not self.complete:
+            self._odd = self._odd or f"{type(error).__name__}: {error}"
 
     def eof_received(self) -> None:
         """Nothing more comes, so nothing more is sent."""
@@ -324,7 +326,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         told = f"{type(exc).__name__}: {exc}" if exc else "it was closed"
         error = BackendError(f"the connection to the provider was lost: {told}")
-        error.stale = self._reused and not self._beside
+        error.stale = self._reused and self._parser is None
         self._fail(error)
 
     # --- httptools' side
