@@ -58,7 +58,7 @@ class EncodedEvents(AsyncIterator[SSE]):
 
     __slots__ = ("_batches", "_left", "divert")
 
-    def __init__(self, batches: AsyncIterator[Encoded], divert: Divert[Encoded] | None) -> None:
+    def __init__(self, batches: AsyncIterator[Encoded], divert: Divert[bytes] | None) -> None:
         self._batches = batches
         self._left: Iterator[bytes] = iter(())
         self.divert = divert

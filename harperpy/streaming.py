@@ -123,11 +123,11 @@ def openai_stream(
 
 def _diverted(
     source: Divert[Sequence[GenerateChunk | str]], encoder: _ChunkEncoder
-) -> Divert[Encoded]:
+) -> Divert[bytes]:
     """The way past a source's iterators, further on as events."""
     encode = encoder.events
 
-    def divert(sink: Callable[[Encoded], bool]) -> None:
+    def divert(sink: Callable[[bytes], bool]) -> None:
         source(lambda batch: not (events := encode(batch)) or sink(events))
 
     return divert
@@ -156,7 +156,7 @@ class _Events(AsyncIterator[Encoded]):
         try:
             while True:
                 if events := self.encoder.events(await anext(self._source)):
-                    return events
+                    return Encoded(events)
         except StopAsyncIteration:
             await self.aclose()
             return self.encoder.last(include_usage=self._usage)
@@ -206,8 +206,8 @@ class _ChunkEncoder:
     """What stands around the deltas is encoded once; each delta is spliced into it."""
 
     __slots__ = (
-        *("_choices", "_envelope", "_functions", "_head", "_last", "_tail", "_text_tail"),
-        *("started", "usage"),
+        *("_choices", "_envelope", "_functions", "_head", "_last", "_plain", "_tail"),
+        *("_text_tail", "started", "usage"),
     )
 
     def __init__(
@@ -225,14 +225,16 @@ class _ChunkEncoder:
         self._functions = functions
         self._choices: dict[int, _Choice] = {}
         self._last = -1
+        # What each chunk is compared with: it is changed more quickly than made anew.
+        self._plain = GenerateChunk()
         self.started = False
         self.usage: TokenUsage | None = None
 
-    def events(self, batch: Iterable[GenerateChunk | str]) -> Encoded:
+    def events(self, batch: Iterable[GenerateChunk | str]) -> bytes:
         """The events of a batch: of each token one for each kind of piece that it holds."""
         told: list[bytes] = []
         text: str | None
-        choices, last, tail = self._choices, self._last, self._text_tail
+        choices, last, tail, plain = self._choices, self._last, self._text_tail, self._plain
         for token in batch:
             if isinstance(token, str):
                 index, text = 0, token
@@ -241,14 +243,15 @@ class _ChunkEncoder:
                 if index > last:
                     last = self._open(index, told)
                 # Most are a piece of text and nothing else.
-                if text is None or token != GenerateChunk(delta_content=text, index=index):
+                plain.index, plain.delta_content = index, text
+                if text is None or token != plain:
                     self._add_pieces(token, told)
                     continue
             if (choice := choices.get(index)) is None or not choice.started:
                 self._add(self._choice(index), {"content": text}, told)
             else:
                 told += (choice.text_head, encode_text(text), tail)
-        return Encoded(b"".join(told))
+        return b"".join(told)
 
     def last(self, *, include_usage: bool) -> Encoded:
         """The last chunk of each choice: nothing new, and why it ended. Then the usage, the end."""
