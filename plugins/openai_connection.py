@@ -119,10 +119,19 @@ class Answering:
 
     def news(self) -> int:
         """How many bytes have come into `parts` since the last time; who waits learns of them."""
-        parts, waiter = self.parts, self._waiter
-        if parts and self._sink is not None and waiter is not None and not waiter.done():
+        parts, waiter, sink = self.parts, self._waiter, self._sink
+        if sink is not None and parts and waiter is not None and not waiter.done():
             # It waits since there was nothing left: all of this is new.
-            return self._pass_on(self._sink)
+            data = b"".join(parts)
+            parts.clear()
+            self.since = self._loop.time()
+            try:
+                if not sink(data):
+                    self._sink = None
+            except Exception as error:  # noqa: BLE001  # raised where it is waited for
+                self._wake(error)
+                self._sink = None
+            return len(data)
         fresh = sum(map(len, parts[self._counted :]))
         self._counted = len(parts)
         self.held += fresh
@@ -137,19 +146,6 @@ class Answering:
         """See `Exchange`."""
         if self._connection is not None:
             self._sink = sink
-
-    def _pass_on(self, sink: Callable[[bytes], bool]) -> int:
-        """Give it what has come, so many bytes; who waits learns of a failure alone."""
-        data = b"".join(self.parts)
-        self.parts.clear()
-        self.since = self._loop.time()
-        try:
-            if not sink(data):
-                self._sink = None
-        except Exception as error:  # noqa: BLE001  # raised where it is waited for
-            self._wake(error)
-            self._sink = None
-        return len(data)
 
     def end(self, error: BackendError | None) -> None:
         """Nothing more comes: it is complete, or this went wrong."""
