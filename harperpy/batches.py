@@ -27,13 +27,14 @@ class Batched(AsyncIterator[T], Generic[T]):
 
     It is iterated one by one, or all that comes together by `batches`; closing it closes the
     source. `divert(sink)`, of a source that can, gives `sink` each batch that comes while a reader
-    waits for it, in place of the reader, until `sink` says no.
+    waits for it, in place of the reader, until `sink` says no. A chunk that is nothing but the
+    first answer's text may come as that text.
     """
 
     __slots__ = ("_batches", "_left", "divert")
 
     def __init__(
-        self, batches: AsyncIterator[Sequence[T]], divert: Divert[Sequence[T]] | None = None
+        self, batches: AsyncIterator[Sequence[T]], divert: Divert[Sequence[T | str]] | None = None
     ) -> None:
         self._batches = batches
         self._left: Iterator[T] = iter(())

@@ -36,6 +36,7 @@ from .vocabulary import EmbedInputs
 T = TypeVar("T")
 Opts: TypeAlias = GenerateOpts | EmbedOpts
 _Batch: TypeAlias = Sequence[GenerateChunk]
+_Pieces: TypeAlias = Sequence[GenerateChunk | str]
 
 _FALLS_BACK = frozenset({401, 403, 404, 408, 409, 429})
 # Longer waits are the caller's to make: it learns of them by Retry-After.
@@ -78,7 +79,7 @@ class Call:
         self._method: Method = method
         self._opts = opts
         self._caller = caller
-        self._flowing: tuple[Divert[_Batch], Recorder] | None = None
+        self._flowing: tuple[Divert[_Pieces], Recorder] | None = None
         self.plan: Sequence[Planned] = ()
         keeper = ledger.keeper
         self._synced = None if keeper is None else keeper.synced
@@ -201,14 +202,14 @@ class Call:
         finally:
             await aclose(batches)
 
-    def divert(self, sink: Callable[[_Batch], bool]) -> None:
+    def divert(self, sink: Callable[[_Pieces], bool]) -> None:
         """What `batches` would bring; it brings all by itself where the source has no such way."""
         if self._flowing is None:
             return
         divert, recorder = self._flowing
         caller, observe = self._caller, recorder.observe
 
-        def take(batch: _Batch) -> bool:
+        def take(batch: _Pieces) -> bool:
             if caller.writing:
                 _refuse()
             observe(batch)

@@ -47,12 +47,16 @@ class Recorder:
         self.call = call
         self.source: AsyncIterator[Any] | None = None
 
-    def observe(self, batch: Sequence[GenerateChunk]) -> None:
+    def observe(self, batch: Sequence[GenerateChunk | str]) -> None:
         """Note what has come: when the first of it did, usage, how much was said, why it ended."""
         call, deltas, letters = self.call, self._deltas, self._letters
         if call.ttft_ms is None:
             call.ttft_ms = self._elapsed()
         for chunk in batch:
+            if isinstance(chunk, str):
+                deltas += 1
+                letters += len(chunk)
+                continue
             if text := chunk.delta_content:
                 deltas += 1
                 letters += len(text)

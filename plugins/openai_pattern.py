@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from harperpy import GenerateChunk
@@ -39,21 +41,20 @@ class Pattern:
         self.used = True
         return text
 
-    def chunks(self, read: bytes) -> list[GenerateChunk] | None:
-        """The chunks of a read that is whole events of this pattern and nothing else."""
+    def pieces(self, read: bytes) -> Sequence[GenerateChunk | str] | None:
+        """The pieces of a read that is whole events of this pattern and nothing else."""
         if not (read.startswith(self._begin) and read.endswith(self._end)):
             return None
-        index = self.index
-        batch: list[GenerateChunk] = []
         try:
             # No text holds the end of a line as it is.
-            for text in read[self._texts].replace(self._between, b'"\n"').split(b"\n"):
-                if said := _text_in(text):
-                    batch += (GenerateChunk(index=index, delta_content=said),)
+            lines = read[self._texts].replace(self._between, b'"\n"').split(b"\n")
+            texts = [*filter(None, map(_text_in, lines))]
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None
         self.used = True
-        return batch
+        if index := self.index:
+            return [GenerateChunk(index=index, delta_content=text) for text in texts]
+        return texts
 
     def event(self, text: str) -> str:
         """An event of this pattern."""

@@ -134,7 +134,7 @@ class _Chunks:
         self.events = SSEDecoder()
         self.exchange: Exchange | None = None
 
-    def divert(self, sink: Callable[[Sequence[GenerateChunk]], bool]) -> None:
+    def divert(self, sink: Callable[[Sequence[GenerateChunk | str]], bool]) -> None:
         """See `Batched`."""
         if (exchange := self.exchange) is None:
             return
@@ -142,13 +142,13 @@ class _Chunks:
 
         def take(read: bytes) -> bool:
             pattern = reader.pattern
-            if pattern is not None and not events.pending and (batch := pattern.chunks(read)):
+            if pattern is not None and not events.pending and (batch := pattern.pieces(read)):
                 return sink(batch)
             return self._take(read, sink)
 
         exchange.divert(take)
 
-    def _take(self, read: bytes, sink: Callable[[Sequence[GenerateChunk]], bool]) -> bool:
+    def _take(self, read: bytes, sink: Callable[[Sequence[GenerateChunk | str]], bool]) -> bool:
         more, reader = True, self.reader
         batch: list[GenerateChunk] = []
         try:

@@ -432,7 +432,7 @@ WRITES: dict[str, list[bytes]] = {
 async def test_a_read_of_events_that_are_alike_is_read_as_any_other(
     gateway: RunningServer, upstream: ScriptedUpstream, writes: list[bytes]
 ) -> None:
-    """It goes a shorter way than one of other line ends, to the same answer."""
+    """It goes a shorter way than one of other line ends, to the same answer and the same row."""
     told: list[str] = []
     for ends in (b"\n", b"\r\n"):
         sent = [one.replace(b"\n", ends) for one in writes]
@@ -440,7 +440,11 @@ async def test_a_read_of_events_that_are_alike_is_read_as_any_other(
         answer = await make(gateway, "stream")
         told.append(re.sub(r'"id":"[^"]+"|"created":\d+', "", answer.text))
 
+    counted = ("completion_tokens", "prompt_tokens", "usage_estimated", "finish_reason", "success")
+    rows = [[row[name] for name in counted] for row in await gateway.rows()]
+
     assert told[0] == told[1]
+    assert rows[0] == rows[1]
 
 
 async def test_tool_calls_without_an_index_are_told_apart(
