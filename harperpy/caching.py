@@ -10,6 +10,9 @@ from .context import Context
 from .names import AUTHORIZATION, CACHE_CONTROL, VARY
 from .preconditions import is_known, quoted
 
+PRIVATE = "private, no-cache"
+"""What is said of an answer to somebody who was recognised; that it varies with them, too."""
+
 
 def vary(headers: CIMultiDict[str], on: str) -> None:
     """Say that the answer depends on this header of the request too."""
@@ -38,7 +41,7 @@ def keep_private(headers: CIMultiDict[str], context: Context, status: int) -> No
         return
     told = headers.get(CACHE_CONTROL)
     if told is None:
-        headers[CACHE_CONTROL] = "private, no-cache"
+        headers[CACHE_CONTROL] = PRIVATE
     elif "public" in (told := told.lower()) or "s-maxage" in told:
         return
     vary(headers, "Authorization")

@@ -31,6 +31,7 @@ from .framing import as_harper_error, log_error
 from .handshake import check_handshake, credential_of
 from .health import Health
 from .incoming import Incoming
+from .lines import tell
 from .middleware import Middlewares
 from .models import Models
 from .names import CONTENT_TYPE, ORIGIN, REQUEST_ID
@@ -93,6 +94,7 @@ class Dispatch:
         self._models = models
         self._health = health
         self._cors = cors
+        self.brief = not cors.lists  # Where pages of other origins are told nothing by a head.
         self._middlewares = middlewares
         self._throttle = throttle
         self._time_limit = time_limit
@@ -137,7 +139,10 @@ class Dispatch:
         """What every head carries: the resource's, the request's id, what other origins need."""
         request, headers = context.request, reply.headers
         if found is not None:
-            for name, value in _own_headers(found[0].resource, context).items():
+            own = _own_headers(found[0].resource, context)
+            if reply.lines and tell(reply, own, context):
+                return
+            for name, value in own.items():
                 headers.setdefault(name, value)
             if reply.keepalive is not None and request.method == "GET":
                 reply.check = partial(self._check, context, found)
@@ -187,6 +192,8 @@ class Dispatch:
 
     def _on(self, context: Context, found: Found | None, early: Early) -> Awaitable[Reply]:
         if (chain := self._middlewares.chain) is not None:
+            # They may change each head.
+            context.request.brief = False
             return sound(chain(_Way(self, context, found, early)), context)
         shown, course = context.request.shown, context.request.shown.course
         if found is not None and course is not None:
@@ -196,11 +203,12 @@ class Dispatch:
         return self._identified(context, found, early)
 
     async def _identified(self, context: Context, found: Found | None, early: Early) -> Reply:
-        header = await self.authenticate(context, found)
+        await self.authenticate(context, found)
         if found is None:
             raise NotFound
-        if header is not None and context.user is not None and not self._auth_log.successful:
-            context.request.shown.course = course_of(found, context)
+        shown = context.request.shown
+        if shown.header and context.user is not None and not self._auth_log.successful:
+            shown.course = course_of(found, context)
         return await self.call(context, found, early)
 
     async def call(self, context: Context, found: Found, early: Early) -> Reply:
@@ -289,10 +297,9 @@ class Dispatch:
 
         return await prime(flow, found[0] if found else self._nowhere, context, begin)
 
-    async def authenticate(self, context: Context, found: Found | None) -> str | None:
-        """Who is asking, and by what; a refusal ends it here unless the resource settles it."""
+    async def authenticate(self, context: Context, found: Found | None) -> None:
+        """Who is asking; a refused credential ends it here unless the resource settles it."""
         request = context.request
-        header: str | None = None
         try:
             header = credential_of(context.request, _key_headers(found))
             if header is not None:
@@ -306,7 +313,6 @@ class Dispatch:
             if found is None or not found[0].resource.settles_credentials:
                 raise
             context.rejection = error
-        return header
 
     async def _check(self, context: Context, found: Found) -> None:
         """Ask anew whether what was allowed when it began still is. Raises what refuses it now."""

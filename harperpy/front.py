@@ -9,13 +9,12 @@ from http import HTTPStatus
 from math import inf
 from typing import Any, cast
 
-from multidict import CIMultiDict
-
 from .content import Body
 from .context import Context
 from .delivery import BODILESS, Delivery
 from .fronts import Fronts
-from .heads import Head, read_head, told_lines
+from .heads import Head, read_head
+from .lines import told_lines
 from .names import CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, DATE
 from .names import SERVER as SERVER_NAME
 from .negotiation import OCTETS
@@ -197,6 +196,7 @@ class Front(asyncio.Protocol):
             peer=self._peer,
             trusted=port.trusted,
             shown=head.shown,
+            brief=fronts.brief,
         )
         if head.length:
             request.body = self._body(headers, data[head.size : needed])
@@ -261,17 +261,18 @@ class Front(asyncio.Protocol):
 
     def _whole(self, reply: Reply, body: bytes) -> int:
         """Send an answer that has all its bytes; how many there are in its body."""
-        headers = reply.headers
-        if CONTENT_LENGTH in headers:
-            del headers[CONTENT_LENGTH]
         if reply.status in BODILESS:
             body, length, size = b"", "", 0
         else:
             size = len(body)
             length = f"Content-Length: {size}\r\n"
-        if size and CONTENT_TYPE not in headers:
-            headers[CONTENT_TYPE] = OCTETS
-        head = self._head_bytes(reply.status, headers, length)
+        if not reply.lines:
+            headers = reply.headers
+            if CONTENT_LENGTH in headers:
+                del headers[CONTENT_LENGTH]
+            if size and CONTENT_TYPE not in headers:
+                headers[CONTENT_TYPE] = OCTETS
+        head = self._head_bytes(reply, length)
         if size < _LARGE:
             self._fronts.outbox.send(self.transport, head + body)
         else:
@@ -290,7 +291,7 @@ class Front(asyncio.Protocol):
         if self._chunked:
             headers["Transfer-Encoding"] = "chunked"
         self._left = None if self._chunked else 0 if bare else int(length or 0)
-        self._unsent = self._head_bytes(reply.status, headers, "")
+        self._unsent = self._head_bytes(reply, "")
 
     def write(self, data: bytes) -> Awaitable[None] | None:
         """Send a part of a stream; what to await where the client is behind."""
@@ -346,15 +347,20 @@ class Front(asyncio.Protocol):
             data, self._unsent = self._unsent + data, b""
         return data
 
-    def _head_bytes(self, status: int, headers: CIMultiDict[str], length: str) -> bytes:
+    def _head_bytes(self, reply: Reply, length: str) -> bytes:
         """A head. Raises `ValueError` for what would be more than one line of it."""
+        status = reply.status
+        first = _STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n"
+        if reply.lines:
+            end = "Connection: close\r\n" if self._closing else ""
+            return f"{first}{reply.lines}\r\n{length}{end}{self._fronts.stamp()}".encode()
+        headers = reply.headers
         if SERVER_NAME in headers:
             del headers[SERVER_NAME]
         if self._closing:
             headers[CONNECTION] = "close"
         elif CONNECTION in headers:
             self._closing = headers[CONNECTION].lower() == "close"
-        first = _STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n"
         last = _SIGNED if DATE in headers else self._fronts.stamp()
         return f"{first}{told_lines(headers)}\r\n{length}{last}".encode()
 

@@ -1,4 +1,4 @@
-"""Heads: the first lines of a request, where they are of the common form, and of an answer."""
+"""Heads: the first lines of a request, where they are of the common form."""
 
 from __future__ import annotations
 
@@ -85,16 +85,6 @@ def read_head(data: bytes, most: int) -> Head | None:
     if not _are_common(headers):
         return None
     return Head(method, target, headers, *_parted(data, headers.get("content-length")))
-
-
-def told_lines(headers: CIMultiDict[str]) -> str:
-    """An answer's headers as lines. Raises `ValueError` where one would be more than a line."""
-    lines = [*map(": ".join, headers.items())]
-    text = "".join(lines)
-    if "\n" in text or "\r" in text:
-        message = "a header of the answer holds the end of a line"
-        raise ValueError(message)
-    return "\r\n".join(lines)
 
 
 def _parted(data: bytes, length: str | None) -> tuple[bytes, bytes]:

@@ -45,7 +45,7 @@ class Reply(msgspec.Struct, eq=False):
 
     `committed` says that the head was sent while the first item was still awaited; `socket` is
     what a 101 is followed by. `check` raises what refuses who reads events by now. `divert` brings
-    what the body would.
+    what the body would. A brief one has no `headers`: `lines` are its type alone, and then all.
     """
 
     status: int
@@ -57,6 +57,7 @@ class Reply(msgspec.Struct, eq=False):
     socket: Socket | None = None
     check: Callable[[], Awaitable[None]] | None = None
     divert: Divert[bytes] | None = None
+    lines: str = ""
 
     async def close(self) -> None:
         """Close the body's iterator and what it is made from, begun or not."""
@@ -183,8 +184,10 @@ def _as_it_is(value: Blob | bytes | bytearray, context: Context) -> Reply:
 
 
 def _render_response(response: Response, context: Context) -> Reply | Flow:
-    headers = merged(context, response.headers)
     body = response.body
+    if context.request.brief and isinstance(body, bytes) and (media := _type(response, context)):
+        return Reply(response.status, CIMultiDict(), body, lines=media)
+    headers = merged(context, response.headers)
     if response.data is not msgspec.UNSET:
         media = headers.get(CONTENT_TYPE) or context.types.negotiate(context.accept)
         data = context.types.serialize(response.data, media.partition(";")[0])
@@ -199,6 +202,15 @@ def _render_response(response: Response, context: Context) -> Reply | Flow:
     headers.setdefault(CONTENT_TYPE, OCTETS)
     media = headers[CONTENT_TYPE].partition(";")[0]
     return Flow(aiterate(body), media, response.headers, raw=True)
+
+
+def _type(response: Response, context: Context) -> str | None:
+    """The type of an answer of bytes that says nothing else of itself."""
+    if len(response.headers) != 1 or response.data is not msgspec.UNSET:
+        return None
+    media = response.headers.get(CONTENT_TYPE)
+    plain = media is not None and type(media) is str and media.isprintable()
+    return media if plain and not context.response_headers else None
 
 
 def error_body(response: Response, headers: CIMultiDict[str]) -> bytes:

@@ -51,6 +51,8 @@ class Request(msgspec.Struct, eq=False):
     """Whether it asks to become a WebSocket."""
     shown: Shown = msgspec.field(default_factory=Shown)
     """What the client showed before on the same connection, by this very head."""
+    brief: bool = False
+    """Whether who sends the answer takes its head as lines, as nobody changes it any more."""
 
     # What it holds is no log's business.
     __repr__ = object.__repr__

@@ -15,9 +15,9 @@ from .content import Body
 from .context import Context
 from .delivery import BODILESS, Delivery
 from .errors import BodyTimeout, ClientError
-from .heads import told_lines
 from .incoming import Socket
 from .inflating import inflated
+from .lines import told_lines
 from .port import SERVER, Port
 from .rendering import Reply
 from .request import Request

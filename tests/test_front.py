@@ -11,20 +11,25 @@ import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
 from typing import Any
+from urllib.parse import quote, unquote
 
 import pytest
 
 from harperpy import (
     Blob,
+    Context,
     EventStream,
     NotFound,
     RequestTarget,
     Resource,
     Response,
+    dispatch,
     get_context,
+    lines,
 )
 from harperpy.meter import Meter
 from harperpy.registry import Resources
+from harperpy.rendering import Reply
 from harperpy.testing import ECHO, RunningServer, running
 from helpers import later
 
@@ -242,13 +247,17 @@ REQUESTS: dict[str, bytes] = {
 }
 
 
-async def differences(requests: dict[str, tuple[bytes, ...]], **more: Any) -> dict[str, Any]:
+async def differences(
+    requests: dict[str, tuple[bytes, ...]],
+    mounts: dict[str, type[Resource]] = MOUNTS,
+    **more: Any,
+) -> dict[str, Any]:
     """By name, what differs with front on and off: both answers."""
     found: dict[str, Any] = {}
     async with (
         asyncio.timeout(2 * SECONDS),
-        running(config("on", **more), resources=MOUNTS) as on,
-        running(config("off", **more), resources=MOUNTS) as off,
+        running(config("on", **more), resources=mounts) as on,
+        running(config("off", **more), resources=mounts) as off,
     ):
         assert b'"last"' in await exchanged(on)
         for name, pieces in requests.items():
@@ -500,6 +509,94 @@ async def test_both_ways_take_alike() -> None:
         name: told if isinstance(told, tuple) else (told,) for name, told in UNUSUAL.items()
     }
     assert {} == await differences(requests, maxBodySize=400_000)
+
+
+PRESENTED: dict[str, dict[str, str]] = {
+    "nothing": {},
+    "one": {"X-One": "1"},
+    "several": {"x-one": "1", "X-Two": "", "Set-Cookie": "a=1"},
+    "type": {"content-type": "text/other"},
+    "cache": {"cache-control": "public, max-age=3"},
+    "varying": {"VARY": "Accept"},
+    "id": {"X-Request-Id": "mine"},
+    "twice": {"X-One": "1", "x-one": "2"},
+    "closing": {"connection": "close"},
+    "date": {"date": "then"},
+    "name": {"server": "me"},
+    "more than a line": {"X-One": "a\nsmuggled: b"},
+}
+ODD: dict[str, Callable[[], Response]] = {
+    "lower": lambda: Response(200, {"content-type": "text/x"}, body=b"odd"),
+    "more": lambda: Response(200, {"Content-Type": "text/x", "X-One": "0"}, body=b"odd"),
+    "control": lambda: Response(200, {"Content-Type": "text/x\x07"}, body=b"odd"),
+    "empty": lambda: Response(200, {"Content-Type": "text/x"}, body=b""),
+    "204": lambda: Response(204, {"Content-Type": "text/x"}, body=b"never seen"),
+    "799": lambda: Response(799, {"Content-Type": "text/x"}, body=b"odd"),
+}
+
+
+def odd_with(change: Callable[[Context], Any]) -> Callable[[], Response]:
+    """What says its type alone, when something else is said by its context."""
+
+    def get() -> Response:
+        change(get_context())
+        return Response(200, {"Content-Type": "text/x"}, body=b"odd")
+
+    return get
+
+
+CHANGES: dict[str, Callable[[Context], Any]] = {
+    "header": lambda context: context.response_headers.add("X-One", "1"),
+    "version": lambda context: setattr(context, "etag", "v1"),
+    "time": lambda context: setattr(context, "last_modified", 1.0),
+    "nobody": lambda context: setattr(context, "user", None),
+    "call": lambda context: context.call_headers.update({"X-One": "2", "x-call": "3"}),
+    "call-over": lambda context: context.call_headers.update({"x-one": "2"}),
+    "call-varies": lambda context: context.call_headers.update({"vary": "x"}),
+}
+
+
+def briefly() -> dict[str, type[Resource]]:
+    """Mounts whose answers say next to nothing of themselves."""
+    plain = odd_with(lambda _: None)
+    told = {"X-One": "1"}
+    return {
+        **{
+            name: answering(plain, present_headers=staticmethod(lambda _, told=told: told))
+            for name, told in PRESENTED.items()
+        },
+        **{
+            f"odd-{name}": answering(verb, present_headers=staticmethod(lambda _: told))
+            for name, verb in {**ODD, **{k: odd_with(v) for k, v in CHANGES.items()}}.items()
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"cors": "false"}, {"cors": "true"}, {"cors": "false", "compressionThreshold": 2}],
+    ids=["at once", "for other origins", "compressed"],
+)
+async def test_a_head_that_is_told_at_once_is_no_other(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    """Whatever else has something to say in it: then it is put together as any other."""
+    found: dict[str, set[bool]] = {}
+
+    def tell(reply: Reply, own: Any, context: Context) -> bool:
+        told = lines.tell(reply, own, context)
+        found.setdefault(unquote(context.path[1:]), set()).add(told)
+        return told
+
+    monkeypatch.setattr(dispatch, "tell", tell)
+    mounts = briefly()
+    key = "Authorization: Bearer KEY"
+    asked = {name: (ask(f"GET /{quote(name)}", key) * 2,) for name in mounts}
+    assert {} == await differences(asked, {**mounts, "last": MOUNTS["last"]}, **more)
+
+    at_once = {name for name, told in found.items() if told == {True}}
+    wanted = {"nothing", "one", "several", "odd-empty", "odd-204", "odd-799", "odd-call"}
+    assert at_once == (wanted if more == {"cors": "false"} else set())
 
 
 # --- one connection, many requests

@@ -96,6 +96,7 @@ ORDER = (
     "registry",
     "framing",
     "rendering",
+    "lines",
     "middleware",
     "operations",
     "ports",
