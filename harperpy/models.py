@@ -183,6 +183,7 @@ class Models:
     async def open(self) -> None:
         """Let every backend begin its own preparations; called once when the server starts."""
         await asyncio.gather(*(backend.open() for backend in self._backends()))
+        self._routes.opened()
 
     async def close(self) -> None:
         """Let go of every backend's connections."""

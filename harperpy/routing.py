@@ -20,8 +20,8 @@ Kind: TypeAlias = Literal["generative", "embedding"]
 
 DEFAULT = "default"
 _MOST_KEPT = 1024
-# What a listing tells of a backend, besides what it serves.
-_told_of = attrgetter("name", "provider_model", "state", "about")
+# What a backend that has been opened may still change of what a listing tells.
+_told_of = attrgetter("state", "about")
 
 _BASE: dict[Kind, frozenset[Capability]] = {
     "generative": frozenset({"generate", "stream"}),
@@ -122,6 +122,10 @@ class Routes:
                     raise RegistrationError(message)
         self._frozen = True
 
+    def opened(self) -> None:
+        """Each backend has settled its model: what was listed before is told anew."""
+        self._seen = None
+
     def __iter__(self) -> Iterator[Registration]:
         for names in self._by_name.values():
             yield from names.values()
@@ -203,8 +207,9 @@ class Routes:
 
         Of a permission only what it has.
         """
-        seen: list[tuple[Any, ...]] = [tuple(one.served()) for one in self._patterns]
-        seen += map(_told_of, self._backends)
+        seen: list[tuple[Any, ...]] = [*map(_told_of, self._backends)]
+        if self._patterns:
+            seen += [tuple(one.served()) for one in self._patterns]
         if seen != self._seen:
             self._seen, self._listed = seen, self._anew()
         if permission is None or permission.super_user or permission.models is None:

@@ -392,6 +392,8 @@ async def test_a_backend_may_learn_what_it_is_before_the_first_call() -> None:
 
     def register(scope: Scope) -> None:
         scope.models.register_backend("generative", "mine", Learner())
+        # What is listed as long as it is not known is not what is listed then.
+        assert "learnt" not in [one.id for one in scope.models.list()]
 
     async with running(handle_application=register) as server:
         names = await listed(server)
