@@ -55,8 +55,8 @@ class Journal:
         self._lock = self._file = -1
         self._number = 0
         self._position = self._size = 0
-        # What is left of the segment when all that was promised is in it.
-        self._left = 0
+        # Where the segment's room ends, without what was promised of it.
+        self._limit = 0
         # As long as the last call's was: what is encoded from its beginning rarely makes it grow.
         self._body = bytearray()
         self._promised: dict[int, tuple[int, int]] = {}
@@ -79,14 +79,14 @@ class Journal:
             raise ServiceUnavailable(message, headers={"Retry-After": "1"}) from error
         promise = len(self._body) + _MOST_ADDED
         self._promised[call.id] = promise, self._number
-        self._left -= promise
+        self._limit -= promise
 
     def end(self, call: ModelCall) -> None:
         """Note how a call ended, in the room set aside for it."""
         if self._lock < 0:
             return
         promise, _ = self._promised.pop(call.id, (0, 0))
-        self._left += promise
+        self._limit += promise
         try:
             call = self._note(OUTCOME, call)
         except OSError as error:
@@ -155,14 +155,13 @@ class Journal:
             _encode(call, body)
         line = kind + body + b"\n"
         length = len(line)
-        needed = length if kind is OUTCOME else length + len(body) + _MOST_ADDED
-        if self._left < needed:
+        needed = length if kind is OUTCOME else 2 * length + _MOST_ADDED
+        if self._limit - self._position < needed:
             self._new_segment(needed)
         if os.pwrite(self._file, line, self._position) != length:
             message = "only a part was written"
             raise OSError(message)
         self._position += length
-        self._left -= length
         return call
 
     def _new_segment(self, needed: int) -> None:
@@ -191,7 +190,7 @@ class Journal:
         if self._file >= 0:
             os.close(self._file)
         self._file, self._size, self._position = file, size, 0
-        self._left = size - promised
+        self._limit = size - promised
         self._number += 1
         self._sizes[self._number] = size
 
