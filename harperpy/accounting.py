@@ -75,7 +75,7 @@ current_caller: ContextVar[Caller | None] = ContextVar("harperpy_caller", defaul
 """The one context variable: the caller whose request (or task) is running."""
 
 
-class ModelCall(msgspec.Struct, kw_only=True, omit_defaults=True):
+class ModelCall(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
     """One attempt at one backend, as it lands in `system.hdb_model_calls`.
 
     `backend` is the kind that served (`openai`), `backend_name` its configured name, `model` the
@@ -238,7 +238,8 @@ class Ledger:
         """Note how a call ended, and tell all subscribers."""
         if self.price is not None:
             self.price(call)
-        call.reserved_tokens = call.reserved_cost = None
+        if call.reserved_tokens is not None or call.reserved_cost is not None:
+            call.reserved_tokens = call.reserved_cost = None
         if self.keeper is not None:
             self.keeper.end(call)
         if self.admission is not None:

@@ -85,7 +85,7 @@ class ToolCallDelta(msgspec.Struct, kw_only=True, gc=False):
     extra_content: dict[str, Any] | None = None
 
 
-class Message(msgspec.Struct, kw_only=True):
+class Message(msgspec.Struct, kw_only=True, gc=False):
     """One turn. `content` is text, or parts where a turn holds more than text."""
 
     role: Role
@@ -119,7 +119,7 @@ class ToolDef(msgspec.Struct, kw_only=True):
     format: dict[str, Any] | None = None
 
 
-class Prompt(msgspec.Struct, kw_only=True):
+class Prompt(msgspec.Struct, kw_only=True, gc=False):
     """What a backend is asked, whatever form the caller used."""
 
     messages: list[Message]
@@ -242,7 +242,7 @@ class TokenLogprob(TopLogprob, kw_only=True, gc=False):
     top_logprobs: list[TopLogprob] = []
 
 
-class Choice(msgspec.Struct, kw_only=True):
+class Choice(msgspec.Struct, kw_only=True, gc=False):
     """One whole answer; `reasoning_content` is what a model thought before it, where it tells."""
 
     content: str = ""
@@ -256,7 +256,7 @@ class Choice(msgspec.Struct, kw_only=True):
     audio: dict[str, Any] | None = None
 
 
-class GenerateResult(Choice, kw_only=True):
+class GenerateResult(Choice, kw_only=True, gc=False):
     """A whole answer and what it cost; `others` are the further ones where `n` asked for more."""
 
     usage: TokenUsage | None = None
@@ -289,7 +289,7 @@ EmbedInput: TypeAlias = str | Sequence[str] | Sequence[int] | Sequence[Sequence[
 """A text, texts, an array of token numbers (cl100k_base), or several arrays."""
 
 
-class EmbedResult(msgspec.Struct, kw_only=True):
+class EmbedResult(msgspec.Struct, kw_only=True, gc=False):
     """Vectors in the order of their texts, and what they cost."""
 
     vectors: list[Sequence[float]]

@@ -25,7 +25,7 @@ from harperpy import (
 from .schema import ChatRequest, EmbeddingRequest
 
 
-class _Message(msgspec.Struct, omit_defaults=True):
+class _Message(msgspec.Struct, omit_defaults=True, gc=False):
     """What was said. What has no default is always told, the rest where there is some."""
 
     role: str
@@ -38,7 +38,7 @@ class _Message(msgspec.Struct, omit_defaults=True):
     audio: dict[str, Any] | None = None
 
 
-class _Choice(msgspec.Struct):
+class _Choice(msgspec.Struct, gc=False):
     """One answer."""
 
     index: int
@@ -47,7 +47,7 @@ class _Choice(msgspec.Struct):
     finish_reason: str
 
 
-class _Completion(msgspec.Struct, omit_defaults=True):
+class _Completion(msgspec.Struct, omit_defaults=True, gc=False):
     """A whole completion; the last ones where a provider told them."""
 
     id: str
@@ -61,7 +61,7 @@ class _Completion(msgspec.Struct, omit_defaults=True):
     moderation: dict[str, Any] | None = None
 
 
-class _Embedding(msgspec.Struct):
+class _Embedding(msgspec.Struct, gc=False):
     """One vector."""
 
     object: str
@@ -69,7 +69,7 @@ class _Embedding(msgspec.Struct):
     embedding: Any
 
 
-class _Embeddings(msgspec.Struct):
+class _Embeddings(msgspec.Struct, gc=False):
     """All vectors, and what they cost."""
 
     object: str
@@ -115,16 +115,10 @@ def embedding_list(request: EmbeddingRequest, result: EmbedResult) -> msgspec.St
 
 def _choice(index: int, choice: Choice, *, functions: bool) -> _Choice:
     calls = choice.tool_calls
-    silent = calls or choice.refusal or choice.audio
-    content = choice.content or (None if silent else "")
-    message = _Message(
-        "assistant",
-        content,
-        choice.refusal,
-        reasoning_content=choice.reasoning_content,
-        annotations=choice.annotations,
-        audio=choice.audio,
-    )
+    refusal, audio = choice.refusal, choice.audio
+    content = choice.content or (None if calls or refusal or audio else "")
+    thought, annotations = choice.reasoning_content, choice.annotations
+    message = _Message("assistant", content, refusal, None, None, thought, annotations, audio)
     if calls and functions:
         message.function_call = openai_tool_call(calls[0])["function"]
     elif calls:

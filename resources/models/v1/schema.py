@@ -1,4 +1,7 @@
-"""The bodies that OpenAI clients send, as types. null is the same as absent throughout."""
+"""The bodies that OpenAI clients send, as types. null is the same as absent throughout.
+
+No body holds itself, so none of them has to be looked through for what only holds itself.
+"""
 
 from __future__ import annotations
 
@@ -28,21 +31,21 @@ Shown: TypeAlias = (
 Label: TypeAlias = Annotated[str, Meta(max_length=512)]
 
 
-class FunctionCallIn(msgspec.Struct):
+class FunctionCallIn(msgspec.Struct, gc=False):
     """The function that was called; `arguments` is JSON text, as the model wrote it."""
 
     name: str
     arguments: str
 
 
-class CustomCallIn(msgspec.Struct):
+class CustomCallIn(msgspec.Struct, gc=False):
     """The custom tool that was called, and the text it was given."""
 
     name: str
     input: str
 
 
-class FunctionToolCallIn(msgspec.Struct, tag_field="type", tag="function"):
+class FunctionToolCallIn(msgspec.Struct, tag_field="type", tag="function", gc=False):
     """A call of a function that an assistant message repeats."""
 
     id: Given
@@ -51,35 +54,35 @@ class FunctionToolCallIn(msgspec.Struct, tag_field="type", tag="function"):
     extra_content: dict[str, Any] | None = None
 
 
-class CustomToolCallIn(msgspec.Struct, tag_field="type", tag="custom"):
+class CustomToolCallIn(msgspec.Struct, tag_field="type", tag="custom", gc=False):
     """A call of a custom tool that an assistant message repeats."""
 
     id: Given
     custom: CustomCallIn
 
 
-class DeveloperMessageIn(msgspec.Struct, tag_field="role", tag="developer"):
+class DeveloperMessageIn(msgspec.Struct, tag_field="role", tag="developer", gc=False):
     """What the model is to keep to, from whoever built the application."""
 
     content: Text
     name: str | None = None
 
 
-class SystemMessageIn(msgspec.Struct, tag_field="role", tag="system"):
+class SystemMessageIn(msgspec.Struct, tag_field="role", tag="system", gc=False):
     """The same by its older name."""
 
     content: Text
     name: str | None = None
 
 
-class UserMessageIn(msgspec.Struct, tag_field="role", tag="user"):
+class UserMessageIn(msgspec.Struct, tag_field="role", tag="user", gc=False):
     """What the user says, shows or plays."""
 
     content: str | Annotated[list[TextPart | ImagePart | AudioPart | FilePart], Meta(min_length=1)]
     name: str | None = None
 
 
-class AssistantMessageIn(msgspec.Struct, tag_field="role", tag="assistant"):
+class AssistantMessageIn(msgspec.Struct, tag_field="role", tag="assistant", gc=False):
     """What the model said, called or refused before."""
 
     content: str | Annotated[list[TextPart | RefusalPart], Meta(min_length=1)] | None = None
@@ -91,14 +94,14 @@ class AssistantMessageIn(msgspec.Struct, tag_field="role", tag="assistant"):
     reasoning_content: str | None = None
 
 
-class ToolMessageIn(msgspec.Struct, tag_field="role", tag="tool"):
+class ToolMessageIn(msgspec.Struct, tag_field="role", tag="tool", gc=False):
     """What a tool returned. OpenAI takes text; others take images and files too."""
 
     tool_call_id: str
     content: Shown
 
 
-class FunctionMessageIn(msgspec.Struct, tag_field="role", tag="function"):
+class FunctionMessageIn(msgspec.Struct, tag_field="role", tag="function", gc=False):
     """What a function of the old protocol returned."""
 
     name: str
@@ -115,7 +118,7 @@ MessageIn: TypeAlias = (
 )
 
 
-class FunctionIn(msgspec.Struct):
+class FunctionIn(msgspec.Struct, gc=False):
     """A function that the model may call; `parameters` is a JSON Schema."""
 
     name: Name
@@ -124,7 +127,7 @@ class FunctionIn(msgspec.Struct):
     strict: bool | None = None
 
 
-class CustomIn(msgspec.Struct):
+class CustomIn(msgspec.Struct, gc=False):
     """A tool that takes text; `format` says which text."""
 
     name: Name
@@ -132,13 +135,13 @@ class CustomIn(msgspec.Struct):
     format: dict[str, Any] | None = None
 
 
-class FunctionToolIn(msgspec.Struct, tag_field="type", tag="function"):
+class FunctionToolIn(msgspec.Struct, tag_field="type", tag="function", gc=False):
     """A function as a tool."""
 
     function: FunctionIn
 
 
-class CustomToolIn(msgspec.Struct, tag_field="type", tag="custom"):
+class CustomToolIn(msgspec.Struct, tag_field="type", tag="custom", gc=False):
     """A custom tool."""
 
     custom: CustomIn
@@ -147,32 +150,32 @@ class CustomToolIn(msgspec.Struct, tag_field="type", tag="custom"):
 ToolIn: TypeAlias = FunctionToolIn | CustomToolIn
 
 
-class Named(msgspec.Struct):
+class Named(msgspec.Struct, gc=False):
     """A tool's name."""
 
     name: str
 
 
-class FunctionChoice(msgspec.Struct, tag_field="type", tag="function"):
+class FunctionChoice(msgspec.Struct, tag_field="type", tag="function", gc=False):
     """The one function that the model must call."""
 
     function: Named
 
 
-class CustomChoice(msgspec.Struct, tag_field="type", tag="custom"):
+class CustomChoice(msgspec.Struct, tag_field="type", tag="custom", gc=False):
     """The one custom tool that the model must call."""
 
     custom: Named
 
 
-class AllowedTools(msgspec.Struct):
+class AllowedTools(msgspec.Struct, gc=False):
     """The tools that the model may or must choose from."""
 
     mode: Literal["auto", "required"]
     tools: Annotated[list[FunctionChoice | CustomChoice], Meta(min_length=1)]
 
 
-class AllowedToolsChoice(msgspec.Struct, tag_field="type", tag="allowed_tools"):
+class AllowedToolsChoice(msgspec.Struct, tag_field="type", tag="allowed_tools", gc=False):
     """A choice among some of the tools."""
 
     allowed_tools: AllowedTools
@@ -181,7 +184,7 @@ class AllowedToolsChoice(msgspec.Struct, tag_field="type", tag="allowed_tools"):
 ToolChoice: TypeAlias = FunctionChoice | CustomChoice | AllowedToolsChoice
 
 
-class JSONSchemaIn(msgspec.Struct):
+class JSONSchemaIn(msgspec.Struct, gc=False):
     """The schema an answer must obey."""
 
     name: Name
@@ -190,35 +193,35 @@ class JSONSchemaIn(msgspec.Struct):
     strict: bool | None = None
 
 
-class ResponseFormatIn(msgspec.Struct):
+class ResponseFormatIn(msgspec.Struct, gc=False):
     """text, json_object, or json_schema with its schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchemaIn | None = None
 
 
-class StreamOptions(msgspec.Struct):
+class StreamOptions(msgspec.Struct, gc=False):
     """What a stream carries besides its text."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class AudioOut(msgspec.Struct):
+class AudioOut(msgspec.Struct, gc=False):
     """How a spoken answer sounds; `voice` is a name or `{id}`."""
 
     format: Literal["wav", "aac", "mp3", "flac", "opus", "pcm16"]
     voice: str | dict[str, Any]
 
 
-class Prediction(msgspec.Struct):
+class Prediction(msgspec.Struct, gc=False):
     """What most of the answer is likely to be."""
 
     type: Literal["content"]
     content: str | list[TextPart]
 
 
-class ChatRequest(msgspec.Struct):
+class ChatRequest(msgspec.Struct, gc=False):
     """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[MessageIn], Meta(min_length=1)]
@@ -263,7 +266,7 @@ class ChatRequest(msgspec.Struct):
     prompt_cache_retention: Literal["in_memory", "24h"] | None = None
 
 
-class EmbeddingRequest(msgspec.Struct):
+class EmbeddingRequest(msgspec.Struct, gc=False):
     """The body of POST /v1/embeddings."""
 
     input: (
