@@ -53,6 +53,8 @@ class Delivery:
         *("_push", "_quiet", "_task", "_tasks", "_watch", "begun", "sent", "status"),
     )
 
+    _push: Callable[[bytes], bool]
+
     def __init__(self, line: Line, context: Context, task: asyncio.Task[Any] | None) -> None:
         self.begun = 0.0
         self.sent = 0
@@ -66,7 +68,6 @@ class Delivery:
         self._interval: float | None = None
         self._last = 0.0
         self._behind = False
-        self._push: Callable[[bytes], bool] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._watch: asyncio.Task[None] | None = None
 
@@ -82,8 +83,9 @@ class Delivery:
             if isinstance(body, bytes):
                 await self._write(body)
             elif reply.status not in BODILESS:
-                self._push = self._line.push
-                divert = reply.divert if self._push is not None else None
+                divert = None
+                if (push := self._line.push) is not None:
+                    self._push, divert = push, reply.divert
                 async for data in body:
                     if (drained := self._put(data)) is not None:
                         await self._wait(drained)
@@ -144,7 +146,7 @@ class Delivery:
         """Send a part that was read without us; whether the client keeps up."""
         self.sent += len(data)
         self._last = self._loop.time()
-        return self._push is not None and self._push(data)
+        return self._push(data)
 
     async def _wait(self, drained: Awaitable[None]) -> None:
         self._behind = True

@@ -28,6 +28,7 @@ _MOST_AHEAD_BYTES = 64 * 1024
 _MOST_KEPT_BYTES = 2 * 1024
 # From here on a copy costs more than a second write.
 _LARGE = 64 * 1024
+_CHUNK = b"%x\r\n%b\r\n"
 _SIGNED = f"Server: {SERVER}\r\n\r\n"
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus
@@ -295,32 +296,23 @@ class Front(asyncio.Protocol):
 
     def write(self, data: bytes) -> Awaitable[None] | None:
         """Send a part of a stream; what to await where the client is behind."""
-        data = self._promised(data)
-        if len(data) >= _LARGE:
-            self._write_large(data)
-        elif data:
-            self._send(self._framed(data))
-        return self._drained
-
-    def push(self, data: bytes) -> bool:
-        """Send a part with what else this turn of the loop sends; whether the client keeps up."""
-        data = self._promised(data)
-        if len(data) >= _LARGE:
-            self._write_large(data)
-        elif data:
-            self._fronts.outbox.send(self.transport, self._headed(self._framed(data)))
-        return self._drained is None
-
-    def _promised(self, data: bytes) -> bytes:
-        """What is left of a part within the length that the head tells, if it tells one."""
         if self._left is not None:
             # What is more than was promised would be the beginning of another answer.
             data = data[: self._left]
             self._left -= len(data)
-        return data
+        if len(data) >= _LARGE:
+            self._write_large(data)
+        elif data:
+            self._send(_CHUNK % (len(data), data) if self._chunked else data)
+        return self._drained
 
-    def _framed(self, data: bytes) -> bytes:
-        return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
+    def push(self, data: bytes) -> bool:
+        """Send a part with what else this turn of the loop sends; whether the client keeps up."""
+        size = len(data)
+        if self._chunked and not self._unsent and 0 < size < _LARGE:
+            self._fronts.outbox.send(self.transport, _CHUNK % (size, data))
+            return self._drained is None
+        return self.write(data) is None
 
     def _write_large(self, data: bytes) -> None:
         """As `write`, without copies of what is large."""
@@ -336,16 +328,12 @@ class Front(asyncio.Protocol):
             self._closing = True
 
     def _send(self, data: bytes) -> None:
-        """Send bytes now, after what was pushed before."""
+        """Send bytes now, after what was pushed; the head, where they are the first, with them."""
         self._fronts.outbox.flush()
-        if data := self._headed(data):
-            self.transport.write(data)
-
-    def _headed(self, data: bytes) -> bytes:
-        """The bytes; where they are the first, the head in one with them."""
         if self._unsent:
             data, self._unsent = self._unsent + data, b""
-        return data
+        if data:
+            self.transport.write(data)
 
     def _head_bytes(self, reply: Reply, length: str) -> bytes:
         """A head. Raises `ValueError` for what would be more than one line of it."""
