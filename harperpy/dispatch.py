@@ -37,7 +37,7 @@ from .models import Models
 from .names import CONTENT_TYPE, ORIGIN, REQUEST_ID
 from .negotiation import ContentTypes
 from .permission import Verb
-from .reach import Found, course_of, find, verb_of
+from .reach import Course, Found, course_of, find, verb_of
 from .registry import Entry, Resources
 from .rendering import (
     Early,
@@ -62,6 +62,7 @@ from .transactions import Transaction
 logger = logging.getLogger("harperpy.dispatch")
 
 _HEALTH = "/health"
+_NO_HEADERS: Mapping[str, str] = {}
 _Asked: TypeAlias = tuple[Entry, str, Verb, RequestTarget, Any, Context]
 """Who may, and what they call with what: a mount, its verb, the permission that it takes."""
 
@@ -139,7 +140,11 @@ class Dispatch:
         """What every head carries: the resource's, the request's id, what other origins need."""
         request, headers = context.request, reply.headers
         if found is not None:
-            own = _own_headers(found[0].resource, context)
+            resource, own = found[0].resource, _NO_HEADERS
+            try:
+                own = resource.present_headers(context)
+            except Exception:
+                logger.exception("present_headers of %s failed", resource.__name__)
             if reply.lines and tell(reply, own, context):
                 return
             for name, value in own.items():
@@ -217,7 +222,8 @@ class Dispatch:
         entry, target = found
         if request.method == "OPTIONS":
             return Reply(204, merged(context, {"Allow": ", ".join(entry.allow)}))
-        verb, permission = verb_of(found, context)
+        course: Course | None = request.shown.course
+        verb, permission = verb_of(found, context) if course is None else course.asks
         given: Body | Incoming | None = request.body
         if verb == "connect":
             given = Incoming(entry.read) if request.websocket else None
@@ -389,12 +395,3 @@ class _Way:
 
     def refused(self, error: Exception) -> Reply:
         return self._dispatch.refusal(error, self._found, self.context)
-
-
-def _own_headers(resource: type[Resource], context: Context) -> Mapping[str, str]:
-    """The headers that a resource puts on each answer; none if it fails to say."""
-    try:
-        return resource.present_headers(context)
-    except Exception:
-        logger.exception("present_headers of %s failed", resource.__name__)
-        return {}

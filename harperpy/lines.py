@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 
-from multidict import CIMultiDict
-
 from .caching import PRIVATE
 from .context import Context
-from .names import CONTENT_TYPE
+from .names import CONTENT_TYPE, REQUEST_ID
 from .rendering import Reply
 
 _FOR_ONE = f"Cache-Control: {PRIVATE}\r\nVary: Authorization"
@@ -17,14 +15,19 @@ _FOR_ONE = f"Cache-Control: {PRIVATE}\r\nVary: Authorization"
 _OTHERS = frozenset(
     {
         *("cache-control", "connection", "content-encoding", "content-length", "content-type"),
-        *("date", "server", "transfer-encoding", "vary", "x-request-id"),
+        *("date", "server", "transfer-encoding", "vary"),
     }
 )
 
 
-def told_lines(headers: CIMultiDict[str]) -> str:
+def told_lines(headers: Mapping[str, str]) -> str:
     """An answer's headers as lines. Raises `ValueError` where one would be more than a line."""
-    return _joined([*map(": ".join, headers.items())])
+    lines = [*map(": ".join, headers.items())]
+    text = "".join(lines)
+    if "\n" in text or "\r" in text:
+        message = "a header of the answer holds the end of a line"
+        raise ValueError(message)
+    return "\r\n".join(lines)
 
 
 def tell(reply: Reply, own: Mapping[str, str], context: Context) -> bool:
@@ -33,14 +36,13 @@ def tell(reply: Reply, own: Mapping[str, str], context: Context) -> bool:
     False where there is more to look at: then it has `headers`, and nothing is told yet. Raises
     `ValueError` as `told_lines`.
     """
-    media, told = reply.lines, context.call_headers
-    more = {**own, **told} if told else own
+    media = reply.lines
+    more = {**own, REQUEST_ID: context.request.id, **context.call_headers}
     versioned = context.etag is not None or context.last_modified is not None
     if context.user is None or versioned or not _are_plain(tuple(more)):
         reply.headers[CONTENT_TYPE], reply.lines = media, ""
         return False
-    first, last = f"Content-Type: {media}", f"x-request-id: {context.request.id}"
-    reply.lines = f"{_joined([first, *map(': '.join, more.items()), last])}\r\n{_FOR_ONE}"
+    reply.lines = f"Content-Type: {media}\r\n{told_lines(more)}\r\n{_FOR_ONE}"
     return True
 
 
@@ -49,11 +51,3 @@ def _are_plain(names: tuple[str, ...]) -> bool:
     """Whether these are of different headers, none of which has to do with another."""
     lowered = {name.lower() for name in names}
     return len(lowered) == len(names) and lowered.isdisjoint(_OTHERS)
-
-
-def _joined(lines: list[str]) -> str:
-    text = "".join(lines)
-    if "\n" in text or "\r" in text:
-        message = "a header of the answer holds the end of a line"
-        raise ValueError(message)
-    return "\r\n".join(lines)

@@ -24,13 +24,12 @@ _READS = ("GET", "HEAD")
 class Course(msgspec.Struct, eq=False):
     """What a head and the frozen mounts alone decide, so that it is worked out once.
 
-    It leads from the `address` that it came from. Who asks, and whether they may, is decided anew
-    for each request.
+    `asks` are the verb and its permission, `address` is where it came from. Who asks, and whether
+    they may, is decided anew for each request.
     """
 
     entry: Entry
-    verb: str
-    permission: Verb
+    asks: tuple[str, Verb]
     accept: str | None
     address: str
     pathname: str
@@ -71,7 +70,7 @@ def course_of(found: Found, context: Context) -> Course | None:
         return None
     return Course(
         entry,
-        *known,
+        known,
         context.accept,
         caller_address(context),
         target.pathname,
@@ -83,9 +82,6 @@ def course_of(found: Found, context: Context) -> Course | None:
 def verb_of(found: Found, context: Context) -> tuple[str, Verb]:
     """The verb and the permission for a request; who is not logged in learns no more than that."""
     entry, target = found
-    course: Course | None = context.request.shown.course
-    if course is not None:
-        return course.verb, course.permission
     method = context.request.method
     if (known := entry.direct.get(method)) is not None and not context.request.websocket:
         return known

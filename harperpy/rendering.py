@@ -185,9 +185,14 @@ def _as_it_is(value: Blob | bytes | bytearray, context: Context) -> Reply:
 
 def _render_response(response: Response, context: Context) -> Reply | Flow:
     body = response.body
-    if context.request.brief and isinstance(body, bytes) and (media := _type(response, context)):
-        return Reply(response.status, CIMultiDict(), body, lines=media)
-    headers = merged(context, response.headers)
+    own = response.headers
+    if context.request.brief and isinstance(body, bytes) and len(own) == 1:
+        # It says its type alone.
+        media = own.get(CONTENT_TYPE)
+        told = response.data is not msgspec.UNSET or context.response_headers
+        if media and not told and type(media) is str and media.isprintable():
+            return Reply(response.status, CIMultiDict(), body, lines=media)
+    headers = merged(context, own)
     if response.data is not msgspec.UNSET:
         media = headers.get(CONTENT_TYPE) or context.types.negotiate(context.accept)
         data = context.types.serialize(response.data, media.partition(";")[0])
@@ -202,15 +207,6 @@ def _render_response(response: Response, context: Context) -> Reply | Flow:
     headers.setdefault(CONTENT_TYPE, OCTETS)
     media = headers[CONTENT_TYPE].partition(";")[0]
     return Flow(aiterate(body), media, response.headers, raw=True)
-
-
-def _type(response: Response, context: Context) -> str | None:
-    """The type of an answer of bytes that says nothing else of itself."""
-    if len(response.headers) != 1 or response.data is not msgspec.UNSET:
-        return None
-    media = response.headers.get(CONTENT_TYPE)
-    plain = media is not None and type(media) is str and media.isprintable()
-    return media if plain and not context.response_headers else None
 
 
 def error_body(response: Response, headers: CIMultiDict[str]) -> bytes:
