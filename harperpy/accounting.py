@@ -194,6 +194,8 @@ class Ledger:
 
     admission: Admission | None = None
     keeper: Keeper | None = None
+    synced: Callable[[], Awaitable[None]] | None = None
+    """The keeper's."""
     price: Callable[[ModelCall], None] | None = None
     """Puts cost and version of the price into a finished call."""
 
@@ -209,7 +211,7 @@ class Ledger:
 
     def keep(self, keeper: Keeper, flush: Callable[[], Awaitable[None]]) -> None:
         """Have each call kept; `flush` brings all that is kept to where it is read, or raises."""
-        self.keeper, self._flush = keeper, flush
+        self.keeper, self.synced, self._flush = keeper, keeper.synced, flush
 
     async def flush(self) -> None:
         """Give each call that has ended its row, as far as the database takes them now."""

@@ -81,8 +81,7 @@ class Call:
         self._caller = caller
         self._flowing: tuple[Divert[_Pieces], Recorder] | None = None
         self.plan: Sequence[Planned] = ()
-        keeper = ledger.keeper
-        self._synced = None if keeper is None else keeper.synced
+        self._synced = ledger.synced
         signal = caller.signal
         if signal is None or opts.signal is not None:
             signal = AbortSignal.any_of(signal, opts.signal)

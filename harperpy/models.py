@@ -206,9 +206,12 @@ class Models:
     def _call(self, method: Method, asked: Any, opts: Any) -> Call:
         caller = current_caller.get() or Caller()
         call = Call(self._ledger, method, opts, caller, asked)
-        kind: Kind = "embedding" if method == "embed" else "generative"
+        kind: Kind = "generative"
         requires: Mapping[Capability, str]
-        requires = _EMBEDS if method == "embed" else _requires(method, asked, opts)
+        if method == "embed":
+            kind, requires = "embedding", _EMBEDS
+        else:
+            requires = _requires(method, asked, opts)
         named: list[Capability] = opts.requires
         if named:
             requires = {**dict.fromkeys(named, "model"), **requires}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from operator import methodcaller
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import sqlalchemy as sa
@@ -25,6 +25,8 @@ _MOST_WAITING = 10_000
 _CLEANING_SECONDS = 3600.0
 # Counted together, calls take a part of the time; so many are soon counted.
 _TOGETHER = 512
+_succeeded, _latency = attrgetter("success"), attrgetter("latency_ms")
+_tokens = attrgetter("prompt_tokens", "completion_tokens", "embedding_tokens")
 
 
 def handle_application(scope: Scope) -> None:
@@ -113,10 +115,11 @@ class CallMeter:
             groups[call.backend, call.method].append(call)
         for (backend, method), calls in groups.items():
             truths, numbers = self._analytics.ratio, self._analytics.distribution
-            succeeded = sum(call.success for call in calls)
+            succeeded = sum(map(_succeeded, calls))
             truths("model_call", backend, method).add_many(len(calls), succeeded)
-            numbers(f"model-{method}", backend).add_all([call.latency_ms for call in calls])
-            if tokens := [some for call in calls if (some := _tokens(call))]:
+            numbers(f"model-{method}", backend).add_all(list(map(_latency, calls)))
+            told = map(_tokens, calls)
+            if tokens := [some for each in told if (some := sum(filter(None, each)))]:
                 numbers(f"model-{method}-tokens", backend).add_all(tokens)
             if method == "generateStream":
                 self._count_streams(backend, method, calls)
@@ -127,11 +130,6 @@ class CallMeter:
             numbers("ttft_ms", backend, method).add_all(firsts)
         if speeds := [speed for call in calls if (speed := _speed(call))]:
             numbers("tokens_per_s", backend, method).add_all(speeds)
-
-
-def _tokens(call: ModelCall) -> int:
-    asked, answered = call.prompt_tokens or 0, call.completion_tokens or 0
-    return asked + answered + (call.embedding_tokens or 0)
 
 
 def _speed(call: ModelCall) -> float | None:
