@@ -50,7 +50,8 @@ class Delivery:
 
     __slots__ = (
         *("_beginning", "_behind", "_context", "_interval", "_last", "_line", "_loop"),
-        *("_push", "_quiet", "_task", "_tasks", "_watch", "begun", "sent", "status"),
+        *("_passed_on", "_push", "_quiet", "_task", "_tasks", "_watch"),
+        *("begun", "sent", "status"),
     )
 
     _push: Callable[[bytes], bool]
@@ -67,7 +68,7 @@ class Delivery:
         self._quiet: asyncio.TimerHandle | None = None
         self._interval: float | None = None
         self._last = 0.0
-        self._behind = False
+        self._behind = self._passed_on = False
         self._tasks: list[asyncio.Task[None]] = []
         self._watch: asyncio.Task[None] | None = None
 
@@ -91,7 +92,8 @@ class Delivery:
                         await self._wait(drained)
                     # The next may take long to come: nothing of this one is kept meanwhile.
                     del data, drained
-                    if divert is not None:
+                    if divert is not None and not self._passed_on:
+                        self._passed_on = True
                         divert(self._take)
         finally:
             self.end()
@@ -143,10 +145,11 @@ class Delivery:
         return self._line.write(data)
 
     def _take(self, data: bytes) -> bool:
-        """Send a part that was read without us; whether the client keeps up."""
+        """Send a part that was read without us; whether more is to be passed on."""
         self.sent += len(data)
         self._last = self._loop.time()
-        return self._push(data)
+        self._passed_on = self._push(data)
+        return self._passed_on
 
     async def _wait(self, drained: Awaitable[None]) -> None:
         self._behind = True
