@@ -136,7 +136,7 @@ def _diverted(
 class _Events(AsyncIterator[Encoded]):
     """The events that one batch after the other makes."""
 
-    __slots__ = ("_ended", "_source", "_usage", "encoder")
+    __slots__ = ("_closed", "_ended", "_source", "_usage", "encoder")
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class _Events(AsyncIterator[Encoded]):
     ) -> None:
         self._source = source
         self._usage = include_usage
-        self._ended = False
+        self._closed = self._ended = False
         self.encoder = encoder
 
     async def __anext__(self) -> Encoded:
@@ -173,7 +173,9 @@ class _Events(AsyncIterator[Encoded]):
     async def aclose(self) -> None:
         """Close the source."""
         self._ended = True
-        await aclose(self._source)
+        if not self._closed:
+            await aclose(self._source)
+            self._closed = True
 
 
 class _Choice:
@@ -219,7 +221,7 @@ class _ChunkEncoder:
             "created": int(time.time()),
             "model": model,
         }
-        self._head = self._opening()
+        self._head = b""
         self._tail = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
         self._text_tail = b'},"logprobs":null,"finish_reason":null' + self._tail
         self._functions = functions
@@ -264,7 +266,7 @@ class _ChunkEncoder:
             self._add(one, {}, told, reason)
         if include_usage and self.usage is not None:
             tail = encode_json({"choices": [], "usage": openai_usage(self.usage)})
-            told.append(b"%b,%b\n\n" % (self._head, tail[1:]))
+            told.append(b"%b,%b\n\n" % (self._opening(), tail[1:]))
         return Encoded(b"".join([*told, b"data: [DONE]\n\n"]))
 
     def _open(self, index: int, told: list[bytes]) -> int:
@@ -301,21 +303,23 @@ class _ChunkEncoder:
     def _choice(self, index: int) -> _Choice:
         choice = self._choices.get(index)
         if choice is None:
-            choice = self._choices[index] = _Choice(index, self._head)
+            choice = self._choices[index] = _Choice(index, self._opening())
         return choice
 
     def _opening(self) -> bytes:
         """What each event begins with."""
-        return b"data: " + encode_json(self._envelope)[:-1]
+        if not self._head:
+            self._head = b"data: " + encode_json(self._envelope)[:-1]
+        return self._head
 
     def _tell(self, of_the_whole: tuple[Any, ...]) -> None:
         """Take into the envelope what a provider says of the whole answer."""
         for name, told in zip(_OF_THE_WHOLE, of_the_whole, strict=True):
             if told is not None and told != self._envelope.get(name):
                 self._envelope[name] = told
-                self._head = self._opening()
-                for choice in self._choices.values():
-                    choice.put_in(self._head)
+                self._head = b""
+        for choice in self._choices.values():
+            choice.put_in(self._opening())
 
     def _add(
         self,
