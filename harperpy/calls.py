@@ -58,11 +58,16 @@ class Call:
         "_ledger",
         "_method",
         "_opts",
+        "_recorder",
+        "_sink",
         "_synced",
         "asked",
         "plan",
         "signal",
     )
+
+    _recorder: Recorder
+    _sink: Callable[[_Pieces], bool]
 
     def __init__(
         self,
@@ -205,16 +210,15 @@ class Call:
         """What `batches` would bring; it brings all by itself where the source has no such way."""
         if self._flowing is None:
             return
-        divert, recorder = self._flowing
-        caller, observe = self._caller, recorder.observe
+        divert, self._recorder = self._flowing
+        self._sink = sink
+        divert(self._pass_on)
 
-        def take(batch: _Pieces) -> bool:
-            if caller.writing:
-                _refuse()
-            observe(batch)
-            return sink(batch)
-
-        divert(take)
+    def _pass_on(self, batch: _Pieces) -> bool:
+        if self._caller.writing:
+            _refuse()
+        self._recorder.observe(batch)
+        return self._sink(batch)
 
     async def _opened(
         self, candidate: Candidate, recorder: Recorder

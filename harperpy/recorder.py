@@ -50,7 +50,7 @@ class Recorder:
     def observe(self, batch: Sequence[GenerateChunk | str]) -> None:
         """Note what has come: when the first of it did, usage, how much was said, why it ended."""
         call, deltas, letters = self.call, self._deltas, self._letters
-        if call.ttft_ms is None:
+        if not deltas and call.ttft_ms is None:
             call.ttft_ms = self._elapsed()
         for chunk in batch:
             if isinstance(chunk, str):

@@ -25,6 +25,11 @@ _said_in = attrgetter(*(f"delta_{name}" for name in _SAID))
 _told_in = attrgetter(*_OF_THE_WHOLE)
 _NOTHING_SAID, _NOTHING_TOLD = (None,) * len(_SAID), (None,) * len(_OF_THE_WHOLE)
 _CONTENT = b'{"content":'
+# What an event ends with, by whether the stream tells usage, and one of text alone.
+_TAILS = {True: b'}],"usage":null}\n\n', False: b"}]}\n\n"}
+_TEXT_TAILS = {
+    usage: b'},"logprobs":null,"finish_reason":null' + tail for usage, tail in _TAILS.items()
+}
 _TYPES = {
     403: "permission_error",
     429: "rate_limit_error",
@@ -125,10 +130,10 @@ def _diverted(
     source: Divert[Sequence[GenerateChunk | str]], encoder: _ChunkEncoder
 ) -> Divert[bytes]:
     """The way past a source's iterators, further on as events."""
-    encode = encoder.events
 
     def divert(sink: Callable[[bytes], bool]) -> None:
-        source(lambda batch: not (events := encode(batch)) or sink(events))
+        encoder.sink = sink
+        source(encoder.pass_on)
 
     return divert
 
@@ -209,8 +214,10 @@ class _ChunkEncoder:
 
     __slots__ = (
         *("_choices", "_envelope", "_functions", "_head", "_last", "_plain", "_tail"),
-        *("_text_tail", "started", "usage"),
+        *("_text_head", "_text_tail", "sink", "started", "usage"),
     )
+
+    sink: Callable[[bytes], bool]
 
     def __init__(
         self, model: str, completion: str, *, include_usage: bool, functions: bool
@@ -222,8 +229,9 @@ class _ChunkEncoder:
             "model": model,
         }
         self._head = b""
-        self._tail = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
-        self._text_tail = b'},"logprobs":null,"finish_reason":null' + self._tail
+        self._tail, self._text_tail = _TAILS[include_usage], _TEXT_TAILS[include_usage]
+        # What stands before the first answer's text, once that has begun.
+        self._text_head = b""
         self._functions = functions
         self._choices: dict[int, _Choice] = {}
         self._last = -1
@@ -239,6 +247,9 @@ class _ChunkEncoder:
         choices, last, tail, plain = self._choices, self._last, self._text_tail, self._plain
         for token in batch:
             if isinstance(token, str):
+                if self._text_head:
+                    told += (self._text_head, encode_text(token), tail)
+                    continue
                 index, text = 0, token
             else:
                 index, text = token.index, token.delta_content
@@ -254,6 +265,11 @@ class _ChunkEncoder:
             else:
                 told += (choice.text_head, encode_text(text), tail)
         return b"".join(told)
+
+    def pass_on(self, batch: Iterable[GenerateChunk | str]) -> bool:
+        """Give the `sink` a batch's events, if there are any; whether it takes more."""
+        events = self.events(batch)
+        return not events or self.sink(events)
 
     def last(self, *, include_usage: bool) -> Encoded:
         """The last chunk of each choice: nothing new, and why it ended. Then the usage, the end."""
@@ -320,6 +336,11 @@ class _ChunkEncoder:
                 self._head = b""
         for choice in self._choices.values():
             choice.put_in(self._opening())
+            self._note_first(choice)
+
+    def _note_first(self, choice: _Choice) -> None:
+        if choice.started and not choice.index:
+            self._text_head = choice.text_head
 
     def _add(
         self,
@@ -331,6 +352,7 @@ class _ChunkEncoder:
     ) -> None:
         if not choice.started:
             choice.started = self.started = True
+            self._note_first(choice)
             delta = {"role": "assistant", **delta}
         ended = b'"%b"' % reason.encode() if reason else b"null"
         likely = encode_json(logprobs) if logprobs else b"null"

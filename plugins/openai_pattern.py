@@ -18,13 +18,12 @@ class Pattern:
     providers send hundreds of them. `used` says whether there was one.
     """
 
-    __slots__ = ("_after", "_before", "_begin", "_between", "_end", "_texts", "index", "used")
+    __slots__ = ("_after", "_before", "_begin", "_end", "_texts", "index", "used")
 
     def __init__(self, before: str, after: str, index: int) -> None:
         self._before, self._after = before, after
         # The same around a text and its quotes, as most send events.
         self._begin, self._end = f'data: {before}"'.encode(), f'"{after}\n\n'.encode()
-        self._between = self._end + self._begin
         self._texts = slice(len(self._begin) - 1, 1 - len(self._end))
         self.index = index
         self.used = False
@@ -46,8 +45,11 @@ class Pattern:
         if not (read.startswith(self._begin) and read.endswith(self._end)):
             return None
         try:
+            lines = [read[self._texts]]
             # No text holds the end of a line as it is.
-            lines = read[self._texts].replace(self._between, b'"\n"').split(b"\n")
+            if b"\n" in lines[0]:
+                between = self._end + self._begin
+                lines = lines[0].replace(between, b'"\n"').split(b"\n")
             texts = [*filter(None, map(_text_in, lines))]
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None

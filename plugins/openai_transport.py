@@ -111,6 +111,8 @@ class Transport:
             batch = []
         finally:
             exchange.close()
+            # It leads back to here.
+            chunks.sink = None
         if batch := [*batch, *reader.finish()]:
             yield batch
 
@@ -127,28 +129,29 @@ class Transport:
 class _Chunks:
     """How far a streamed answer has been read, in whichever way each part of it comes."""
 
-    __slots__ = ("events", "exchange", "reader")
+    __slots__ = ("events", "exchange", "reader", "sink")
 
     def __init__(self, n: int | None) -> None:
         self.reader = ChunkReader(n)
         self.events = SSEDecoder()
         self.exchange: Exchange | None = None
+        self.sink: Callable[[Sequence[GenerateChunk | str]], bool] | None = None
 
     def divert(self, sink: Callable[[Sequence[GenerateChunk | str]], bool]) -> None:
         """See `Batched`."""
-        if (exchange := self.exchange) is None:
-            return
-        reader, events = self.reader, self.events
+        if self.exchange is not None:
+            self.sink = sink
+            self.exchange.divert(self._take)
 
-        def take(read: bytes) -> bool:
-            pattern = reader.pattern
-            if pattern is not None and not events.pending and (batch := pattern.pieces(read)):
-                return sink(batch)
-            return self._take(read, sink)
+    def _take(self, read: bytes) -> bool:
+        pattern, sink = self.reader.pattern, self.sink
+        if sink is None:
+            return False
+        if pattern is not None and not self.events.pending and (batch := pattern.pieces(read)):
+            return sink(batch)
+        return self._read(read, sink)
 
-        exchange.divert(take)
-
-    def _take(self, read: bytes, sink: Callable[[Sequence[GenerateChunk | str]], bool]) -> bool:
+    def _read(self, read: bytes, sink: Callable[[Sequence[GenerateChunk | str]], bool]) -> bool:
         more, reader = True, self.reader
         batch: list[GenerateChunk] = []
         try:
