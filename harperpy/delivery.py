@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from multidict import CIMultiDict
 
@@ -20,12 +20,15 @@ _KEEPALIVE = b": keepalive\n\n"
 BODILESS = frozenset({204, 304})
 
 
+Put: TypeAlias = Callable[[bytes], Awaitable[None] | None]
+
+
 class Line(Protocol):
     """A connection, as one answer sees it."""
 
     @property
-    def push(self) -> Callable[[bytes], bool] | None:
-        """Sends a part of the body and says whether the client keeps up; None: it is awaited."""
+    def push(self) -> Put | None:
+        """As `write`, together with others; None where a write always has to be awaited."""
         ...
 
     async def head(self, reply: Reply) -> None:
@@ -50,17 +53,16 @@ class Delivery:
 
     __slots__ = (
         *("_beginning", "_behind", "_context", "_interval", "_last", "_line", "_loop"),
-        *("_passed_on", "_push", "_quiet", "_task", "_tasks", "_watch"),
+        *("_out", "_passed_on", "_quiet", "_task", "_tasks", "_watch"),
         *("begun", "sent", "status"),
     )
-
-    _push: Callable[[bytes], bool]
 
     def __init__(self, line: Line, context: Context, task: asyncio.Task[Any] | None) -> None:
         self.begun = 0.0
         self.sent = 0
         self.status = 0
         self._line = line
+        self._out: Put = line.write
         self._context = context
         self._loop = asyncio.get_running_loop()
         self._task = task
@@ -85,8 +87,8 @@ class Delivery:
                 await self._write(body)
             elif reply.status not in BODILESS:
                 divert = None
-                if (push := self._line.push) is not None:
-                    self._push, divert = push, reply.divert
+                if reply.divert is not None and (push := self._line.push) is not None:
+                    self._out, divert = push, reply.divert
                 async for data in body:
                     if (drained := self._put(data)) is not None:
                         await self._wait(drained)
@@ -142,13 +144,13 @@ class Delivery:
         """Send a part of the body; what to await where the client is behind."""
         self.sent += len(data)
         self._last = self._loop.time()
-        return self._line.write(data)
+        return self._out(data)
 
     def _take(self, data: bytes) -> bool:
         """Send a part that was read without us; whether more is to be passed on."""
         self.sent += len(data)
         self._last = self._loop.time()
-        self._passed_on = self._push(data)
+        self._passed_on = self._out(data) is None
         return self._passed_on
 
     async def _wait(self, drained: Awaitable[None]) -> None:

@@ -306,13 +306,16 @@ class Front(asyncio.Protocol):
             self._send(_CHUNK % (len(data), data) if self._chunked else data)
         return self._drained
 
-    def push(self, data: bytes) -> bool:
-        """Send a part with what else this turn of the loop sends; whether the client keeps up."""
+    def push(self, data: bytes) -> Awaitable[None] | None:
+        """As `write`, of what was read just now: with what else this turn of the loop sends."""
         size = len(data)
-        if self._chunked and not self._unsent and 0 < size < _LARGE:
-            self._fronts.outbox.send(self.transport, _CHUNK % (size, data))
-            return self._drained is None
-        return self.write(data) is None
+        if not self._chunked or not 0 < size < _LARGE:
+            return self.write(data)
+        data = _CHUNK % (size, data)
+        if self._unsent:
+            data, self._unsent = self._unsent + data, b""
+        self._fronts.outbox.send(self.transport, data)
+        return self._drained
 
     def _write_large(self, data: bytes) -> None:
         """As `write`, without copies of what is large."""

@@ -141,7 +141,7 @@ class Wire:
 class _Line:
     """One answer over aiohttp."""
 
-    push: Callable[[bytes], bool] | None = None
+    push: Callable[[bytes], Awaitable[None] | None] | None = None
 
     def __init__(self, raw: BaseRequest) -> None:
         self._raw = raw
