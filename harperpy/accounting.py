@@ -194,8 +194,6 @@ class Ledger:
 
     admission: Admission | None = None
     keeper: Keeper | None = None
-    synced: Callable[[], Awaitable[None]] | None = None
-    """The keeper's."""
     price: Callable[[ModelCall], None] | None = None
     """Puts cost and version of the price into a finished call."""
 
@@ -211,7 +209,7 @@ class Ledger:
 
     def keep(self, keeper: Keeper, flush: Callable[[], Awaitable[None]]) -> None:
         """Have each call kept; `flush` brings all that is kept to where it is read, or raises."""
-        self.keeper, self.synced, self._flush = keeper, keeper.synced, flush
+        self.keeper, self._flush = keeper, flush
 
     async def flush(self) -> None:
         """Give each call that has ended its row, as far as the database takes them now."""
@@ -240,8 +238,7 @@ class Ledger:
         """Note how a call ended, and tell all subscribers."""
         if self.price is not None:
             self.price(call)
-        if call.reserved_tokens is not None or call.reserved_cost is not None:
-            call.reserved_tokens = call.reserved_cost = None
+        call.reserved_tokens = call.reserved_cost = None
         if self.keeper is not None:
             self.keeper.end(call)
         if self.admission is not None:

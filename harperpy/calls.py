@@ -84,9 +84,10 @@ class Call:
         self._method: Method = method
         self._opts = opts
         self._caller = caller
-        self._flowing: tuple[Divert[_Pieces], Recorder] | None = None
+        self._flowing: Divert[_Pieces] | None = None
         self.plan: Sequence[Planned] = ()
-        self._synced = ledger.synced
+        keeper = ledger.keeper
+        self._synced = None if keeper is None else keeper.synced
         signal = caller.signal
         if signal is None or opts.signal is not None:
             signal = AbortSignal.any_of(signal, opts.signal)
@@ -208,11 +209,9 @@ class Call:
 
     def divert(self, sink: Callable[[_Pieces], bool]) -> None:
         """What `batches` would bring; it brings all by itself where the source has no such way."""
-        if self._flowing is None:
-            return
-        divert, self._recorder = self._flowing
-        self._sink = sink
-        divert(self._pass_on)
+        if self._flowing is not None:
+            self._sink = sink
+            self._flowing(self._pass_on)
 
     def _pass_on(self, batch: _Pieces) -> bool:
         if self._caller.writing:
@@ -228,7 +227,7 @@ class Call:
         stream = cast("Streams", candidate.backend).generate_stream(asked, opts)
         recorder.source = batches = batches_of(stream)
         if isinstance(stream, Batched) and stream.divert is not None:
-            self._flowing = stream.divert, recorder
+            self._flowing, self._recorder = stream.divert, recorder
         return await anext(batches, None), batches, recorder
 
     def _pause(self, error: BaseException) -> float | None:

@@ -148,6 +148,7 @@ class Delivery:
 
     def _take(self, data: bytes) -> bool:
         """Send a part that was read without us; whether more is to be passed on."""
+        # Not by `_put`: this is done for each event of a stream.
         self.sent += len(data)
         self._last = self._loop.time()
         self._passed_on = self._out(data) is None

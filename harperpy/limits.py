@@ -65,7 +65,7 @@ class Limits:
 
     def concerns(self, call: ModelCall) -> bool:
         """Whether there are rules, of which one may meet a call."""
-        return True if self._rules else self._epoch.now() != self._seen
+        return bool(self._rules) or self._epoch.now() != self._seen
 
     async def admit(self, attempt: Attempt) -> None:
         """Set aside what the attempt may take at most; `attempt.most_allowed` says what that is.

@@ -80,7 +80,7 @@ class _Embeddings(msgspec.Struct, gc=False):
 
 def completion(result: GenerateResult, request: ChatRequest) -> msgspec.Struct:
     """A `chat.completion` object."""
-    functions = request.functions is not None
+    functions = bool(request.functions)
     choices = [_choice(0, result, functions=functions)]
     if result.others:
         others = enumerate(result.others, 1)
