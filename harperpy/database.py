@@ -10,7 +10,7 @@ import asyncio
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from .accounting import current_caller
 from .errors import ConfigError, Conflict, ServiceUnavailable, TransactionError
 from .gate import Gate
 from .migrations import migrate
+from .processors import keep_to
 from .system import hdb_analytics, hdb_audit, hdb_model_calls, hdb_model_calls_daily, metadata
 from .tables import Tables
 
@@ -40,6 +41,7 @@ class Database:
     Without `fsync` a power cut may take the last transactions; a killed process takes none.
     `busy_seconds` is how long a writer waits for its turn, `transaction_seconds` how long a
     request's transaction may keep the others from theirs. `tables` makes those of plugins.
+    `writes_on` and `reads_on` are the processors that its threads keep to; all where none is named.
 
     The file is made by `open` or not at all. While it is away from its place nothing is written;
     another one that is there later is opened anew.
@@ -58,14 +60,16 @@ class Database:
         busy_seconds: float = 5.0,
         transaction_seconds: float = 30.0,
         audited: bool = True,
+        writes_on: Sequence[int] = (),
+        reads_on: Sequence[int] = (),
     ) -> None:
         self.path = path
         self.busy_seconds = busy_seconds
         self.transaction_seconds = transaction_seconds
         self.audited = audited
         self.tables = Tables(self.run)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="harperpy-database")
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="harperpy-reader")
+        self._thread = ThreadPoolExecutor(1, "harperpy-database", keep_to, (*writes_on,))
+        self._readers = ThreadPoolExecutor(_READERS, "harperpy-reader", keep_to, (*reads_on,))
         self._engine = self._make_engine(_begin_by_hand, fsync=fsync)
         event.listen(self._engine, "begin", _begin_to_write)
         self._writer = self._make_engine(_guard, _begin_by_hand, fsync=fsync, cached_statements=0)

@@ -44,7 +44,7 @@ def put_together(
     authentication = config.authentication
     epoch = worker.epoch()
     authenticators = Authenticators(authentication.cache_seconds, epoch)
-    database = _database(config, root)
+    database = _database(config, root, worker)
     attempts = Attempts(authenticators.forget, slow=authentication.slow_guesses)
     people = People(database, authenticators.revoke, attempts)
     ledger = Ledger(worker.index, worker.of)
@@ -82,7 +82,7 @@ def put_together(
     )
 
 
-def _database(config: Config, root: Path) -> Database:
+def _database(config: Config, root: Path, worker: Worker) -> Database:
     url = config.database.url
     return Database(
         Path(url.removeprefix("sqlite:///")) if url else root / "system.db",
@@ -90,6 +90,9 @@ def _database(config: Config, root: Path) -> Database:
         busy_seconds=config.database.busy_timeout / 1000,
         transaction_seconds=config.database.transaction_timeout / 1000,
         audited=config.logging.audit_log,
+        # Beside its loop: on another's processor they wake each other for the interpreter's lock.
+        writes_on=worker.own,
+        reads_on=worker.processors,
     )
 
 

@@ -107,10 +107,14 @@ class Worker(msgspec.Struct, frozen=True):
             )
             asyncio.get_running_loop().set_default_executor(pool)
 
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The one that the loop of this process keeps to, if it does."""
+        return self.processors[self.index : self.index + 1]
+
     def settle(self) -> None:
         """Have this thread, which is the loop's, keep to its processor."""
-        if self.processors:
-            keep_to(self.processors[self.index])
+        keep_to(*self.own)
 
     def epoch(self) -> Epoch:
         """The epoch of them all; the slot after the last worker's is their parent's."""

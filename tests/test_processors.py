@@ -75,6 +75,8 @@ async def test_auto_is_a_worker_for_each_processor_that_keeps_to_it(tmp_path: Pa
         assert f"Ready on {server.url} with 2 workers" in server.printed
         assert [{one} for one in both] == where(first, other)
         assert {*both} in threads(other)
+        # Its loop, and what writes to the database.
+        assert 2 == threads(other).count({both[1]})
 
         os.kill(int(first), signal.SIGKILL)
         await until(lambda: {other} < {*children(server.process.pid)} - {first})
