@@ -240,8 +240,11 @@ class _ChunkEncoder:
         self.started = False
         self.usage: TokenUsage | None = None
 
-    def events(self, batch: Iterable[GenerateChunk | str]) -> bytes:
+    def events(self, batch: Sequence[GenerateChunk | str]) -> bytes:
         """The events of a batch: of each token one for each kind of piece that it holds."""
+        if self._text_head and len(batch) == 1 and type(only := batch[0]) is str:
+            # What a model says is mostly read as it comes, piece by piece.
+            return self._text_head + encode_text(only) + self._text_tail
         told: list[bytes] = []
         text: str | None
         choices, last, tail, plain = self._choices, self._last, self._text_tail, self._plain
@@ -266,7 +269,7 @@ class _ChunkEncoder:
                 told += (choice.text_head, encode_text(text), tail)
         return b"".join(told)
 
-    def pass_on(self, batch: Iterable[GenerateChunk | str]) -> bool:
+    def pass_on(self, batch: Sequence[GenerateChunk | str]) -> bool:
         """Give the `sink` a batch's events, if there are any; whether it takes more."""
         events = self.events(batch)
         return not events or self.sink(events)
