@@ -13,25 +13,33 @@ class Heads:
     One that differs in the body's length alone means the same but for that length.
     """
 
-    __slots__ = ("_after", "_before", "_bytes", "room")
+    __slots__ = ("_after", "_before", "_begin", "_bytes", "_head", "_size", "room")
 
     def __init__(self, size: int) -> None:
         self._bytes = bytearray(size)
         self.room = memoryview(self._bytes)
-        self._before = self._after = b""
+        self._before = self._after = self._head = b""
+        self._begin = self._size = 0
 
     def body(self, size: int) -> bytes | None:
         """The body, where the first `size` bytes are that head and a body of the length it says."""
-        data, before, after = self._bytes, self._before, self._after
-        if not before or not data.startswith(before):
-            return None
-        begin = len(before)
-        end = data.find(b"\r", begin, begin + _MOST_DIGITS + 1)
-        told = data[begin:end]
-        if not told.isdigit() or not data.startswith(after, end):
-            return None
-        end += len(after)
-        return bytes(self.room[end:size]) if end + int(told) == size else None
+        if size != self._size:
+            self._expect(size)
+        begin = self._begin
+        if begin and self._bytes.startswith(self._head):
+            return bytes(self.room[begin:size])
+        return None
+
+    def _expect(self, size: int) -> None:
+        """Work out what head so many bytes begin with, if they are a whole answer."""
+        self._size, self._begin = size, 0
+        rest = size - len(self._before) - len(self._after)
+        # A length has as many digits as it and them together, or one less.
+        for digits in (len(str(rest)), len(str(rest)) - 1):
+            told = b"%d" % (rest - digits)
+            if self._before and rest >= digits == len(told):
+                self._head = self._before + told + self._after
+                self._begin = len(self._head)
 
     def note(self, size: int, length: int) -> None:
         """The first `size` bytes are a good answer that leaves its connection open.
@@ -49,3 +57,4 @@ class Heads:
         if end + length == size:
             begin = len(before) + len(found) + told.index(digits)
             self._before, self._after = head[:begin], head[begin + len(digits) :]
+            self._size = 0
