@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,10 +22,9 @@ from harperpy import (
     ModelConfig,
     ModelEntry,
     Prompt,
-    TokenUsage,
 )
 
-from .openai_answers import Completion, Embeddings, whole_answer
+from .openai_answers import embedded, whole_answer
 from .openai_exchange import Timeouts
 from .openai_names import MOST_BYTES, Listing, ServedNames
 from .openai_protocol import chat_body, encoded
@@ -35,8 +35,6 @@ _OPENAI_HOST = "api.openai.com"
 # The total is the OpenAI clients' own: ten minutes.
 _TOTAL_MS, _CONNECT_MS, _FIRST_BYTE_MS, _IDLE_MS = 600_000, 10_000, 60_000, 120_000
 _RETRIES = 2
-_COMPLETION = msgspec.json.Decoder(Completion)
-_EMBEDDINGS = msgspec.json.Decoder(Embeddings)
 _LISTING = msgspec.json.Decoder(Listing)
 # What the provider cannot do of these it says itself.
 _FEATURES = frozenset[Capability](
@@ -113,7 +111,9 @@ class OpenAI(ModelBackend):
         if self.names:
             self.names.open()
 
-    async def embed(self, inputs: list[str] | list[list[int]], opts: EmbedOpts) -> EmbedResult:
+    def embed(
+        self, inputs: list[str] | list[list[int]], opts: EmbedOpts
+    ) -> Coroutine[Any, Any, EmbedResult]:
         """One request for all inputs; that none is missing is the facade's to check."""
         body: dict[str, Any] = {
             **opts.provider_options,
@@ -123,19 +123,13 @@ class OpenAI(ModelBackend):
         }
         if opts.dimensions is not None:
             body["dimensions"] = opts.dimensions
-        answer = await self._transport.whole(
-            "/embeddings", encoded(body), _EMBEDDINGS, opts.call_id
-        )
-        told = answer.usage.tokens() if answer.usage else None
-        tokens = told.prompt_tokens if told else None
-        usage = None if tokens is None else TokenUsage(embedding_tokens=tokens)
-        return EmbedResult(vectors=[*answer.vectors()], usage=usage)
+        return self._transport.whole("/embeddings", encoded(body), embedded, opts.call_id)
 
-    async def generate(self, prompt: Prompt, opts: GenerateOpts) -> GenerateResult:
+    def generate(self, prompt: Prompt, opts: GenerateOpts) -> Coroutine[Any, Any, GenerateResult]:
         """A whole answer."""
         body = self._chat(prompt, opts, stream=False)
-        answer = await self._transport.whole("/chat/completions", body, _COMPLETION, opts.call_id)
-        return whole_answer(answer, opts.n)
+        read = whole_answer if opts.n is None else partial(whole_answer, n=opts.n)
+        return self._transport.whole("/chat/completions", body, read, opts.call_id)
 
     def generate_stream(self, prompt: Prompt, opts: GenerateOpts) -> AsyncIterator[GenerateChunk]:
         """An answer as it comes; usage is always asked for."""
@@ -149,7 +143,7 @@ class OpenAI(ModelBackend):
         await self._transport.close()
 
     async def _listing(self) -> Listing:
-        return await self._transport.whole("/models", None, _LISTING, most=MOST_BYTES)
+        return await self._transport.whole("/models", None, _LISTING.decode, most=MOST_BYTES)
 
     def _chat(self, prompt: Prompt, opts: GenerateOpts, *, stream: bool) -> bytes:
         return chat_body(prompt, opts, model=opts.model, limit_name=self._limit_name, stream=stream)

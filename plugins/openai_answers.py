@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any, TypeVar, cast
 
@@ -11,18 +11,21 @@ import msgspec
 from harperpy import (
     BackendError,
     Choice,
+    EmbedResult,
     GenerateChunk,
     GenerateResult,
     TokenLogprob,
+    TokenUsage,
     Vector,
 )
 
 from .openai_calls import Called, Calls, Function, whole_call
 from .openai_pattern import Pattern, pattern_of
 from .openai_refusals import our_code
-from .openai_usage import Usage
+from .openai_usage import Usage, mended
 
 C = TypeVar("C", bound=Choice)
+T = TypeVar("T")
 
 
 class _Struct(msgspec.Struct, gc=False):
@@ -72,26 +75,12 @@ class _Whole(_Struct):
     """What is said of an answer as a whole."""
 
     usage: Usage | None = None
-    system_fingerprint: Any = None
-    service_tier: Any = None
-    moderation: Any = None
-
-    def tell(self, told: GenerateResult | GenerateChunk) -> bool:
-        """Tell all of it that is what it should be; whether that is anything."""
-        tells = False
-        if self.usage is not None and (usage := self.usage.tokens()) is not None:
-            told.usage, tells = usage, True
-        if isinstance(self.system_fingerprint, str):
-            told.system_fingerprint, tells = self.system_fingerprint, True
-        if isinstance(self.service_tier, str):
-            told.service_tier, tells = self.service_tier, True
-        moderation = self.moderation
-        if isinstance(moderation, dict):
-            told.moderation, tells = cast("Any", moderation), True
-        return tells
+    system_fingerprint: str | None = None
+    service_tier: str | None = None
+    moderation: dict[str, Any] | None = None
 
 
-class Completion(_Whole):
+class _Completion(_Whole):
     """A whole answer."""
 
     choices: list[_Choice] = []
@@ -118,15 +107,11 @@ class _Vector(_Struct):
             raise BackendError(message) from error
 
 
-class Embeddings(_Struct):
+class _Embeddings(_Struct):
     """A provider's embeddings."""
 
     data: list[_Vector]
     usage: Usage | None = None
-
-    def vectors(self) -> list[Vector]:
-        """In the order of what was embedded. Raises `BackendError`."""
-        return [one.read() for one in sorted(self.data, key=lambda one: one.index)]
 
 
 # What few answers have besides text.
@@ -137,43 +122,76 @@ _RARER = (
 _rarer_of, _NOTHING_RARER = attrgetter(*_RARER), (None,) * len(_RARER)
 _WHOLE = ("system_fingerprint", "service_tier", "moderation")
 _whole_of, _NOTHING_WHOLE = attrgetter(*_WHOLE), (None,) * len(_WHOLE)
-_decode = msgspec.json.Decoder(_Chunk).decode
-_SILENCE = _Said()
+_completion = msgspec.json.Decoder(_Completion).decode
+_embeddings = msgspec.json.Decoder(_Embeddings).decode
+_event = msgspec.json.Decoder(_Chunk).decode
+_SILENCE, _NO_NEWS = _Said(), GenerateChunk()
 _NO_REASONS: frozenset[int] = frozenset()
 # How often a pattern is looked for in a stream whose events have none in common.
 _LOOKS = 3
 
 
-def whole_answer(completion: Completion, n: int | None) -> GenerateResult:
-    """An answer's choices, as many as were asked for. Raises `BackendError` where there is none."""
-    given = completion.choices
+def embedded(data: bytes) -> EmbedResult:
+    """Embeddings in the order of what was embedded. Raises `DecodeError` and `BackendError`."""
+    told = _understood(_embeddings, data)
+    given = told.data
+    if len(given) > 1:
+        given = sorted(given, key=lambda one: one.index)
+    # What else it counts is no part of it.
+    tokens = None if told.usage is None else told.usage.prompt_tokens
+    usage = None if tokens is None else TokenUsage(embedding_tokens=tokens)
+    return EmbedResult(vectors=[one.read() for one in given], usage=usage)
+
+
+def whole_answer(data: bytes, n: int | None = None) -> GenerateResult:
+    """An answer's choices, as many as were asked for.
+
+    Raises `DecodeError`, and `BackendError` where there is none.
+    """
+    told = _understood(_completion, data)
+    given = told.choices
     if not given:
         message = "an answer without a choice"
         raise BackendError(message)
     if len(given) > 1:
         given = sorted(given, key=lambda choice: choice.index)[: n or 1]
-    result = _whole_choice(given[0], GenerateResult)
-    completion.tell(result)
+    result = GenerateResult(
+        usage=None if told.usage is None else told.usage.tokens(),
+        system_fingerprint=told.system_fingerprint,
+        service_tier=told.service_tier,
+        moderation=told.moderation,
+    )
+    _tell(given[0], result)
     if len(given) > 1:
-        result.others = [_whole_choice(choice, Choice) for choice in given[1:]]
+        result.others = [_tell(choice, Choice()) for choice in given[1:]]
     return result
 
 
-def _whole_choice(choice: _Choice, kind: type[C]) -> C:
-    said, likely = choice.message, choice.logprobs
+def _understood(decode: Callable[[Any], T], data: bytes | str) -> T:
+    """What is told; where something in it is odd that nobody needs, without that."""
+    try:
+        return decode(data)
+    except msgspec.ValidationError:
+        return decode(mended(data))
+
+
+def _tell(choice: _Choice, result: C) -> C:
+    said, likely, reason = choice.message, choice.logprobs, choice.finish_reason
     if said is None:
         message = "a choice without a message"
         raise BackendError(message)
-    rarer = _rarer_of(said) != _NOTHING_RARER
-    calls = said.calls if rarer else []
-    reason = finish_reason(choice.finish_reason or "stop", calls=bool(calls))
-    result = kind(content=said.content or "", finish_reason=reason)
-    if rarer:
+    result.content = said.content or ""
+    calls: list[Called] = []
+    if _rarer_of(said) != _NOTHING_RARER:
+        calls = said.calls
         result.tool_calls = [whole_call(call) for call in calls] or None
         result.refusal = said.refusal
         result.reasoning_content = said.thought
         result.annotations = said.annotations
         result.audio = said.audio
+    # It is the reason of what says none.
+    if calls or reason != "stop":
+        result.finish_reason = finish_reason(reason or "stop", calls=bool(calls))
     if likely is not None:
         result.logprobs, result.refusal_logprobs = likely.content, likely.refusal
     return result
@@ -228,7 +246,7 @@ class ChunkReader:
             self.ended, self.pattern = True, None
             return ()
         try:
-            event = _decode(data)
+            event = _understood(_event, data)
         except msgspec.DecodeError as error:
             told = data.strip()
             if not told or told == "[DONE]":
@@ -267,7 +285,12 @@ class ChunkReader:
         if event.error is not None:
             raise _stream_error(event.error)
         news = self._news or GenerateChunk()
-        if event.tell(news):
+        if event.usage is not None and (usage := event.usage.tokens()) is not None:
+            news.usage = usage
+        for name in _WHOLE:
+            if (value := getattr(event, name)) is not None:
+                setattr(news, name, value)
+        if news != _NO_NEWS:
             self._news = news
 
     def _with_news(
@@ -355,7 +378,7 @@ class ChunkReader:
 def _says(data: str, text: str) -> bool:
     """Whether this is the text that an event's choice brings."""
     try:
-        event = _decode(data)
+        event = _understood(_event, data)
     except msgspec.DecodeError:
         return False
     said = [choice.delta or choice.message for choice in event.choices or ()]

@@ -6,229 +6,103 @@ It reads what RFC 9112 allows and gives up on what two parties could read differ
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from math import inf
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import httptools
+import msgspec
 
 from harperpy import BackendError, BackendTimeout, Deadlines, Outbox, Waits
 
+from .openai_answering import Answering, Asked
 from .openai_heads import Heads
 
 # The same as most servers allow.
 _MOST_HEAD = 64 << 10
 # What chunks may cost beside their bytes; one of a single byte costs five more.
 _MOST_FRAMING = 16
-# One read becomes events, chunks and an answer that are there at once, several times its size.
-ROOM = 64 << 10
-# What is held for who does not read on is at most this and one read.
-_MOST_HELD = ROOM
 _OK = 200
 _VERSIONS = ("1.1", "1.0")
 
 
-class Answering:
-    """The answer to one request, while it comes in and after.
+class Ways(msgspec.Struct, eq=False):
+    """What the connections to one provider share.
 
-    `since` is when the read that waits began to; `held` is how many bytes nobody has read.
+    `heads` is where they read to: it is free again after each read. `free` is told when one may be
+    used again, `gone` when one has ended, and whether that left a request without any answer.
     """
 
-    __slots__ = (
-        *("_connection", "_counted", "_error", "_first", "_idle", "_loop", "_read", "_sink"),
-        *("_total", "_waiter", "fields", "held", "parts", "since", "status"),
-    )
+    heads: Heads
+    outbox: Outbox
+    total: Deadlines
+    idle: Waits
+    free: Callable[[Connection], None]
+    gone: Callable[[Connection, bool], None]
 
-    def __init__(self, connection: Connection, total: Deadlines, idle: Waits) -> None:
-        self.status = 0
-        self.fields: Sequence[tuple[bytes, bytes]] = ()
-        self.parts: list[bytes] = []
-        self.held = self._counted = 0
-        self.since = inf
-        self._read = False
-        self._connection: Connection | None = connection
-        self._loop = connection.loop
-        self._error: BackendError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._first: Deadlines | None = None
-        self._sink: Callable[[bytes], bool] | None = None
-        self._total, self._idle = total, idle
-        total.add(self)
 
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """Those of a refusal's head, by their names in lower case."""
-        return {name.decode("latin-1"): value.decode("latin-1") for name, value in self.fields}
+class Exchange(msgspec.Struct, eq=False):
+    """A request over a connection; see `Exchange` of any upstream."""
 
-    def head(self, first: Deadlines | None) -> asyncio.Future[None]:
-        """Done when the head is there; without `first` it takes as long as the whole may.
-
-        Raises `BackendError`. Who is cancelled meanwhile closes, which ends the wait as well.
-        """
-        if first is not None:
-            self._first = first
-            first.add(self)
-        self._waiter = waiter = self._loop.create_future()
-        return waiter
-
-    def whole(self) -> bytes | None:
-        """The body, where nobody has read of it and all of it is here already."""
-        if self._connection is not None or self._error is not None:
-            return None
-        return b"".join(self.parts)
-
-    async def read(self) -> bytes:
-        """What has come since the last time; nothing at the end. Raises `BackendError`."""
-        parts = self.parts
-        if not parts and self._connection is not None:
-            if not self._read:
-                self._read = True
-                self._idle.add(self)
-            self.since = self._loop.time()
-            self._waiter = waiter = self._loop.create_future()
-            await waiter
-        if not parts and self._error is not None:
-            raise self._error
-        if self.held > _MOST_HELD and len(parts) > 1:
-            # Each byte will have several shapes at once: not all of them together.
-            return self._half()
-        data = b"".join(parts)
-        parts.clear()
-        self.held = self._counted = 0
-        if (connection := self._connection) is not None and connection.paused:
-            connection.go_on()
-        return data
-
-    def _half(self) -> bytes:
-        parts = self.parts
-        taken = len(parts) // 2
-        data = b"".join(parts[:taken])
-        del parts[:taken]
-        self._counted = len(parts)
-        self.held -= len(data)
-        return data
+    answer: Asked
+    connection: Connection
 
     def close(self) -> None:
         """Break off what has not come yet."""
-        self.parts.clear()
-        connection = self._connection
-        # Within a read, all of it may be here before anybody has been told.
-        if connection is not None and not connection.complete:
-            connection.abort()
-            self.end(None)
-
-    def news(self) -> int:
-        """How many bytes have come into `parts` since the last time; who waits learns of them."""
-        parts, waiter, sink = self.parts, self._waiter, self._sink
-        if sink is not None and parts and waiter is not None and not waiter.done():
-            # It waits since there was nothing left: all of this is new.
-            data = b"".join(parts)
-            parts.clear()
-            self.since = self._loop.time()
-            try:
-                if not sink(data):
-                    self._sink = None
-            except Exception as error:  # noqa: BLE001  # raised where it is waited for
-                self._wake(error)
-                self._sink = None
-            return len(data)
-        fresh = sum(map(len, parts[self._counted :]))
-        self._counted = len(parts)
-        self.held += fresh
-        if self.held > _MOST_HELD and self._connection is not None:
-            self._connection.hold()
-        # Before the first read it is the head that somebody waits for.
-        if waiter is not None and self.status and (fresh or not self._read):
-            self._wake()
-        return fresh
-
-    def divert(self, sink: Callable[[bytes], bool]) -> None:
-        """See `Exchange`."""
-        if self._connection is not None:
-            self._sink = sink
-
-    def end(self, error: BackendError | None) -> None:
-        """Nothing more comes: it is complete, or this went wrong."""
-        # What it leads to leads back to here.
-        self._connection, self._error, self._sink = None, error, None
-        self._total.remove(self)
-        if self._read:
-            self._idle.remove(self)
-        if self._waiter is not None:
-            self._wake()
-
-    def expire(self) -> None:
-        """It took too long."""
-        connection = self._connection
-        if connection is not None:
-            self.parts.clear()
-            self.end(BackendTimeout())
-            connection.abort()
-
-    def _wake(self, error: Exception | None = None) -> None:
-        """There is news for who waits."""
-        waiter, self._waiter, self.since = self._waiter, None, inf
-        if self._first is not None:
-            self._first.remove(self)
-            self._first = None
-        if waiter is None or waiter.done():
-            return
-        if error is None and not self.status:
-            error = self._error
-        if error is not None:
-            waiter.set_exception(error)
-        else:
-            waiter.set_result(None)
+        self.connection.leave(self.answer)
 
 
 class Connection(asyncio.BufferedProtocol):
-    """One connection. `free` is told when it may be used again, `gone` when it has ended.
+    """One connection, over which `ways` it is asked.
 
-    `since` is when it was; `complete` says that its answer has come to its end, `paused` that it
-    reads no more for now.
-    `heads` is where it reads to; connections share it, as it is free again after each read.
+    `since` is when it could be used again; `complete` says that its answer has come to its end,
+    `paused` that it reads no more for now.
     """
 
     __slots__ = (
-        *("_allowed", "_answering", "_bounded", "_excess", "_free", "_gone"),
-        *("_headers", "_heads", "_lasts", "_odd", "_parser", "_reused", "_transport", "_whole"),
-        *("complete", "loop", "on_body", "paused", "since"),
+        *("_allowed", "_answering", "_asked", "_bounded", "_excess", "_first", "_free"),
+        *("_headers", "_heads", "_lasts", "_odd", "_outbox", "_parser", "_total", "_transport"),
+        *("_ways", "_whole", "complete", "is_closing", "loop", "on_body", "paused", "since"),
     )
+
+    is_closing: Callable[[], bool]
+    """Whether it can be used no more, as far as anybody knows."""
 
     on_body: Callable[[bytes], None]
     """Where a piece of a body goes: no frame of ours for each of what may be thousands."""
 
-    def __init__(
-        self,
-        free: Callable[[Connection], None],
-        gone: Callable[[Connection], None],
-        heads: Heads,
-    ) -> None:
-        self._free, self._gone, self._heads = free, gone, heads
+    def __init__(self, ways: Ways) -> None:
+        self._ways = ways
+        self._heads, self._outbox, self._total = ways.heads, ways.outbox, ways.total
+        self._free = ways.free
         self.loop = asyncio.get_running_loop()
         self._transport = cast("asyncio.Transport", None)
         self._parser: Any = None
+        self._asked: Asked | None = None
         self._answering: Answering | None = None
+        self._first: Deadlines | None = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._allowed = self._whole = 0
         self._bounded = self.complete = self._excess = False
-        self._lasts = self._reused = self.paused = False
+        self._lasts = self.paused = False
         self.since = 0.0
         self._odd = ""
 
-    @property
-    def is_open(self) -> bool:
-        """Whether it can be used, as far as anybody knows."""
-        return not self._transport.is_closing()
+    def ask(self, request: bytes, first: Deadlines | None) -> Exchange:
+        """Send a whole request; without `first` its head may take as long as the whole."""
+        self._asked = asked = self.loop.create_future()
+        self._total.add(self)
+        if first is not None:
+            self._first = first
+            first.add(self)
+        self._outbox.send(self._transport, request)
+        return Exchange(asked, self)
 
-    def ask(self, request: bytes, outbox: Outbox, total: Deadlines, idle: Waits) -> Answering:
-        """Send a whole request; its answer is to come."""
-        answering = self._answering = Answering(self, total, idle)
-        self.on_body = answering.parts.append
-        self._parser = None
-        self.complete = False
-        outbox.send(self._transport, request)
-        return answering
+    def leave(self, asked: Asked) -> None:
+        """Who asked this wants no more of it."""
+        # Within a read, all of it may be here before anybody has been told.
+        if self._asked is asked and not self.complete:
+            self._transport.abort()
+            self._over(None)
 
     def hold(self) -> None:
         """There is no room for more."""
@@ -243,18 +117,20 @@ class Connection(asyncio.BufferedProtocol):
 
     def abort(self) -> None:
         """End it at once; the provider sees that."""
-        self._answering = None
-        self._transport.abort()
+        self._fail(BackendError("the connection to the provider was closed"))
 
     def expire(self) -> None:
-        """It was kept long enough."""
-        self._transport.abort()
+        """What it is asked took too long, or it was kept long enough."""
+        if self._answering is not None:
+            self._answering.parts.clear()
+        self._fail(BackendTimeout())
 
     # --- asyncio's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
         self._transport = cast("asyncio.Transport", transport)
+        self.is_closing = transport.is_closing
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where to read to."""
@@ -263,43 +139,49 @@ class Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """Read on in the answer; what nobody has asked for ends the connection."""
         answering = self._answering
-        if answering is None:
-            self._transport.abort()
-            return
-        parser = self._parser
-        if begins := parser is None:
-            if (known := self._heads.body(nbytes)) is not None:
-                answering.status = _OK
-                answering.parts.append(known)
-                self.complete = self._lasts = True
-                self._end()
+        if begins := answering is None:
+            if (asked := self._asked) is None:
+                self._transport.abort()
                 return
-            parser = self._begin()
+            if (body := self._heads.body(nbytes)) is not None:
+                self._at_once(asked, body)
+                return
+            answering = self._begin(asked)
         try:
-            parser.feed_data(self._heads.room[:nbytes])
+            self._parser.feed_data(self._heads.room[:nbytes])
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._stop(error)
         if self._excess:
             del answering.parts[self._whole :]
-        body = answering.news()
+        fresh = answering.news()
         # What may still come beside the body, of which each byte allows for more.
-        self._allowed += body * (1 + _MOST_FRAMING) - nbytes
-        if self._allowed < 0:
-            self._odd = self._odd or "too much beside its body"
-        if self._odd:
-            self._fail(BackendError(f"the provider's answer is malformed: {self._odd}"))
+        self._allowed += fresh * (1 + _MOST_FRAMING) - nbytes
+        if self._odd or self._allowed < 0:
+            told = self._odd or "too much beside its body"
+            self._fail(BackendError(f"the provider's answer is malformed: {told}"))
         elif self.complete:
+            # By that head another answer can be understood at once, if it begins with it.
             if begins and answering.status == _OK and self._lasts and not self._excess:
-                self._heads.note(nbytes, body)
+                self._heads.note(nbytes, fresh)
             self._end()
 
-    def _begin(self) -> Any:
-        """A parser for an answer whose head may be any."""
+    def _at_once(self, asked: Asked, body: bytes) -> None:
+        """All of a good answer is there, by a head that is known."""
+        if not asked.done():
+            asked.set_result(body)
+        self._asked = None
+        self._in_time()
+        self._keep()
+
+    def _begin(self, asked: Asked) -> Answering:
+        """Read an answer whose head may be any."""
+        self._answering = answering = Answering(self, asked, self._ways.idle)
+        self.on_body = answering.parts.append
         self._headers = []
         self._allowed = _MOST_HEAD
         self._bounded = self._excess = False
-        self._parser = parser = httptools.HttpResponseParser(self)
-        return parser
+        self._parser = httptools.HttpResponseParser(self)
+        return answering
 
     def _stop(self, error: Exception) -> None:
         """It cannot be read on; beyond its end that takes nothing from it."""
@@ -312,18 +194,16 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Whatever has not come yet never will."""
-        self._gone(self)
         answering = self._answering
-        if answering is None:
-            return
-        if exc is None and answering.status and not self._bounded:
-            self._answering = None
-            answering.end(None)
+        stale = self._asked is not None and answering is None and self.since > 0
+        self._ways.gone(self, stale)
+        if exc is None and answering is not None and answering.status and not self._bounded:
+            self._over(None)
             return
         told = f"{type(exc).__name__}: {exc}" if exc else "it was closed"
         error = BackendError(f"the connection to the provider was lost: {told}")
-        error.stale = self._reused and self._parser is None
-        self._fail(error)
+        error.stale = stale
+        self._over(error)
 
     # --- httptools' side
 
@@ -350,6 +230,8 @@ class Connection(asyncio.BufferedProtocol):
         if status < 100 or self._parser.get_http_version() not in _VERSIONS:
             self._odd = "its status line is none of HTTP/1.1"
         if not self._odd:
+            if self._first is not None:
+                self._begun(self._first)
             self._answering.status = status
             if status != _OK:
                 self._answering.fields = headers
@@ -362,23 +244,49 @@ class Connection(asyncio.BufferedProtocol):
             self._whole = len(self._answering.parts)
 
     def _end(self) -> None:
-        answering, self._answering = self._answering, None
-        if answering is not None:
-            answering.end(None)
+        """All of the answer is there."""
+        self._over(None)
+        self.complete = False
         if self.paused:
             self.go_on()
-        unsent = self._transport.get_write_buffer_size()
-        if self._excess or unsent or not self._lasts:
+        if self._excess or not self._lasts:
             self._transport.abort()
         else:
-            self._reused = True
+            self._keep()
+
+    def _keep(self) -> None:
+        """It can be used again, unless what it was asked is still on its way."""
+        if self._transport.get_write_buffer_size():
+            self._transport.abort()
+        else:
             self._free(self)
 
     def _fail(self, error: BackendError) -> None:
-        answering, self._answering = self._answering, None
         self._transport.abort()
-        if answering is not None:
+        self._over(error)
+
+    def _over(self, error: BackendError | None) -> None:
+        """Nothing more comes of what it was asked: that is complete, or this went wrong."""
+        if (asked := self._asked) is None:
+            return
+        self._asked = None
+        self._in_time()
+        if (answering := self._answering) is not None:
+            self._answering = self._parser = None
             answering.end(error)
+        elif error is not None and not asked.done():
+            asked.set_exception(error)
+
+    def _in_time(self) -> None:
+        """Nothing that has to come in time is waited for any more."""
+        self._total.remove(self)
+        if self._first is not None:
+            self._begun(self._first)
+
+    def _begun(self, first: Deadlines) -> None:
+        """The head is there, or nobody waits for it."""
+        self._first = None
+        first.remove(self)
 
 
 def _oddity(known: dict[bytes, bytes], headers: Sequence[tuple[bytes, bytes]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -21,7 +21,7 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     idle: float
 
 
-class Exchange(Protocol):
+class Answer(Protocol):
     """An answer whose head is there. Header names are in lower case."""
 
     status: int
@@ -29,10 +29,6 @@ class Exchange(Protocol):
     @property
     def headers(self) -> Mapping[str, str]:
         """What its head says. Of a status of 200, where nobody asks, it may be empty."""
-        ...
-
-    def whole(self) -> bytes | None:
-        """The body, where nobody has read of it and all of it is here already."""
         ...
 
     async def read(self) -> bytes:
@@ -45,26 +41,35 @@ class Exchange(Protocol):
     def divert(self, sink: Callable[[bytes], bool]) -> None:
         """Give `sink` what comes while `read` waits, until it says no or raises.
 
-        What it raises is raised by `read`. An exchange that cannot do so leaves all to `read`.
+        What it raises is raised by `read`. An answer that cannot do so leaves all to `read`.
+        """
+        ...
+
+
+class Exchange(Protocol):
+    """A request, and what it brings. Who has one closes it, unless all of the body was there."""
+
+    @property
+    def answer(self) -> Awaitable[bytes | Answer]:
+        """The body of a status of 200 that one read brought whole; else the answer, to be read.
+
+        Raises `BackendError`, with `stale` where a kept connection was gone: whether the provider
+        had read the request nobody knows. Raises `BackendTimeout` for what takes too long.
         """
         ...
 
     def close(self) -> None:
-        """Nothing more is wanted: a body that is not at its end is broken off."""
+        """Nothing more is wanted: an answer that is not at its end is broken off."""
         ...
 
 
 class Upstream(Protocol):
     """Sends requests to one provider."""
 
-    async def send(
+    def send(
         self, path: str, body: bytes | None, first_byte: float, call_id: int | None
     ) -> Exchange:
-        """Post, or get what has no body; the answer once its head is there.
-
-        Raises `BackendError`, with `stale` where a kept connection was gone: whether the provider
-        had read the request nobody knows. Raises `BackendTimeout` for what takes too long.
-        """
+        """Post, or get what has no body."""
         ...
 
     async def close(self) -> None:

@@ -29,7 +29,7 @@ class Kept:
         waiting = self._waiting
         while waiting:
             connection = waiting.pop()
-            if connection.is_open:
+            if not connection.is_closing():
                 return connection
         return None
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Coroutine, Mapping
+from typing import Any
 
 from yarl import URL
 
 from harperpy import BackendError, BackendTimeout, ConfigError, Deadlines, Outbox, Waits
 
-from .openai_connection import ROOM, Answering, Connection
+from .openai_answering import ROOM, Answering
+from .openai_connection import Connection, Exchange, Ways
 from .openai_exchange import Timeouts
 from .openai_heads import Heads
 from .openai_kept import Kept
@@ -34,22 +36,25 @@ class Pool:
         self._timeouts = timeouts
         self._path = url.raw_path.rstrip("/")
         self._lines = _lines(url, headers)
-        self._heads: dict[tuple[str, str], bytes] = {}
-        self._answers = Heads(ROOM)
+        self._posts: dict[str, bytes] = {}
         self._free = Kept(_KEPT_SECONDS)
-        self._done: Callable[[Connection], None] = self._free.put if kept else Connection.abort
+        self._ways = Ways(
+            heads=Heads(ROOM),
+            outbox=Outbox(),
+            total=Deadlines(timeouts.total),
+            idle=Waits(timeouts.idle),
+            free=self._free.put if kept else Connection.abort,
+            gone=self._forget,
+        )
         self._open: set[Connection] = set()
-        self._outbox = Outbox()
-        self._total = Deadlines(timeouts.total)
-        self._idle = Waits(timeouts.idle)
         self._first: dict[float, Deadlines] = {}
         self._doubted = 0
         self._context: ssl.SSLContext | None = None
 
-    async def send(
+    def send(
         self, path: str, body: bytes | None, first_byte: float, call_id: int | None
-    ) -> Answering:
-        """Post, or get what has no body; the answer once its head is there."""
+    ) -> Exchange | Anew:
+        """Post, or get what has no body."""
         request = self._request(path, body, call_id)
         connection = None
         if self._doubted:
@@ -57,18 +62,11 @@ class Pool:
             self._doubted -= 1
         else:
             connection = self._free.take()
-        connection = connection or await self._connect(first_byte)
         # There are none where a head may take as long as the whole.
         first = self._until_head(first_byte) if first_byte < self._timeouts.total else None
-        answering = connection.ask(request, self._outbox, self._total, self._idle)
-        try:
-            await answering.head(first)
-        except BaseException as error:
-            answering.close()
-            if isinstance(error, BackendError) and error.stale:
-                self._doubted += 1
-            raise
-        return answering
+        if connection is None:
+            return Anew(self._connect(first_byte), request, first)
+        return connection.ask(request, first)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -89,7 +87,7 @@ class Pool:
         try:
             async with asyncio.timeout(min(self._timeouts.connect, first_byte)):
                 _, connection = await loop.create_connection(
-                    lambda: Connection(self._done, self._forget, self._answers),
+                    lambda: Connection(self._ways),
                     self._host,
                     self._port,
                     ssl=self._context,
@@ -100,26 +98,50 @@ class Pool:
             raise late from error
         except OSError as error:
             raise _unreached(error) from error
-        if not connection.is_open:
+        if connection.is_closing():
             raise _unreached(ConnectionResetError())
         self._open.add(connection)
         return connection
 
-    def _forget(self, connection: Connection) -> None:
+    def _forget(self, connection: Connection, stale: bool) -> None:  # noqa: FBT001  # a callback
+        self._doubted += stale
         self._open.discard(connection)
         self._free.forget(connection)
 
     def _request(self, path: str, body: bytes | None, call_id: int | None) -> bytes:
-        method = "GET" if body is None else "POST"
-        head = self._heads.get((method, path))
-        if head is None:
-            target = URL(f"http://x{self._path}{path}").raw_path_qs
-            head = f"{method} {target} HTTP/1.1\r\n".encode() + self._lines
-            self._heads[method, path] = head
         named = b"" if call_id is None else b"X-Client-Request-Id: %d\r\n" % call_id
         if body is None:
-            return b"%b%b\r\n" % (head, named)
+            return b"%b%b\r\n" % (self._head("GET", path), named)
+        head = self._posts.get(path)
+        if head is None:
+            head = self._posts[path] = self._head("POST", path)
         return b"%b%bContent-Length: %d\r\n\r\n%b" % (head, named, len(body), body)
+
+    def _head(self, method: str, path: str) -> bytes:
+        target = URL(f"http://x{self._path}{path}").raw_path_qs
+        return f"{method} {target} HTTP/1.1\r\n".encode() + self._lines
+
+
+class Anew:
+    """An exchange over a connection that is still to be made."""
+
+    def __init__(
+        self, connecting: Coroutine[Any, Any, Connection], request: bytes, first: Deadlines | None
+    ) -> None:
+        self._exchange: Exchange | None = None
+        self.answer = self._answer(connecting, request, first)
+
+    async def _answer(
+        self, connecting: Coroutine[Any, Any, Connection], request: bytes, first: Deadlines | None
+    ) -> bytes | Answering:
+        connection = await connecting
+        self._exchange = exchange = connection.ask(request, first)
+        return await exchange.answer
+
+    def close(self) -> None:
+        """Break off what has not come yet."""
+        if self._exchange is not None:
+            self._exchange.close()
 
 
 def _lines(url: URL, headers: Mapping[str, str]) -> bytes:

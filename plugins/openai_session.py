@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -26,10 +26,6 @@ class Answered:
         self._response = response
         self._idle = idle
 
-    def whole(self) -> bytes | None:
-        """It is read."""
-        return None
-
     async def read(self) -> bytes:
         """What has come since the last time."""
         with _as_ours():
@@ -42,6 +38,30 @@ class Answered:
     def close(self) -> None:
         """Not read to its end, a connection cannot be used again: closing it tells the provider."""
         self._response.close()
+
+
+class Sent:
+    """A request, and what it brings; `first_byte` and `idle` are the seconds that may take."""
+
+    def __init__(
+        self, asking: Coroutine[Any, Any, aiohttp.ClientResponse], first_byte: float, idle: float
+    ) -> None:
+        self._answered: Answered | None = None
+        self.answer = self._answer(asking, first_byte, idle)
+
+    async def _answer(
+        self, asking: Coroutine[Any, Any, aiohttp.ClientResponse], first_byte: float, idle: float
+    ) -> Answered:
+        with _as_ours():
+            async with asyncio.timeout(first_byte):
+                response = await asking
+        self._answered = answered = Answered(response, idle)
+        return answered
+
+    def close(self) -> None:
+        """Break off what has not come yet."""
+        if self._answered is not None:
+            self._answered.close()
 
 
 class Session:
@@ -57,14 +77,9 @@ class Session:
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
         self._doubted = 0
 
-    async def send(
-        self, path: str, body: bytes | None, first_byte: float, call_id: int | None
-    ) -> Answered:
-        """Post, or get what has no body; the answer once its head is there."""
-        with _as_ours():
-            async with asyncio.timeout(first_byte):
-                response = await self._send(path, body, call_id)
-        return Answered(response, self._timeouts.idle)
+    def send(self, path: str, body: bytes | None, first_byte: float, call_id: int | None) -> Sent:
+        """Post, or get what has no body."""
+        return Sent(self._send(path, body, call_id), first_byte, self._timeouts.idle)
 
     async def close(self) -> None:
         """Close the kept connections."""

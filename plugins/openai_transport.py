@@ -7,10 +7,10 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from harperpy import BackendError, Batched, GenerateChunk, HarperError, SSEDecoder
+from harperpy import BackendError, Batched, GenerateChunk, SSEDecoder
 
 from .openai_answers import ChunkReader
-from .openai_exchange import Exchange, Timeouts, Upstream
+from .openai_exchange import Answer, Exchange, Timeouts, Upstream
 from .openai_pool import Pool
 from .openai_refusals import refusal
 from .openai_session import Session
@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 _MOST_ANSWER = 256 << 20
 _MOST_ERROR = 256 << 10
+_OK = 200
 
 
 class Transport:
@@ -51,23 +52,25 @@ class Transport:
         self,
         path: str,
         body: bytes | None,
-        kind: msgspec.json.Decoder[T],
+        read: Callable[[bytes], T],
         call_id: int | None = None,
         *,
         most: int = _MOST_ANSWER,
     ) -> T:
-        """The JSON answer to a post, or a get of what has no body, as `kind` reads it.
+        """The JSON answer to a post, or a get of what has no body, as `read` takes it.
 
         Raises `BackendError`, also for one of more than `most` bytes, and what `refusal` makes.
         """
-        exchange = await self._upstream.send(path, body, self._first_byte, call_id)
-        if exchange.status != 200:
-            raise await self._refusal(exchange)
-        data = exchange.whole()
-        if data is None or len(data) > most:
-            data = await _read_all(exchange, most)
+        exchange = self._upstream.send(path, body, self._first_byte, call_id)
         try:
-            return kind.decode(data)
+            data = await exchange.answer
+            if not isinstance(data, bytes):
+                data = await _read_all(await self._good(data), most)
+        except BaseException:
+            exchange.close()
+            raise
+        try:
+            return read(data)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             message = f"the answer from {path} is not what it should be"
             raise BackendError(message) from error
@@ -86,21 +89,26 @@ class Transport:
         self, chunks: _Chunks, path: str, body: bytes, call_id: int | None
     ) -> AsyncGenerator[list[GenerateChunk]]:
         reader, events = chunks.reader, chunks.events
-        exchange = await self._upstream.send(path, body, self._stream_first_byte, call_id)
-        chunks.exchange = exchange
+        exchange = chunks.exchange = self._upstream.send(
+            path, body, self._stream_first_byte, call_id
+        )
         # It may be long, and so may the answer take.
         del body
-        if exchange.status != 200:
-            raise await self._refusal(exchange)
         batch: list[GenerateChunk] = []
         try:
-            while not reader.ended and (read := await exchange.read()):
+            read, answer = await exchange.answer, None
+            if not isinstance(read, bytes):
+                chunks.answer = answer = await self._good(read)
+                read = await answer.read()
+            while read:
                 reader.read_all(events.feed(read), batch)
                 # The next may take long to come: nothing of this one is kept meanwhile.
                 read = b""
                 if batch:
                     yield batch
                     batch = []
+                if answer is not None and not reader.ended:
+                    read = await answer.read()
             reader.read_all(events.end(), batch)
         except BackendError:
             if batch:
@@ -120,28 +128,31 @@ class Transport:
         """Close the connections."""
         await self._upstream.close()
 
-    async def _refusal(self, exchange: Exchange) -> HarperError:
-        """What an answer that is no good one means."""
-        told = await _read_all(exchange, _MOST_ERROR)
-        return refusal(exchange.status, told, exchange.headers, self._secret)
+    async def _good(self, answer: Answer) -> Answer:
+        """The answer, if it is a good one. Raises what `refusal` makes of any other."""
+        if answer.status == _OK:
+            return answer
+        told = await _read_all(answer, _MOST_ERROR)
+        raise refusal(answer.status, told, answer.headers, self._secret)
 
 
 class _Chunks:
     """How far a streamed answer has been read, in whichever way each part of it comes."""
 
-    __slots__ = ("events", "exchange", "reader", "sink")
+    __slots__ = ("answer", "events", "exchange", "reader", "sink")
 
     def __init__(self, n: int | None) -> None:
         self.reader = ChunkReader(n)
         self.events = SSEDecoder()
         self.exchange: Exchange | None = None
+        self.answer: Answer | None = None
         self.sink: Callable[[Sequence[GenerateChunk | str]], bool] | None = None
 
     def divert(self, sink: Callable[[Sequence[GenerateChunk | str]], bool]) -> None:
         """See `Batched`."""
-        if self.exchange is not None:
+        if self.answer is not None:
             self.sink = sink
-            self.exchange.divert(self._take)
+            self.answer.divert(self._take)
 
     def _take(self, read: bytes) -> bool:
         pattern, sink = self.reader.pattern, self.sink
@@ -164,17 +175,14 @@ class _Chunks:
         return more
 
 
-async def _read_all(exchange: Exchange, most: int) -> bytes:
+async def _read_all(answer: Answer, most: int) -> bytes:
     """The whole body. Raises `BackendError` for one that is larger, or breaks off."""
     parts: list[bytes] = []
     size = 0
-    try:
-        while read := await exchange.read():
-            size += len(read)
-            if size > most:
-                message = f"an answer of more than {most} bytes"
-                raise BackendError(message)
-            parts.append(read)
-    finally:
-        exchange.close()
+    while read := await answer.read():
+        size += len(read)
+        if size > most:
+            message = f"an answer of more than {most} bytes"
+            raise BackendError(message)
+        parts.append(read)
     return b"".join(parts)

@@ -1,8 +1,8 @@
-"""Usage: what a provider says that an answer took."""
+"""Usage: what a provider says that an answer took; what in it is odd, and beside it, left out."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
@@ -14,17 +14,22 @@ _OF_COMPLETION = (*_TEXTS, "accepted_prediction_tokens", "rejected_prediction_to
 _MOST_TOKENS = 2**53
 
 
-class Usage(msgspec.Struct, gc=False):
-    """A provider's usage; whatever in it is no count of tokens is passed over."""
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=_MOST_TOKENS)]
+_decode = msgspec.json.decode
+_encode = msgspec.json.encode
 
-    prompt_tokens: Any = None
-    completion_tokens: Any = None
+
+class Usage(msgspec.Struct, gc=False):
+    """A provider's usage; whatever in the details is no count of tokens is passed over."""
+
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
     prompt_tokens_details: dict[str, Any] | None = None
     completion_tokens_details: dict[str, Any] | None = None
 
     def tokens(self) -> TokenUsage | None:
         """As harperpy counts; None where it says neither what was asked nor what was answered."""
-        asked, answered = _count(self.prompt_tokens), _count(self.completion_tokens)
+        asked, answered = self.prompt_tokens, self.completion_tokens
         if asked is None and answered is None:
             return None
         usage = TokenUsage(prompt_tokens=asked, completion_tokens=answered)
@@ -35,6 +40,22 @@ class Usage(msgspec.Struct, gc=False):
             usage.reasoning_tokens = _count(details.get("reasoning_tokens"))
             usage.completion_details = _counts(details, _OF_COMPLETION)
         return usage
+
+
+def mended(data: bytes | str) -> bytes:
+    """An answer without what is odd in what it says of itself as a whole, which is seldom any.
+
+    Raises `DecodeError` where it is no object, or its usage is none.
+    """
+    given = _decode(data, type=dict[str, msgspec.Raw])
+    for name, kind in (("system_fingerprint", str), ("service_tier", str), ("moderation", dict)):
+        if name in given and not isinstance(_decode(given[name]), kind):
+            del given[name]
+    if told := _decode(given.get("usage", b"null"), type=dict[str, Any] | None):
+        for name in ("prompt_tokens", "completion_tokens"):
+            told[name] = _count(told.get(name))
+        given["usage"] = msgspec.Raw(_encode(told))
+    return _encode(given)
 
 
 def _counts(details: dict[str, Any], names: tuple[str, ...]) -> dict[str, int] | None:

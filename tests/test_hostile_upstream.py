@@ -226,6 +226,29 @@ async def test_a_connection_is_used_again() -> None:
         assert [4, 1] == them.asked
 
 
+AGAIN_IN_CHUNKS = CHUNKED + piece(said("again")) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("before", [AGAIN, AGAIN_IN_CHUNKS], ids=["with its length", "in chunks"])
+async def test_who_leaves_ends_what_was_asked_and_nothing_else(before: bytes) -> None:
+    """Over a connection that has brought an answer; the next call has a connection of its own."""
+    asked, ended = asyncio.Event(), asyncio.Event()
+
+    async def hang(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        asked.set()
+        await reader.read()
+        ended.set()
+
+    async with answering(before, before, hang) as (server, them):
+        assert ["again", "again"] == [text_of(await make(server)) for _ in range(2)]
+        waiting = asyncio.ensure_future(make(server))
+        await asyncio.wait_for(asked.wait(), 30)
+        waiting.cancel()
+        await asyncio.wait_for(ended.wait(), 30)
+        assert "again" == text_of(await make(server))
+    assert [3, 1] == them.asked
+
+
 @pytest.mark.parametrize("begin", [b"", OK, b"HTTP/1.1 100 Continue\r\n\r\n"])
 async def test_a_head_has_its_time_as_a_whole(begin: bytes) -> None:
     """However steadily its bytes drip."""

@@ -135,6 +135,35 @@ async def test_what_a_provider_wants_to_see_again_comes_and_goes(
     assert [call] == upstream.requests[2].body["messages"][1]["tool_calls"]
 
 
+@pytest.mark.parametrize("usage", [None, {"prompt_tokens": 3, "completion_tokens": 2.0}])
+@pytest.mark.parametrize("call", ["whole", "stream"])
+async def test_odd_words_on_an_answer_are_left_out(
+    gateway: RunningServer, upstream: ScriptedUpstream, call: str, usage: Any
+) -> None:
+    """What is odd costs neither the answer nor what is said well beside it."""
+    odd = {"system_fingerprint": 5, "moderation": "no", "service_tier": "flex", "usage": usage}
+    said = {"content": "hi"}
+    upstream.script(
+        Answer(body={"choices": [{"index": 0, "message": said}], **odd})
+        if call == "whole"
+        else Answer(events=[{**chunk(said), **odd}, {**chunk({}, "stop"), **odd}, "[DONE]"])
+    )
+    answer = await make(gateway, call)
+    first = answer.json if call == "whole" else events(answer.text)[0]
+    (row,) = await gateway.rows("success = 1")
+
+    choice = first["choices"][0]
+    assert "hi" == choice["message" if call == "whole" else "delta"]["content"]
+    assert "flex" == first["service_tier"]
+    assert not {"system_fingerprint", "moderation"} & set(first)
+    if usage:
+        assert (3, 2, False) == (
+            row["prompt_tokens"],
+            row["completion_tokens"],
+            row["usage_estimated"],
+        )
+
+
 async def test_a_call_in_the_old_protocols_form_is_a_call(
     gateway: RunningServer, upstream: ScriptedUpstream
 ) -> None:
