@@ -24,7 +24,8 @@ from harperpy import (
     Prompt,
 )
 
-from .openai_answers import embedded, whole_answer
+from .openai_answers import whole_answer
+from .openai_embeddings import embedded
 from .openai_exchange import Timeouts
 from .openai_names import MOST_BYTES, Listing, ServedNames
 from .openai_protocol import chat_body, encoded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any, TypeVar, cast
 
@@ -11,21 +11,17 @@ import msgspec
 from harperpy import (
     BackendError,
     Choice,
-    EmbedResult,
     GenerateChunk,
     GenerateResult,
     TokenLogprob,
-    TokenUsage,
-    Vector,
 )
 
 from .openai_calls import Called, Calls, Function, whole_call
 from .openai_pattern import Pattern, pattern_of
 from .openai_refusals import our_code
-from .openai_usage import Usage, mended
+from .openai_usage import Usage, understood
 
 C = TypeVar("C", bound=Choice)
-T = TypeVar("T")
 
 
 class _Struct(msgspec.Struct, gc=False):
@@ -79,6 +75,17 @@ class _Whole(_Struct):
     service_tier: str | None = None
     moderation: dict[str, Any] | None = None
 
+    def tell(self, news: GenerateChunk) -> None:
+        """Add all of it that says something."""
+        if self.usage is not None and (usage := self.usage.tokens()) is not None:
+            news.usage = usage
+        if self.system_fingerprint is not None:
+            news.system_fingerprint = self.system_fingerprint
+        if self.service_tier is not None:
+            news.service_tier = self.service_tier
+        if self.moderation is not None:
+            news.moderation = self.moderation
+
 
 class _Completion(_Whole):
     """A whole answer."""
@@ -91,29 +98,6 @@ class _Chunk(_Whole):
     error: Any = None
 
 
-class _Vector(_Struct):
-    embedding: msgspec.Raw
-    index: int = 0
-
-    def read(self) -> Vector:
-        """What it is, whichever way it was sent. Raises `BackendError`."""
-        text = bytes(self.embedding)
-        try:
-            if text[:1] == b'"':
-                return Vector.from_base64(msgspec.json.decode(text, type=str))
-            return Vector.from_json(text)
-        except ValueError as error:
-            message = f"an embedding is not what it should be: {error}"
-            raise BackendError(message) from error
-
-
-class _Embeddings(_Struct):
-    """A provider's embeddings."""
-
-    data: list[_Vector]
-    usage: Usage | None = None
-
-
 # What few answers have besides text.
 _RARER = (
     *("refusal", "tool_calls", "function_call", "reasoning_content"),
@@ -123,7 +107,6 @@ _rarer_of, _NOTHING_RARER = attrgetter(*_RARER), (None,) * len(_RARER)
 _WHOLE = ("system_fingerprint", "service_tier", "moderation")
 _whole_of, _NOTHING_WHOLE = attrgetter(*_WHOLE), (None,) * len(_WHOLE)
 _completion = msgspec.json.Decoder(_Completion).decode
-_embeddings = msgspec.json.Decoder(_Embeddings).decode
 _event = msgspec.json.Decoder(_Chunk).decode
 _SILENCE, _NO_NEWS = _Said(), GenerateChunk()
 _NO_REASONS: frozenset[int] = frozenset()
@@ -131,24 +114,12 @@ _NO_REASONS: frozenset[int] = frozenset()
 _LOOKS = 3
 
 
-def embedded(data: bytes) -> EmbedResult:
-    """Embeddings in the order of what was embedded. Raises `DecodeError` and `BackendError`."""
-    told = _understood(_embeddings, data)
-    given = told.data
-    if len(given) > 1:
-        given = sorted(given, key=lambda one: one.index)
-    # What else it counts is no part of it.
-    tokens = None if told.usage is None else told.usage.prompt_tokens
-    usage = None if tokens is None else TokenUsage(embedding_tokens=tokens)
-    return EmbedResult(vectors=[one.read() for one in given], usage=usage)
-
-
 def whole_answer(data: bytes, n: int | None = None) -> GenerateResult:
     """An answer's choices, as many as were asked for.
 
     Raises `DecodeError`, and `BackendError` where there is none.
     """
-    told = _understood(_completion, data)
+    told = understood(_completion, data)
     given = told.choices
     if not given:
         message = "an answer without a choice"
@@ -165,14 +136,6 @@ def whole_answer(data: bytes, n: int | None = None) -> GenerateResult:
     if len(given) > 1:
         result.others = [_tell(choice, Choice()) for choice in given[1:]]
     return result
-
-
-def _understood(decode: Callable[[Any], T], data: bytes | str) -> T:
-    """What is told; where something in it is odd that nobody needs, without that."""
-    try:
-        return decode(data)
-    except msgspec.ValidationError:
-        return decode(mended(data))
 
 
 def _tell(choice: _Choice, result: C) -> C:
@@ -246,7 +209,7 @@ class ChunkReader:
             self.ended, self.pattern = True, None
             return ()
         try:
-            event = _understood(_event, data)
+            event = understood(_event, data)
         except msgspec.DecodeError as error:
             told = data.strip()
             if not told or told == "[DONE]":
@@ -285,11 +248,7 @@ class ChunkReader:
         if event.error is not None:
             raise _stream_error(event.error)
         news = self._news or GenerateChunk()
-        if event.usage is not None and (usage := event.usage.tokens()) is not None:
-            news.usage = usage
-        for name in _WHOLE:
-            if (value := getattr(event, name)) is not None:
-                setattr(news, name, value)
+        event.tell(news)
         if news != _NO_NEWS:
             self._news = news
 
@@ -378,7 +337,7 @@ class ChunkReader:
 def _says(data: str, text: str) -> bool:
     """Whether this is the text that an event's choice brings."""
     try:
-        event = _understood(_event, data)
+        event = understood(_event, data)
     except msgspec.DecodeError:
         return False
     said = [choice.delta or choice.message for choice in event.choices or ()]

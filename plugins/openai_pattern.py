@@ -44,13 +44,16 @@ class Pattern:
         """The pieces of a read that is whole events of this pattern and nothing else."""
         if not (read.startswith(self._begin) and read.endswith(self._end)):
             return None
+        told = read[self._texts]
         try:
-            lines = [read[self._texts]]
             # No text holds the end of a line as it is.
-            if b"\n" in lines[0]:
+            if b"\n" in told:
                 between = self._end + self._begin
-                lines = lines[0].replace(between, b'"\n"').split(b"\n")
-            texts = [*filter(None, map(_text_in, lines))]
+                lines = told.replace(between, b'"\n"').split(b"\n")
+                texts = [*filter(None, map(_text_in, lines))]
+            else:
+                text = _text_in(told)
+                texts = [text] if text else []
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None
         self.used = True

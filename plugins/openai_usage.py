@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeAlias
+from collections.abc import Callable
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
 
 from harperpy import TokenUsage
 
+T = TypeVar("T")
+
 _TEXTS = ("text_tokens", "audio_tokens", "image_tokens")
 _OF_PROMPT = (*_TEXTS, "cache_write_tokens")
 _OF_COMPLETION = (*_TEXTS, "accepted_prediction_tokens", "rejected_prediction_tokens")
 _MOST_TOKENS = 2**53
-
-
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=_MOST_TOKENS)]
 _decode = msgspec.json.decode
 _encode = msgspec.json.encode
@@ -42,18 +43,26 @@ class Usage(msgspec.Struct, gc=False):
         return usage
 
 
-def mended(data: bytes | str) -> bytes:
-    """An answer without what is odd in what it says of itself as a whole, which is seldom any.
+def understood(decode: Callable[[Any], T], data: bytes | str) -> T:
+    """What an answer says; without what in it is odd, where that is nothing that matters.
 
-    Raises `DecodeError` where it is no object, or its usage is none.
+    Raises `DecodeError`.
     """
+    try:
+        return decode(data)
+    except msgspec.ValidationError:
+        return decode(_mended(data))
+
+
+def _mended(data: bytes | str) -> bytes:
+    """An answer without what is odd of what it says of itself as a whole."""
     given = _decode(data, type=dict[str, msgspec.Raw])
     for name, kind in (("system_fingerprint", str), ("service_tier", str), ("moderation", dict)):
         if name in given and not isinstance(_decode(given[name]), kind):
             del given[name]
-    if told := _decode(given.get("usage", b"null"), type=dict[str, Any] | None):
-        for name in ("prompt_tokens", "completion_tokens"):
-            told[name] = _count(told.get(name))
+    if told := _decode(given.get("usage", b"null"), type=dict[str, msgspec.Raw] | None):
+        for name in {"prompt_tokens", "completion_tokens"} & told.keys():
+            told[name] = msgspec.Raw(_encode(_count(_decode(told[name]))))
         given["usage"] = msgspec.Raw(_encode(told))
     return _encode(given)
 
