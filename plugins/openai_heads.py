@@ -27,7 +27,7 @@ class Heads:
             self._expect(size)
         begin = self._begin
         if begin and self._bytes.startswith(self._head):
-            return bytes(self.room[begin:size])
+            return self.room[begin:size].tobytes()
         return None
 
     def _expect(self, size: int) -> None:
