@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, TypeVar, cast
 
@@ -191,17 +191,20 @@ class ChunkReader:
         self.reasons = _NO_REASONS
         self.ended = False
 
-    def read_all(self, events: Iterable[str], batch: list[GenerateChunk]) -> None:
+    def read_all(self, events: Sequence[str], batch: list[GenerateChunk]) -> None:
         """Put what `read` makes of each into a batch, until one raises.
 
         By a shorter way for those that bring text as one before did.
         """
-        for data in events:
-            pattern = self.pattern
-            if pattern is None or (text := pattern.text(data)) is None:
-                batch += self.read(data)
-            elif text:
-                batch.append(GenerateChunk(index=pattern.index, delta_content=text))
+        at = 0
+        while at < len(events):
+            if (pattern := self.pattern) is not None:
+                texts, index = pattern.texts(events, at), pattern.index
+                batch += [GenerateChunk(index=index, delta_content=text) for text in texts if text]
+                at += len(texts)
+            if at < len(events):
+                batch += self.read(events[at])
+                at += 1
 
     def read(self, data: str) -> Sequence[GenerateChunk]:
         """The chunks of one event, none for one that brings nothing. Raises `BackendError`."""

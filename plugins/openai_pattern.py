@@ -30,17 +30,22 @@ class Pattern:
         self.index = index
         self.used = False
 
-    def text(self, data: str) -> str | None:
-        """The text of an event, if it is of this pattern."""
+    def texts(self, events: Sequence[str], begin: int) -> list[str]:
+        """The texts of the events from there on, up to one that is not of this pattern."""
         before, after = self._before, self._after
-        if not (data.startswith(before) and data.endswith(after)):
-            return None
+        within = slice(len(before), -len(after))
+        texts: list[str] = []
         try:
-            text = _text_in(data[len(before) : -len(after)])
+            for at in range(begin, len(events)):
+                data = events[at]
+                if not (data.startswith(before) and data.endswith(after)):
+                    break
+                texts.append(_text_in(data[within]))
         except msgspec.DecodeError:
-            return None
-        self.used = True
-        return text
+            # It is not of this pattern either.
+            pass
+        self.used = self.used or bool(texts)
+        return texts
 
     def pieces(self, read: bytes) -> Sequence[GenerateChunk | str] | None:
         """The pieces of a read that is whole events of this pattern and nothing else."""

@@ -109,7 +109,7 @@ class Transport:
                     batch = []
                 if answer is not None and not reader.ended:
                     read = await answer.read()
-            reader.read_all(events.end(), batch)
+            reader.read_all([*events.end()], batch)
         except BackendError:
             if batch:
                 yield batch
