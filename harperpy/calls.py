@@ -28,13 +28,14 @@ from .messages import (
     Prompt,
     most_tokens,
 )
-from .recorder import Recorder, asked_tokens
+from .recorder import Recorder, Source, asked_tokens
 from .routing import Candidate, Planned, blank_row
 from .signal import AbortSignal, Guard
 from .vocabulary import EmbedInputs
 
 T = TypeVar("T")
 Opts: TypeAlias = GenerateOpts | EmbedOpts
+replace = msgspec.structs.replace
 _Batch: TypeAlias = Sequence[GenerateChunk]
 _Pieces: TypeAlias = Sequence[GenerateChunk | str]
 
@@ -45,83 +46,41 @@ CALL_ID = "x-harper-call-id"
 """The header that names the row of the attempt that answered."""
 
 
-class Call:
-    """One call by one caller, over as many attempts as its plan has."""
+class Call(msgspec.Struct, eq=False):
+    """One call by one caller, over as many attempts as its plan has.
 
-    __slots__ = (
-        "_anew",
-        "_at",
-        "_attempts",
-        "_caller",
-        "_flowing",
-        "_guard",
-        "_ledger",
-        "_method",
-        "_opts",
-        "_recorder",
-        "_sink",
-        "_synced",
-        "asked",
-        "plan",
-        "signal",
-    )
+    `asked` is a `Prompt` or `EmbedInputs`, as what is planned says; `signal` ends it.
+    """
 
-    _recorder: Recorder
-    _sink: Callable[[_Pieces], bool]
+    ledger: Ledger
+    caller: Caller
+    asked: Any
+    opts: Opts
+    signal: AbortSignal
+    plan: Sequence[Planned]
+    _at: int = 0
+    _attempts: int = 0
+    _anew: bool = False
+    _flowing: tuple[Divert[_Pieces], Recorder] | None = None
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        method: Method,
-        opts: Opts,
-        caller: Caller,
-        asked: Any = None,  # a Prompt or EmbedInputs, as the method says
-    ) -> None:
-        self._ledger = ledger
-        self.asked = asked
-        self._at = self._attempts = 0
-        self._anew = False
-        self._method: Method = method
-        self._opts = opts
-        self._caller = caller
-        self._flowing: Divert[_Pieces] | None = None
-        self.plan: Sequence[Planned] = ()
-        keeper = ledger.keeper
-        self._synced = None if keeper is None else keeper.synced
-        signal = caller.signal
-        if signal is None or opts.signal is not None:
-            signal = AbortSignal.any_of(signal, opts.signal)
-        self.signal = signal
-        self._guard = Guard(signal)
-
-    def refuse(self, error: HarperError) -> None:
+    def refuse(self, method: Method, error: HarperError) -> None:
         """Record that there is nobody to ask."""
-        Recorder(self._ledger, self._row(blank_row(self._opts.model))).close(error)
+        row = self._row(blank_row(method, self.opts.model))
+        self.ledger.begin(row)
+        Recorder(self.ledger, row).close(error)
 
-    def opts_for(self, candidate: Candidate, recorder: Recorder) -> Any:
-        """The options as this candidate's backend sees them: its own model's name, one signal."""
-        return msgspec.structs.replace(
-            self._opts,
-            model=candidate.provider_model,
-            signal=self.signal,
-            call_id=recorder.call.id,
-        )
-
-    def question(self, candidate: Candidate, recorder: Recorder) -> tuple[Prompt, GenerateOpts]:
-        """The prompt and the options as this candidate's backend is asked.
+    def question(self, candidate: Candidate, opts: GenerateOpts) -> Prompt:
+        """The prompt as this candidate's backend is asked, with options of the attempt's own.
 
         Where it cannot be told which tools may be called, the prompt has only those.
         """
         prompt: Prompt = self.asked
-        opts: GenerateOpts = self.opts_for(candidate, recorder)
         allowed = opts.allowed_tools
         if allowed is not None and "allowed_tools" not in candidate.backend.features:
             tools = [tool for tool in prompt.tools if tool.name in allowed]
-            prompt = msgspec.structs.replace(prompt, tools=tools)
+            prompt = replace(prompt, tools=tools)
             opts.allowed_tools = None
-        if recorder.most_tokens is not None:
-            opts.max_tokens = recorder.most_tokens
-        return prompt, opts
+        return prompt
 
     @property
     def gives_many(self) -> bool:
@@ -130,14 +89,16 @@ class Call:
 
     async def first(
         self,
-        ask: Callable[[Call, Candidate, Recorder], Awaitable[T]],
+        ask: Callable[[Call, Candidate, Any, Recorder], Awaitable[T]],
         told: Callable[[Call, T, Recorder], None] | None = None,
     ) -> T:
         """What the first attempt that succeeds brings.
 
-        `told` counts it, and the attempt has ended; without it more comes.
+        `ask` is given options of the attempt's own: the model's name there, one signal. `told`
+        counts what it brings, and the attempt has ended; without it more comes.
         """
-        caller, admission = self._caller, self._ledger.admission
+        caller, ledger, guard = self.caller, self.ledger, Guard(self.signal)
+        admission, synced = ledger.admission, ledger.synced
         if caller.writing:
             _refuse()
         caller.asking += 1
@@ -146,16 +107,22 @@ class Call:
                 recorder = None
                 try:
                     candidate = self.plan[self._at]
-                    row, most = self._row(candidate.row), None
+                    row = self._row(candidate.row)
+                    own = replace(
+                        self.opts,
+                        model=candidate.provider_model,
+                        signal=self.signal,
+                        call_id=row.id,
+                    )
                     if admission is not None and admission.concerns(row):
-                        most = await self._admitted(admission, row)
-                    self._attempts += 1
-                    recorder = Recorder(self._ledger, row, most)
+                        await self._admit(admission, row, own)
+                    ledger.begin(row)
+                    recorder = Recorder(ledger, row)
                     caller.call_headers[CALL_ID] = str(row.id)
-                    with self._guard:
-                        if self._synced is not None:
-                            await self._synced()
-                        answer = await ask(self, candidate, recorder)
+                    with guard:
+                        if synced is not None:
+                            await synced()
+                        answer = await ask(self, candidate, own, recorder)
                     if told is None:
                         return answer
                     told(self, answer, recorder)
@@ -165,10 +132,10 @@ class Call:
                     await self._failed(recorder, error)
                     if (pause := self._pause(error)) is None:
                         raise
-                with self._guard:
+                with guard:
                     await asyncio.sleep(pause)
-            if self._synced is not None:
-                await self._synced()
+            if synced is not None:
+                await synced()
         finally:
             caller.asking -= 1
         return answer
@@ -176,7 +143,7 @@ class Call:
     async def batches(self) -> AsyncIterator[_Batch]:
         """Run attempts until one brings its first chunks; then that one to its end."""
         batch, batches, recorder = await self.first(Call._opened)
-        caller, guard, prompt = self._caller, self._guard, self.asked
+        caller, guard, prompt = self.caller, Guard(self.signal), self.asked
         try:
             while batch is not None:
                 recorder.observe(batch)
@@ -202,32 +169,36 @@ class Call:
             raise
         else:
             recorder.close(None)
-            if self._synced is not None:
-                await self._synced()
+            if self.ledger.synced is not None:
+                await self.ledger.synced()
         finally:
             await aclose(batches)
 
     def divert(self, sink: Callable[[_Pieces], bool]) -> None:
         """What `batches` would bring; it brings all by itself where the source has no such way."""
-        if self._flowing is not None:
-            self._sink = sink
-            self._flowing(self._pass_on)
+        if self._flowing is None:
+            return
+        source, recorder = self._flowing
+        caller, observe = self.caller, recorder.observe
 
-    def _pass_on(self, batch: _Pieces) -> bool:
-        if self._caller.writing:
-            _refuse()
-        self._recorder.observe(batch)
-        return self._sink(batch)
+        def pass_on(batch: _Pieces) -> bool:
+            if caller.writing:
+                _refuse()
+            observe(batch)
+            return sink(batch)
+
+        source(pass_on)
 
     async def _opened(
-        self, candidate: Candidate, recorder: Recorder
+        self, candidate: Candidate, opts: GenerateOpts, recorder: Recorder
     ) -> tuple[_Batch | None, AsyncIterator[_Batch], Recorder]:
         """A stream with its first chunks, if it has any."""
-        asked, opts = self.question(candidate, recorder)
+        asked = self.question(candidate, opts)
         stream = cast("Streams", candidate.backend).generate_stream(asked, opts)
-        recorder.source = batches = batches_of(stream)
+        batches = batches_of(stream)
+        recorder.source = Source(batches)
         if isinstance(stream, Batched) and stream.divert is not None:
-            self._flowing, self._recorder = stream.divert, recorder
+            self._flowing = stream.divert, recorder
         return await anext(batches, None), batches, recorder
 
     def _pause(self, error: BaseException) -> float | None:
@@ -247,40 +218,43 @@ class Call:
         pause = _pause(error, at)
         return pause if pause < _LONGEST_WAIT else None
 
-    async def _admitted(self, admission: Admission, row: ModelCall) -> int | None:
-        """How many tokens an attempt may have at most, if bounded. Raises what refuses it."""
+    async def _admit(self, admission: Admission, row: ModelCall, opts: Opts) -> None:
+        """Bound how many tokens an attempt may have, where it is. Raises what refuses it."""
         asked = self.asked
         if isinstance(asked, EmbedInputs):
             weights = asked.estimate, asked.most
         else:
             weights = partial(asked_tokens, asked), partial(most_tokens, asked)
-        attempt = Attempt(self._caller, row, self._attempts, *weights)
-        if isinstance(self._opts, GenerateOpts):
-            attempt.most_tokens = self._opts.max_tokens
-            attempt.answers = self._opts.n or 1
+        attempt = Attempt(self.caller, row, self._attempts, *weights)
+        if not isinstance(opts, GenerateOpts):
+            await admission.admit(attempt)
+            return
+        attempt.most_tokens = opts.max_tokens
+        attempt.answers = opts.n or 1
         await admission.admit(attempt)
-        return attempt.most_allowed
+        if attempt.most_allowed is not None:
+            opts.max_tokens = attempt.most_allowed
 
     async def _failed(
         self, recorder: Recorder | None, error: BaseException, prompt: Prompt | None = None
     ) -> None:
         if recorder is None:
             return
+        self._attempts += 1
         recorder.close(error, prompt)
         # Who was cancelled tells nobody of it.
-        if isinstance(error, Exception) and self._synced is not None:
-            await self._synced()
+        if isinstance(error, Exception) and self.ledger.synced is not None:
+            await self.ledger.synced()
         if recorder.source is not None:
-            await aclose(recorder.source)
+            await aclose(recorder.source.batches)
 
     def _row(self, blank: ModelCall) -> ModelCall:
-        id_, caller, opts = self._ledger.next_id(), self._caller, self._opts
+        id_, caller, opts = self.ledger.next_id(), self.caller, self.opts
         user = caller.user
-        row = msgspec.structs.replace(
+        row = replace(
             blank,
             id=id_,
             created=id_ / 1000,
-            method=self._method,
             app=caller.app,
             request_id=caller.request_id,
             tenant=extract_tenant_id(user),

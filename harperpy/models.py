@@ -14,6 +14,7 @@ from .backend import (
     Assembly,
     Embeds,
     ModelBackend,
+    Streams,
     aclose,
     define_backend,
 )
@@ -22,7 +23,6 @@ from .calls import Call
 from .errors import BackendError, HarperError, NotImplementedYet
 from .fanout import all_of, interleaved, joined, topped_up
 from .messages import (
-    Capability,
     EmbedInput,
     EmbedOpts,
     EmbedResult,
@@ -34,35 +34,13 @@ from .messages import (
     TokenUsage,
     estimate_tokens,
 )
-from .parts import ContentPart, part_type
 from .permission import Permission
 from .prompts import options_in, to_prompt
 from .recorder import Recorder
 from .routing import Candidate, Kind, ModelInfo, Registration, Routes
+from .signal import AbortSignal
 from .vectors import Vector
 from .vocabulary import EmbedInputs, Vocabulary, embed_inputs
-
-# Options that need a capability of their name, and the values that everyone honours.
-_IDLE: dict[Capability, tuple[Any, ...]] = {
-    "logprobs": (False,),
-    "logit_bias": ({},),
-    "reasoning_effort": ("none",),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-    "moderation": (),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "audio": (),
-}
-_NEEDING = GenerateOpts.__struct_fields__.index("response_format")
-_NOTHING = (None,) * len(GenerateOpts.__struct_fields__[_NEEDING:])
-# What most calls need, and nothing else.
-_EMBEDS: Mapping[Capability, str] = {"embed": "model"}
-_PLAIN: dict[Method, Mapping[Capability, str]] = {
-    "generate": {"generate": "model"},
-    "generateStream": {"stream": "stream"},
-}
-_EVERYONES_PARTS = ("text", "refusal")
 
 OptsType = TypeVar("OptsType", GenerateOpts, EmbedOpts)
 Vectors: TypeAlias = list[Sequence[float]]
@@ -120,9 +98,10 @@ class Models:
         inputs = embed_inputs(given)
         call = self._call("embed", inputs, settings)
 
-        def ask(call: Call, candidate: Candidate, recorder: Recorder) -> Awaitable[EmbedResult]:
+        def ask(
+            _: Call, candidate: Candidate, own: EmbedOpts, __: Recorder
+        ) -> Awaitable[EmbedResult]:
             backend: Any = candidate.backend
-            own = call.opts_for(candidate, recorder)
             if inputs.arrays and not backend.token_input:
                 return self._embed_arrays(backend, inputs, own)
             coming: Awaitable[EmbedResult] = backend.embed(inputs.texts or inputs.arrays, own)
@@ -205,22 +184,15 @@ class Models:
 
     def _call(self, method: Method, asked: Any, opts: Any) -> Call:
         caller = current_caller.get() or Caller()
-        call = Call(self._ledger, method, opts, caller, asked)
-        kind: Kind = "generative"
-        requires: Mapping[Capability, str]
-        if method == "embed":
-            kind, requires = "embedding", _EMBEDS
-        else:
-            requires = _requires(method, asked, opts)
-        named: list[Capability] = opts.requires
-        if named:
-            requires = {**dict.fromkeys(named, "model"), **requires}
+        signal = caller.signal
+        if signal is None or opts.signal is not None:
+            signal = AbortSignal.any_of(signal, opts.signal)
         try:
-            call.plan = self._routes.plan(kind, opts.model, requires, _permission(caller))
+            plan = self._routes.plan(method, asked, opts, _permission(caller))
         except HarperError as error:
-            call.refuse(error)
+            Call(self._ledger, caller, asked, opts, signal, ()).refuse(method, error)
             raise
-        return call
+        return Call(self._ledger, caller, asked, opts, signal, plan)
 
 
 def _permission(caller: Caller | None) -> Permission | None:
@@ -228,12 +200,13 @@ def _permission(caller: Caller | None) -> Permission | None:
     return caller.user.role.permission if caller and caller.user else None
 
 
-def _asked(call: Call, candidate: Candidate, recorder: Recorder) -> Awaitable[GenerateResult]:
-    asked, opts = call.question(candidate, recorder)
-    backend: Any = candidate.backend
-    if not hasattr(backend, "generate"):
-        return _drained(backend.generate_stream(asked, opts))
-    coming: Awaitable[GenerateResult] = backend.generate(asked, opts)
+def _asked(
+    call: Call, candidate: Candidate, opts: GenerateOpts, _: Recorder
+) -> Awaitable[GenerateResult]:
+    asked, backend = call.question(candidate, opts), candidate.backend
+    if (generate := getattr(backend, "generate", None)) is None:
+        return _drained(cast("Streams", backend).generate_stream(asked, opts))
+    coming: Awaitable[GenerateResult] = generate(asked, opts)
     return coming
 
 
@@ -294,45 +267,3 @@ def _one_of(opts: GenerateOpts, index: int) -> GenerateOpts:
     """The options of one of `n` calls: the same seed would give the same answer."""
     seed = None if opts.seed is None else opts.seed + index
     return msgspec.structs.replace(opts, n=None, seed=seed)
-
-
-def _requires(method: Method, prompt: Prompt, opts: GenerateOpts) -> Mapping[Capability, str]:
-    """What a call needs, and the field that asks for it."""
-    plain = _PLAIN[method]
-    if not prompt.tools and msgspec.structs.astuple(opts)[_NEEDING:] == _NOTHING:
-        for message in prompt.messages:
-            if type(message.content) is not str:
-                break
-        else:
-            return plain
-    return {**plain, **_more_needed(prompt, opts)}
-
-
-def _more_needed(prompt: Prompt, opts: GenerateOpts) -> Mapping[Capability, str]:
-    """What a call needs because of its tools, options, and parts of messages."""
-    needs: dict[Capability, str] = {}
-    if prompt.tools and opts.tool_choice != "none":
-        kinds = {tool.type for tool in prompt.tools}
-        needs |= {"tools": "tools"} if "function" in kinds else {}
-        needs |= {"custom_tools": "tools"} if "custom" in kinds else {}
-    if opts.response_format not in (None, "text"):
-        needs["structured_output"] = "response_format"
-    for option, idle in _IDLE.items():
-        value = getattr(opts, option)
-        if value is not None and value not in idle:
-            needs[option] = option
-    if opts.modalities and "audio" in opts.modalities:
-        needs["audio"] = "modalities"
-    for at, message in enumerate(prompt.messages):
-        if not isinstance(message.content, str):
-            needs |= _parts_needed(message.content, f"messages[{at}].content")
-    return needs
-
-
-def _parts_needed(parts: Sequence[ContentPart], path: str) -> dict[Capability, str]:
-    kinds = ((at, part_type(part)) for at, part in enumerate(parts))
-    return {
-        cast("Capability", kind): f"{path}[{at}].type"
-        for at, kind in kinds
-        if kind not in _EVERYONES_PARTS
-    }

@@ -7,6 +7,8 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import msgspec
+
 from .accounting import Ledger, ModelCall, clipped
 from .errors import (
     Aborted,
@@ -25,31 +27,34 @@ _RARER = ("embedding_tokens", "cached_tokens", "reasoning_tokens", "gpu_ms")
 _NOTHING_RARER = (None,) * len(_RARER)
 
 
-class Recorder:
-    """Times one attempt and writes its row when it is closed, once.
+class Source:
+    """Where a streamed answer comes from, and how much of it has come."""
 
-    `most_tokens` is how much it may answer at most, where an admission says so; `source` is where
-    a streamed answer comes from, which is closed when the attempt has failed.
+    __slots__ = ("batches", "deltas", "letters")
+
+    def __init__(self, batches: AsyncIterator[Any]) -> None:
+        self.batches = batches
+        self.deltas = self.letters = 0
+
+
+class Recorder(msgspec.Struct, eq=False):
+    """Times one attempt that has begun, and writes its row when it is closed, once.
+
+    `source` is closed when the attempt has failed; a whole answer has none.
     """
 
-    __slots__ = (
-        *("_closed", "_deltas", "_ledger", "_letters", "_started"),
-        *("call", "most_tokens", "source"),
-    )
-
-    def __init__(self, ledger: Ledger, call: ModelCall, most_tokens: int | None = None) -> None:
-        ledger.begin(call)
-        self._ledger = ledger
-        self.most_tokens = most_tokens
-        self._started = time.perf_counter_ns()
-        self._closed = False
-        self._deltas = self._letters = 0
-        self.call = call
-        self.source: AsyncIterator[Any] | None = None
+    ledger: Ledger
+    call: ModelCall
+    source: Source | None = None
+    _closed: bool = False
+    _started: int = msgspec.field(default_factory=time.perf_counter_ns)
 
     def observe(self, batch: Sequence[GenerateChunk | str]) -> None:
         """Note what has come: when the first of it did, usage, how much was said, why it ended."""
-        call, deltas, letters = self.call, self._deltas, self._letters
+        call, source = self.call, self.source
+        if source is None:
+            return
+        deltas, letters = source.deltas, source.letters
         if not deltas and call.ttft_ms is None:
             call.ttft_ms = self._elapsed()
         for chunk in batch:
@@ -66,7 +71,7 @@ class Recorder:
                 call.finish_reason = clipped(chunk.finish_reason)
             if chunk.usage:
                 self.count(chunk.usage)
-        self._deltas, self._letters = deltas, letters
+        source.deltas, source.letters = deltas, letters
 
     def count(self, usage: TokenUsage) -> None:
         """Note the tokens a provider reported; what no database could hold is left out."""
@@ -90,7 +95,8 @@ class Recorder:
         """
         self.call.usage_estimated = True
         if completion_tokens is None:
-            completion_tokens = max(self._deltas, self._letters // 5)
+            source = self.source
+            completion_tokens = max(source.deltas, source.letters // 5) if source else 0
         asked = asked_tokens(prompt)
         return TokenUsage(prompt_tokens=asked, completion_tokens=completion_tokens)
 
@@ -105,9 +111,13 @@ class Recorder:
         if error is not None:
             call.error_code = error_code(error)
             call.upstream_status = getattr(error, "upstream_status", None)
-        if prompt is not None and self._deltas and call.completion_tokens is None:
+        if prompt is not None and call.completion_tokens is None:
+            self._count_begun(prompt)
+        self.ledger.record(call)
+
+    def _count_begun(self, prompt: Prompt) -> None:
+        if self.source is not None and self.source.deltas:
             self.count(self.estimate(prompt))
-        self._ledger.record(call)
 
     def _elapsed(self) -> float:
         return (time.perf_counter_ns() - self._started) // 1000 / 1000

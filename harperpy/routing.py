@@ -9,10 +9,11 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from .accounting import ModelCall, clipped
+from .accounting import Method, ModelCall, clipped
 from .backend import ModelBackend
 from .errors import CapabilityError, ClientError, ModelNotFound, RegistrationError
-from .messages import Capability
+from .messages import Capability, EmbedOpts, GenerateOpts
+from .needs import all_needs, needs_of
 from .permission import Permission
 
 Kind: TypeAlias = Literal["generative", "embedding"]
@@ -81,6 +82,7 @@ class Routes:
         self._created = created
         self._frozen = False
         self._found: dict[tuple[object, ...], Sequence[Planned]] = {}
+        self._able: dict[tuple[Method, str | None], Sequence[Planned]] = {}
         self._by_name: dict[Kind, dict[str, Registration]] = {"generative": {}, "embedding": {}}
         self._backends: list[ModelBackend] = []
         self._patterns: list[ModelBackend] = []
@@ -154,24 +156,40 @@ class Routes:
 
     def plan(
         self,
-        kind: Kind,
-        name: str | None,
-        requires: Mapping[Capability, str],
+        method: Method,
+        asked: Any,
+        opts: GenerateOpts | EmbedOpts,
         permission: Permission | None = None,
     ) -> Sequence[Planned]:
         """Whom to ask, one after the other. Raises as `candidates`."""
-        unlimited = permission is None or permission.super_user or permission.models is None
-        if not self._frozen or not unlimited or not isinstance(name, str):
-            return _planned(self.candidates(kind, name, requires, permission), name)
-        # No backend comes or changes any more, so neither does what is found.
-        asked = (kind, name, *requires)
-        found = self._found.get(asked)
+        name = opts.model
+        unlimited = permission is None or permission.models is None or permission.super_user
+        # Once it has started no backend comes or changes any more, so neither does what is found.
+        keeps = self._frozen and unlimited and isinstance(name, str)
+        if keeps and not opts.requires and (able := self._able.get((method, name))) is not None:
+            return able
+        kind: Kind = "embedding" if method == "embed" else "generative"
+        requires = needs_of(method, asked, opts)
+        if not keeps:
+            return _planned(self.candidates(kind, name, requires, permission), method, name)
+        key = (method, name, *requires)
+        found = self._found.get(key)
         if found is None:
-            found = _planned(self.candidates(kind, name, requires), name)
-            if len(self._found) >= _MOST_KEPT:
-                self._found.clear()
-            self._found[asked] = found
+            found = _planned(self.candidates(kind, name, requires), method, name)
+            self._keep(key, found)
         return found
+
+    def _keep(self, key: tuple[Any, ...], found: Sequence[Planned]) -> None:
+        """Keep what was found for a method, a name, and all that is needed."""
+        if len(self._found) >= _MOST_KEPT:
+            self._found.clear()
+            self._able.clear()
+        self._found[key] = found
+        method, name, *_ = key
+        # Where all of them can do everything, it does not matter what is needed.
+        everyone = self.candidates("embedding" if method == "embed" else "generative", name, {})
+        if not any(missing(one.backend, all_needs(method)) for one in everyone):
+            self._able[method, name] = found
 
     def candidates(
         self,
@@ -255,21 +273,23 @@ class Routes:
         )
 
 
-def blank_row(name: str | None) -> ModelCall:
-    """What is in the row of each call that asks for this name."""
-    return ModelCall(id=0, created=0.0, method="generate", model=clipped(name) or DEFAULT)
+def blank_row(method: Method, name: str | None) -> ModelCall:
+    """What is in the row of each such call that asks for this name."""
+    return ModelCall(id=0, created=0.0, method=method, model=clipped(name) or DEFAULT)
 
 
-def _planned(candidates: Sequence[Candidate], name: str | None) -> Sequence[Planned]:
-    planned = [_plan_of(candidate, name) for candidate in candidates]
+def _planned(
+    candidates: Sequence[Candidate], method: Method, name: str | None
+) -> Sequence[Planned]:
+    planned = [_plan_of(candidate, method, name) for candidate in candidates]
     # Another candidate is the better retry: only the last one is asked again.
     last = planned[-1]
     return (*planned, *[last] * last.backend.max_retries)
 
 
-def _plan_of(candidate: Candidate, name: str | None) -> Planned:
+def _plan_of(candidate: Candidate, method: Method, name: str | None) -> Planned:
     registration, backend, model = msgspec.structs.astuple(candidate)
-    row = blank_row(name)
+    row = blank_row(method, name)
     row.backend, row.backend_name = backend.name, registration.name
     row.provider_model = clipped(model)
     return Planned(registration, backend, model, row)

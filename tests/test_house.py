@@ -53,6 +53,7 @@ ORDER = (
     "batches",
     "outgoing",
     "fanout",
+    "needs",
     "routing",
     "meters",
     "pricing",

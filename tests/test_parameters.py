@@ -17,14 +17,14 @@ from harperpy import (
     Context,
     GenerateOpts,
     Ledger,
-    ModelCall,
     Prompt,
     RequestTarget,
     Resource,
     ToolDef,
 )
 from harperpy.accounting import Caller
-from harperpy.calls import Call, Recorder
+from harperpy.calls import Call
+from harperpy.signal import AbortSignal
 from harperpy.testing import Answer, RunningServer, ScriptedUpstream, running
 from helpers import HELLO, ask, provider
 
@@ -243,11 +243,9 @@ async def test_openai_itself_is_told_which_tools_are_allowed(url: str, sent: str
     backend: Any = candidate.backend
     opts = GenerateOpts(tool_choice="auto", allowed_tools=["f"], n=1)
     prompt = Prompt(messages=[], tools=[ToolDef(name="f"), ToolDef(name="g")])
-    call = Call(Ledger(), "generate", opts, Caller(), asked=prompt)
-    row = ModelCall(id=1, created=1.0, method="generate", model="gpt")
-    attempt = Recorder(Ledger(), row)
-    asked, told = call.question(candidate, attempt)
-    body = json.loads(backend._chat(asked, told, stream=False))
+    call = Call(Ledger(), Caller(), prompt, opts, AbortSignal(), ())
+    asked = call.question(candidate, opts)
+    body = json.loads(backend._chat(asked, opts, stream=False))
 
     choice = body["tool_choice"]
     assert sent == (choice if isinstance(choice, str) else choice["type"])
