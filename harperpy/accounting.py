@@ -164,7 +164,7 @@ class Admission(Protocol):
         ...
 
     def settle(self, call: ModelCall) -> None:
-        """Take what the call took, and give back the rest. Calls never admitted come, too."""
+        """Take what the call took, and give back the rest."""
         ...
 
 
@@ -225,26 +225,27 @@ class Ledger:
         if self._flush is not None:
             await self._flush()
 
-    def begin(self, call: ModelCall) -> None:
+    def begin(self, call: ModelCall, admission: Admission | None = None) -> None:
         """Note that an attempt is made now. Raises `ServiceUnavailable` where that cannot be."""
         if self.keeper is None:
             return
         try:
             self.keeper.begin(call)
         except BaseException:
-            if self.admission is not None:
-                self.admission.settle(call)
+            if admission is not None:
+                admission.settle(call)
             raise
 
-    def record(self, call: ModelCall) -> None:
-        """Note how a call ended, and tell all subscribers."""
+    def record(self, call: ModelCall, admission: Admission | None = None) -> None:
+        """Note how a call ended, settle it with who admitted it, and tell all subscribers."""
         if self.price is not None:
             self.price(call)
-        call.reserved_tokens = call.reserved_cost = None
+        if admission is not None:
+            call.reserved_tokens = call.reserved_cost = None
         if self.keeper is not None:
             self.keeper.end(call)
-        if self.admission is not None:
-            self.admission.settle(call)
+        if admission is not None:
+            admission.settle(call)
         for subscriber in self._subscribers:
             subscriber(call)
 

@@ -98,7 +98,7 @@ class Call(msgspec.Struct, eq=False):
         counts what it brings, and the attempt has ended; without it more comes.
         """
         caller, ledger, guard = self.caller, self.ledger, Guard(self.signal)
-        admission, synced = ledger.admission, ledger.synced
+        synced = ledger.synced
         if caller.writing:
             _refuse()
         caller.asking += 1
@@ -114,10 +114,13 @@ class Call(msgspec.Struct, eq=False):
                         signal=self.signal,
                         call_id=row.id,
                     )
-                    if admission is not None and admission.concerns(row):
+                    admission = ledger.admission
+                    if admission is not None and not admission.concerns(row):
+                        admission = None
+                    if admission is not None:
                         await self._admit(admission, row, own)
-                    ledger.begin(row)
-                    recorder = Recorder(ledger, row)
+                    ledger.begin(row, admission)
+                    recorder = Recorder(ledger, row, admission)
                     caller.call_headers[CALL_ID] = str(row.id)
                     with guard:
                         if synced is not None:

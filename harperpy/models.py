@@ -232,7 +232,6 @@ async def _drained(chunks: AsyncIterator[GenerateChunk]) -> GenerateResult:
 def _ask(
     given: GenerateInput, opts: GenerateOpts | None, options: dict[str, Any]
 ) -> tuple[Prompt, GenerateOpts]:
-    prompt = given if isinstance(given, Prompt) else None
     if opts is None and isinstance(given, Mapping):
         options = {**options_in(given), **options}
     if opts is None or options:
@@ -240,7 +239,7 @@ def _ask(
     if opts.tool_mode == "auto":
         message = "tool_mode 'auto' (running tools on the server) does not exist yet; use 'return'."
         raise NotImplementedYet(message, param="tool_mode")
-    return prompt or to_prompt(given), opts
+    return given if isinstance(given, Prompt) else to_prompt(given), opts
 
 
 def _settings(kind: type[OptsType], opts: OptsType | None, options: dict[str, Any]) -> OptsType:

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from .accounting import Ledger, ModelCall, clipped
+from .accounting import Admission, Ledger, ModelCall, clipped
 from .errors import (
     Aborted,
     BackendError,
@@ -40,11 +40,13 @@ class Source:
 class Recorder(msgspec.Struct, eq=False):
     """Times one attempt that has begun, and writes its row when it is closed, once.
 
-    `source` is closed when the attempt has failed; a whole answer has none.
+    `admission` is who has admitted it, where someone was asked; `source` is closed when the attempt
+    has failed; a whole answer has none.
     """
 
     ledger: Ledger
     call: ModelCall
+    admission: Admission | None = None
     source: Source | None = None
     _closed: bool = False
     _started: int = msgspec.field(default_factory=time.perf_counter_ns)
@@ -107,13 +109,14 @@ class Recorder(msgspec.Struct, eq=False):
         self._closed = True
         call = self.call
         call.latency_ms = self._elapsed()
-        call.success = error is None
-        if error is not None:
+        if error is None:
+            call.success = True
+        else:
             call.error_code = error_code(error)
             call.upstream_status = getattr(error, "upstream_status", None)
         if prompt is not None and call.completion_tokens is None:
             self._count_begun(prompt)
-        self.ledger.record(call)
+        self.ledger.record(call, self.admission)
 
     def _count_begun(self, prompt: Prompt) -> None:
         if self.source is not None and self.source.deltas:

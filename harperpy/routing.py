@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from operator import attrgetter
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import msgspec
 
@@ -82,7 +82,9 @@ class Routes:
         self._created = created
         self._frozen = False
         self._found: dict[tuple[object, ...], Sequence[Planned]] = {}
-        self._able: dict[tuple[Method, str | None], Sequence[Planned]] = {}
+        self._able: dict[Method, dict[str | None, Sequence[Planned]]] = {
+            method: {} for method in get_args(Method)
+        }
         self._by_name: dict[Kind, dict[str, Registration]] = {"generative": {}, "embedding": {}}
         self._backends: list[ModelBackend] = []
         self._patterns: list[ModelBackend] = []
@@ -164,10 +166,12 @@ class Routes:
         """Whom to ask, one after the other. Raises as `candidates`."""
         name = opts.model
         unlimited = permission is None or permission.models is None or permission.super_user
+        if unlimited and name.__class__ is str and not opts.requires:
+            able = self._able[method].get(name)
+            if able is not None:
+                return able
         # Once it has started no backend comes or changes any more, so neither does what is found.
         keeps = self._frozen and unlimited and isinstance(name, str)
-        if keeps and not opts.requires and (able := self._able.get((method, name))) is not None:
-            return able
         kind: Kind = "embedding" if method == "embed" else "generative"
         requires = needs_of(method, asked, opts)
         if not keeps:
@@ -183,13 +187,14 @@ class Routes:
         """Keep what was found for a method, a name, and all that is needed."""
         if len(self._found) >= _MOST_KEPT:
             self._found.clear()
-            self._able.clear()
+            for able in self._able.values():
+                able.clear()
         self._found[key] = found
         method, name, *_ = key
         # Where all of them can do everything, it does not matter what is needed.
         everyone = self.candidates("embedding" if method == "embed" else "generative", name, {})
         if not any(missing(one.backend, all_needs(method)) for one in everyone):
-            self._able[method, name] = found
+            self._able[method][name] = found
 
     def candidates(
         self,

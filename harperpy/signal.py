@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 from weakref import WeakSet
+
+import msgspec
 
 from .errors import Aborted
 
@@ -18,13 +20,15 @@ REVOKED = "access_revoked"
 class AbortSignal:
     """Fires once. `aborted` and `reason` say whether and why; many may wait for it."""
 
+    # What it depends on is held by it, and never looked at.
+    _sources: tuple[AbortSignal, ...]
+
     __slots__ = ("__weakref__", "_callbacks", "_dependents", "_sources", "reason")
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self._callbacks: dict[object, Callable[[], object]] = {}
         self._dependents: WeakSet[AbortSignal] | None = None
-        self._sources: tuple[AbortSignal, ...] = ()
 
     @property
     def aborted(self) -> bool:
@@ -116,17 +120,15 @@ class AbortController:
         self.signal._fire(reason)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # one unit
 
 
-class Guard:
+class Guard(msgspec.Struct, eq=False):
     """Ends its block when the signal fires, by the rules of `asyncio.timeout`.
 
     It may be entered many times, one after the other.
     """
 
-    __slots__ = ("_before", "_callbacks", "_signal", "_task")
-
-    def __init__(self, signal: AbortSignal) -> None:
-        self._signal = signal
-        self._callbacks = signal._callbacks  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # one unit
+    _signal: AbortSignal
+    # Whose block it is, and how often that was cancelled before.
+    _held: tuple[asyncio.Task[Any], int] | None = None
 
     def __enter__(self) -> Self:
         if self._signal.reason is not None:
@@ -135,9 +137,8 @@ class Guard:
         if task is None:
             message = "an AbortSignal guards a task; there is none here"
             raise RuntimeError(message)
-        self._task = task
-        self._before = task.cancelling()
-        self._callbacks[self] = task.cancel
+        self._held = task, task.cancelling()
+        self._signal._callbacks[self] = task.cancel  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # one unit
         return self
 
     def __exit__(
@@ -147,10 +148,11 @@ class Guard:
         trace: TracebackType | None,
     ) -> None:
         # The signal lets go of what it has called.
-        if self._callbacks.pop(self, None) is not None:
+        if self._signal._callbacks.pop(self, None) is not None or self._held is None:  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # one unit
             return
+        task, before = self._held
         # Someone else cancelled this task too: then the cancellation is theirs to see.
-        if self._task.uncancel() <= self._before and kind is asyncio.CancelledError:
+        if task.uncancel() <= before and kind is asyncio.CancelledError:
             raise Aborted(self._signal.reason) from error
 
 

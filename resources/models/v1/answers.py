@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -23,6 +24,13 @@ from harperpy import (
 )
 
 from .schema import ChatRequest, EmbeddingRequest
+
+# What few answers have besides text.
+_RARER = (
+    *("tool_calls", "refusal", "audio", "reasoning_content"),
+    *("annotations", "logprobs", "refusal_logprobs"),
+)
+_rarer_in, _NOTHING_RARER = attrgetter(*_RARER), (None,) * len(_RARER)
 
 
 class _Message(msgspec.Struct, omit_defaults=True, gc=False):
@@ -114,6 +122,9 @@ def embedding_list(request: EmbeddingRequest, result: EmbedResult) -> msgspec.St
 
 
 def _choice(index: int, choice: Choice, *, functions: bool) -> _Choice:
+    if _rarer_in(choice) == _NOTHING_RARER:
+        reason = openai_finish_reason(choice.finish_reason, calls=False)
+        return _Choice(index, _Message("assistant", choice.content or "", None), None, reason)
     calls = choice.tool_calls
     refusal, audio = choice.refusal, choice.audio
     content = choice.content or (None if calls or refusal or audio else "")
