@@ -154,14 +154,15 @@ class Journal:
             call = _plain(call)
             _encode(call, body)
         line = kind + body + b"\n"
-        length = len(line)
+        position, length = self._position, len(line)
         needed = length if kind is OUTCOME else 2 * length + _MOST_ADDED
-        if self._limit - self._position < needed:
+        if self._limit - position < needed:
             self._new_segment(needed)
-        if os.pwrite(self._file, line, self._position) != length:
+            position = 0
+        if os.pwrite(self._file, line, position) != length:
             message = "only a part was written"
             raise OSError(message)
-        self._position += length
+        self._position = position + length
         return call
 
     def _new_segment(self, needed: int) -> None:

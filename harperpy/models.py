@@ -79,7 +79,7 @@ class Models:
 
     def list(self) -> list[ModelInfo]:
         """The names that the running request's user may use; all, where there is none."""
-        return self._routes.listing(_permission(current_caller.get()))
+        return self._routes.listing(_permission(current_caller.get() or Caller()))
 
     async def embed(
         self, given: EmbedInput, *, opts: EmbedOpts | None = None, **options: Any
@@ -195,9 +195,10 @@ class Models:
         return Call(self._ledger, caller, asked, opts, signal, plan)
 
 
-def _permission(caller: Caller | None) -> Permission | None:
+def _permission(caller: Caller) -> Permission | None:
     """What the caller's role may; the server itself, and whoever is not known, ask any model."""
-    return caller.user.role.permission if caller and caller.user else None
+    user = caller.user
+    return None if user is None else user.role.permission
 
 
 def _asked(

@@ -56,9 +56,13 @@ GRANTED = [
 async def test_a_role_asks_its_models_by_each_of_their_names(
     upstream: ScriptedUpstream, models: list[str] | None, asked: str | None, status: int
 ) -> None:
-    """Any other does not exist for it, in OpenAI's words, whether there is one or not."""
+    """Any other does not exist for it, in OpenAI's words, whether there is one or not.
+
+    Nor does it for having been asked by someone who may.
+    """
     body = {"messages": HELLO["messages"], **({"model": asked} if asked else {})}
     async with running(MODELS.format(url=upstream.url)) as server:
+        await ask(server, "POST", "/v1/chat/completions", json=body)
         key = await key_with(server, models)
         async with (
             server.session(key) as client,

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -14,6 +14,7 @@ from harperpy import (
     BackendError,
     BackendTimeout,
     Body,
+    Capability,
     CapabilityError,
     Choice,
     ClientError,
@@ -424,6 +425,31 @@ async def test_what_cannot_be_served_raises_from_the_call_itself() -> None:
     assert [("generateStream", "unknown", "backend_not_found"), *[missing] * 3] == columns(
         rows, "method", "backend", "error_code"
     )
+
+
+async def test_whom_to_ask_depends_on_what_is_needed_whatever_was_asked_before() -> None:
+    """Where one of those in turn lacks it, and where the caller names what even the ablest lack."""
+    everything = frozenset(get_args(Capability)) - {"embed", "n", "allowed_tools"}
+
+    def overloaded() -> str:
+        raise BackendError(upstream_status=503)
+
+    backends = {
+        "first": define_backend("first", generate=overloaded, features=everything),
+        "alone": define_backend("alone", generate_stream=two_words, features=everything),
+        "spare": fine(),
+    }
+    async with serving(backends=backends, first=["spare"]) as (_, models):
+        for _ in range(2):
+            assert "well done" == await text_of(models, "generate", model="first")
+            assert "well done" == await text_of(models, "generate", model="alone")
+            with pytest.raises(BackendError):
+                await models.generate("hi", model="first", response_format="json")
+            assert "well done" == await text_of(
+                models, "generate", model="alone", response_format="json"
+            )
+            with pytest.raises(CapabilityError, match="does not support allowed_tools"):
+                await models.generate("hi", model="alone", requires=["allowed_tools"])
 
 
 async def test_tools_need_a_backend_that_has_them() -> None:

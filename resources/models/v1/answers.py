@@ -88,11 +88,9 @@ class _Embeddings(msgspec.Struct, gc=False):
 
 def completion(result: GenerateResult, request: ChatRequest) -> msgspec.Struct:
     """A `chat.completion` object."""
-    functions = bool(request.functions)
-    choices = [_choice(0, result, functions=functions)]
+    choices = [_choice(0, result, request)]
     if result.others:
-        others = enumerate(result.others, 1)
-        choices += [_choice(at, other, functions=functions) for at, other in others]
+        choices += [_choice(at, other, request) for at, other in enumerate(result.others, 1)]
     return _Completion(
         completion_id(),
         "chat.completion",
@@ -121,11 +119,11 @@ def embedding_list(request: EmbeddingRequest, result: EmbedResult) -> msgspec.St
     )
 
 
-def _choice(index: int, choice: Choice, *, functions: bool) -> _Choice:
+def _choice(index: int, choice: Choice, request: ChatRequest) -> _Choice:
     if _rarer_in(choice) == _NOTHING_RARER:
         reason = openai_finish_reason(choice.finish_reason, calls=False)
         return _Choice(index, _Message("assistant", choice.content or "", None), None, reason)
-    calls = choice.tool_calls
+    calls, functions = choice.tool_calls, bool(request.functions)
     refusal, audio = choice.refusal, choice.audio
     content = choice.content or (None if calls or refusal or audio else "")
     thought, annotations = choice.reasoning_content, choice.annotations
