@@ -69,19 +69,6 @@ class Call(msgspec.Struct, eq=False):
         self.ledger.begin(row)
         Recorder(self.ledger, row).close(error)
 
-    def question(self, candidate: Candidate, opts: GenerateOpts) -> Prompt:
-        """The prompt as this candidate's backend is asked, with options of the attempt's own.
-
-        Where it cannot be told which tools may be called, the prompt has only those.
-        """
-        prompt: Prompt = self.asked
-        allowed = opts.allowed_tools
-        if allowed is not None and "allowed_tools" not in candidate.backend.features:
-            tools = [tool for tool in prompt.tools if tool.name in allowed]
-            prompt = replace(prompt, tools=tools)
-            opts.allowed_tools = None
-        return prompt
-
     @property
     def gives_many(self) -> bool:
         """Whether whoever answers can give `n` answers at once."""
@@ -196,8 +183,10 @@ class Call(msgspec.Struct, eq=False):
         self, candidate: Candidate, opts: GenerateOpts, recorder: Recorder
     ) -> tuple[_Batch | None, AsyncIterator[_Batch], Recorder]:
         """A stream with its first chunks, if it has any."""
-        asked = self.question(candidate, opts)
-        stream = cast("Streams", candidate.backend).generate_stream(asked, opts)
+        prompt = self.asked
+        if opts.allowed_tools is not None:
+            prompt = with_allowed_tools(prompt, candidate, opts)
+        stream = cast("Streams", candidate.backend).generate_stream(prompt, opts)
         batches = batches_of(stream)
         recorder.source = Source(batches)
         if isinstance(stream, Batched) and stream.divert is not None:
@@ -278,6 +267,15 @@ def _refuse() -> NoReturn:
         "model is asked now: ask it before the first write, or after `await tx.commit()`"
     )
     raise TransactionError(message)
+
+
+def with_allowed_tools(prompt: Prompt, candidate: Candidate, opts: GenerateOpts) -> Prompt:
+    """The prompt with only the tools that may be called, for who cannot be told which may."""
+    allowed = opts.allowed_tools
+    if allowed is None or "allowed_tools" in candidate.backend.features:
+        return prompt
+    opts.allowed_tools = None
+    return replace(prompt, tools=[tool for tool in prompt.tools if tool.name in allowed])
 
 
 def falls_back(error: Exception) -> bool:

@@ -19,7 +19,7 @@ from .backend import (
     define_backend,
 )
 from .batches import Batched
-from .calls import Call
+from .calls import Call, with_allowed_tools
 from .errors import BackendError, HarperError, NotImplementedYet
 from .fanout import all_of, interleaved, joined, topped_up
 from .messages import (
@@ -204,10 +204,12 @@ def _permission(caller: Caller) -> Permission | None:
 def _asked(
     call: Call, candidate: Candidate, opts: GenerateOpts, _: Recorder
 ) -> Awaitable[GenerateResult]:
-    asked, backend = call.question(candidate, opts), candidate.backend
+    prompt, backend = call.asked, candidate.backend
+    if opts.allowed_tools is not None:
+        prompt = with_allowed_tools(prompt, candidate, opts)
     if (generate := getattr(backend, "generate", None)) is None:
-        return _drained(cast("Streams", backend).generate_stream(asked, opts))
-    coming: Awaitable[GenerateResult] = generate(asked, opts)
+        return _drained(cast("Streams", backend).generate_stream(prompt, opts))
+    coming: Awaitable[GenerateResult] = generate(prompt, opts)
     return coming
 
 

@@ -99,6 +99,20 @@ async def test_who_leaves_before_a_refusal_leaves_nothing(
     assert [] == [record.message for record in caplog.records if record.name == "asyncio"]
 
 
+async def test_a_call_that_cannot_be_noted_holds_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was never made, so what was set aside for it is there for the next one."""
+
+    def refuse(_: ModelCall) -> None:
+        raise ServiceUnavailable
+
+    async with running(config(ONE, "memory")) as server:
+        with monkeypatch.context() as patched:
+            patched.setattr(server.server.core.ledger.keeper, "begin", refuse)
+            with pytest.raises(ServiceUnavailable):
+                await ask(server)
+        await ask(server)
+
+
 async def test_a_place_that_is_given_back_to_a_locked_database_is_free_in_the_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,15 +16,12 @@ from harperpy import (
     Body,
     Context,
     GenerateOpts,
-    Ledger,
     Prompt,
     RequestTarget,
     Resource,
     ToolDef,
 )
-from harperpy.accounting import Caller
-from harperpy.calls import Call
-from harperpy.signal import AbortSignal
+from harperpy.calls import with_allowed_tools
 from harperpy.testing import Answer, RunningServer, ScriptedUpstream, running
 from helpers import HELLO, ask, provider
 
@@ -243,8 +240,7 @@ async def test_openai_itself_is_told_which_tools_are_allowed(url: str, sent: str
     backend: Any = candidate.backend
     opts = GenerateOpts(tool_choice="auto", allowed_tools=["f"], n=1)
     prompt = Prompt(messages=[], tools=[ToolDef(name="f"), ToolDef(name="g")])
-    call = Call(Ledger(), Caller(), prompt, opts, AbortSignal(), ())
-    asked = call.question(candidate, opts)
+    asked = with_allowed_tools(prompt, candidate, opts)
     body = json.loads(backend._chat(asked, opts, stream=False))
 
     choice = body["tool_choice"]
