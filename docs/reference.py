@@ -153,7 +153,8 @@ HANDED = {
 }
 # What only the server calls.
 OURS = {
-    *("Context.settle", "Context.abort", "Transaction.settle", "Scope.close", "Scope.first_error"),
+    *("Context.begin", "Context.settle", "Context.abort", "Transaction.settle"),
+    *("Scope.close", "Scope.first_error"),
     *("PluginServer.close", "Models.open", "Models.close", "Ledger.record", "Ledger.next_id"),
     *("Ledger.begin", "Journal.close", "Journal.begin", "Journal.end"),
     *("Operations.freeze", "Operations.call", "Authenticators.identify", "ScriptedUpstream.handle"),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _URL = "/:?#[]@!$&'()*+,;=%~"
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -229,8 +230,22 @@ class Context(Caller):
         """Whether an `async with context.transaction()` block is open."""
         return self._transaction is not None and self._transaction.in_block
 
-    async def settle(self, work: Callable[[T], Any], given: T) -> Any:
-        """Do the handler's work; commit what it wrote when it returns, undo it when it raises.
+    def begin(self, work: Callable[[S, T, Context], Any], target: S, given: T) -> Any:
+        """Begin the handler's work: what it returns, or a coroutine that settles what it began."""
+        self._handled = True
+        if self._transaction is not None:
+            self._transaction.of_handler = True
+        try:
+            value = work(target, given, self)
+        except BaseException as error:  # noqa: BLE001  # raised when all that it wrote is undone
+            return self.settle(None, error)
+        if self._transaction is None and not is_awaitable(value):
+            self._handled = False
+            return value
+        return self.settle(value)
+
+    async def settle(self, value: Any, error: BaseException | None = None) -> Any:
+        """The handler's work; commit what it wrote when it returns, undo it when it raises.
 
         Cancellation is a raise. What it returns is awaited if it wants to be.
         """
@@ -238,11 +253,13 @@ class Context(Caller):
         if self._transaction is not None:
             self._transaction.of_handler = True
         try:
-            value = work(given)
+            if error is not None:
+                raise error  # noqa: TRY301  # as if it were raised here
             if is_awaitable(value):
                 value = await value
         except BaseException:
-            self._handled = False
+            # It holds this frame, which is not to hold it.
+            error, self._handled = None, False
             if self._transaction is not None:
                 await self._transaction.settle(commit=False)
             raise

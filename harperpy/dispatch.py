@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from functools import partial
-from typing import Any, TypeAlias
+from types import CoroutineType
+from typing import Any, cast
 
 from multidict import CIMultiDict
 
 from .accounting import Caller, current_caller
 from .auth import Authenticators, User
-from .backend import is_awaitable, settled
+from .backend import settled
 from .background import Background
 from .caching import keep_private, vary
 from .content import Body, EventStream, Response, ResponseError
 from .context import Context
+from .contracts import Handler
 from .cors import Cors
-from .deadlines import Deadline, Deadlines
 from .doors import AuthLog, authorise, caller_address, challenge, is_local
-from .errors import (
-    AnswerTimeout,
-    BodyTimeout,
-    ClientError,
-    InvalidCredentials,
-    NotFound,
-    ServiceUnavailable,
-)
+from .errors import ClientError, InvalidCredentials, NotFound, ServiceUnavailable
 from .framing import as_harper_error, log_error
-from .handshake import check_handshake, credential_of
+from .handshake import credential_of
 from .health import Health
 from .incoming import Incoming
 from .lines import tell
@@ -53,18 +47,17 @@ from .rendering import (
     stamp,
     upgraded,
 )
-from .request import Request, RequestTarget
+from .request import Request
 from .resource import Resource
 from .sse import encode_json
 from .throttle import SAFE, Throttle
 from .transactions import Transaction
+from .verbs import Verbs
 
 logger = logging.getLogger("harperpy.dispatch")
 
 _HEALTH = "/health"
 _NO_HEADERS: Mapping[str, str] = {}
-_Asked: TypeAlias = tuple[Entry, str, Verb, RequestTarget, Any, Context]
-"""Who may, and what they call with what: a mount, its verb, the permission that it takes."""
 
 
 class Dispatch:
@@ -98,8 +91,7 @@ class Dispatch:
         self.brief = not cors.lists  # Where pages of other origins are told nothing by a head.
         self._middlewares = middlewares
         self._throttle = throttle
-        self._time_limit = time_limit
-        self._deadlines: dict[float, Deadlines] = {}
+        self._verbs = Verbs(time_limit)
         self._nowhere = Entry("", Resource, "")
         self._authorize_local = authorize_local
         self._local_user = local_user
@@ -123,13 +115,44 @@ class Dispatch:
         current_caller.set(context)
         return context
 
+    def serve(self, context: Context, early: Early) -> Reply | Coroutine[Any, Any, Reply]:
+        """The reply to a request where nothing is to be waited for, else what is to be awaited."""
+        course: Course | None = context.request.shown.course
+        if course is None or not self._admits(course, context):
+            return self.answer(context, early)
+        found = course.entry, course.target()
+        value = context.begin(course.work, found[1], context.request.body)
+        if not isinstance(value, CoroutineType):
+            try:
+                value = render(value, context)
+            except Exception as error:  # noqa: BLE001  # every error becomes an answer
+                value = self.refusal(error, found, context)
+            if isinstance(value, Reply):
+                self._mark(value, found, context)
+                return value
+        return self._finish(self._made(value, found, context, early), found, context)
+
+    def _admits(self, course: Course, context: Context) -> bool:
+        """Whether it is known who asks, and that they may: else it is found out on the long way."""
+        if self._health.phase != "ready":
+            return False
+        shown, entry = context.request.shown, course.entry
+        context.app, context.accept = entry.path, course.accept
+        context.user = self._authenticators.recall(shown.header, course.address, shown)
+        return context.user is not None and entry.opens(course.permission, context)
+
     async def answer(self, context: Context, early: Early = lambda _: None) -> Reply:
         """The reply to a request. `early` is told of a stream's head that cannot wait longer."""
         found = find(self._resources, self.types, context)
         if found is not None:
             context.app = found[0].path
+        return await self._finish(self._way(context, found, early), found, context)
+
+    async def _finish(
+        self, coming: Awaitable[Reply], found: Found | None, context: Context
+    ) -> Reply:
         try:
-            reply = await self._way(context, found, early)
+            reply = await coming
         except Exception as error:  # noqa: BLE001  # every error becomes an answer here
             reply = self.refusal(error, found, context)
         if not reply.committed:
@@ -138,7 +161,7 @@ class Dispatch:
 
     def _mark(self, reply: Reply, found: Found | None, context: Context) -> None:
         """What every head carries: the resource's, the request's id, what other origins need."""
-        request, headers = context.request, reply.headers
+        request = context.request
         if found is not None:
             resource, own = found[0].resource, _NO_HEADERS
             try:
@@ -148,11 +171,12 @@ class Dispatch:
             if reply.lines and tell(reply, own, context):
                 return
             for name, value in own.items():
-                headers.setdefault(name, value)
+                reply.headers.setdefault(name, value)
             if reply.keepalive is not None and request.method == "GET":
                 reply.check = partial(self._check, context, found)
         if context.etag is not None or context.last_modified is not None:
             stamp(reply, context)
+        headers = reply.headers
         keep_private(headers, context, reply.status)
         if self._cors.lists and (told := self._cors.headers(request)):
             vary(headers, told.pop("Vary"))
@@ -161,17 +185,15 @@ class Dispatch:
         if context.call_headers:
             headers.update(context.call_headers)
 
-    def _way(self, context: Context, found: Found | None, early: Early) -> Awaitable[Reply]:
-        """What is to be awaited for the reply. Raises what nobody has to be known for."""
-        request = context.request
-        if request.shown.course is None and (own := self._own(context)) is not None:
-            return own
+    async def _way(self, context: Context, found: Found | None, early: Early) -> Reply:
+        if (own := self._own(context)) is not None:
+            return await own
         if self._health.phase != "ready":
             message = f"the server is {self._health.phase}"
             raise ServiceUnavailable(message, headers={"Retry-After": "1"})
-        if self._throttle is not None and request.method not in SAFE:
-            return self._in_turn(self._throttle, context, found, early)
-        return self._on(context, found, early)
+        if self._throttle is not None and context.request.method not in SAFE:
+            return await self._in_turn(self._throttle, context, found, early)
+        return await self._on(context, found, early)
 
     def _own(self, context: Context) -> Awaitable[Reply] | None:
         """What no resource answers. Raises what is not for pages of the request's origin."""
@@ -195,25 +217,19 @@ class Dispatch:
         finally:
             leave()
 
-    def _on(self, context: Context, found: Found | None, early: Early) -> Awaitable[Reply]:
+    async def _on(self, context: Context, found: Found | None, early: Early) -> Reply:
         if (chain := self._middlewares.chain) is not None:
             # They may change each head.
             context.request.brief = False
-            return sound(chain(_Way(self, context, found, early)), context)
-        shown, course = context.request.shown, context.request.shown.course
-        if found is not None and course is not None:
-            context.user = self._authenticators.recall(shown.header, course.address, shown)
-            if context.user is not None:
-                return self.call(context, found, early)
-        return self._identified(context, found, early)
-
-    async def _identified(self, context: Context, found: Found | None, early: Early) -> Reply:
+            return await sound(chain(_Way(self, context, found, early)), context)
         await self.authenticate(context, found)
         if found is None:
             raise NotFound
         shown = context.request.shown
-        if shown.header and context.user is not None and not self._auth_log.successful:
-            shown.course = course_of(found, context)
+        known = shown.header and context.user is not None and not self._auth_log.successful
+        # Nothing is to come between a request and its verb then.
+        if known and (self._throttle is None or context.method in SAFE):
+            shown.course = course_of(found, self._verbs, context)
         return await self.call(context, found, early)
 
     async def call(self, context: Context, found: Found, early: Early) -> Reply:
@@ -222,21 +238,31 @@ class Dispatch:
         entry, target = found
         if request.method == "OPTIONS":
             return Reply(204, merged(context, {"Allow": ", ".join(entry.allow)}))
-        course: Course | None = request.shown.course
-        verb, permission = verb_of(found, context) if course is None else course.asks
+        verb, permission = verb_of(found, context)
         given: Body | Incoming | None = request.body
         if verb == "connect":
             given = Incoming(entry.read) if request.websocket else None
+        work: Handler = partial(self._admit, entry, verb, permission)
+        if entry.opens(permission, context):
+            work = partial(self._verbs.call, entry, verb)
+        return await self._made(context.begin(work, target, given), found, context, early, given)
+
+    async def _made(
+        self,
+        value: Any,
+        found: Found,
+        context: Context,
+        early: Early,
+        given: Body | Incoming | None = None,
+    ) -> Reply:
+        """The reply for what a verb gives: a coroutine of that, a stream, or the thing itself."""
         try:
-            work: Callable[[_Asked], Any] = self._admit
-            if entry.opens(permission, context):
-                work = self._invoke
-            asked = entry, verb, permission, target, given, context
-            value = await context.settle(work, asked)
+            if isinstance(value, CoroutineType):
+                value = cast("object", await value)
             if isinstance(given, Incoming):
                 check = partial(self._check, context, found)
-                return upgraded(value, given, check, entry, context)
-            reply = render(value, context)
+                return upgraded(value, given, check, found[0], context)
+            reply = value if isinstance(value, Flow) else render(value, context)
             if isinstance(reply, Flow):
                 reply = await self._primed(reply, context, found, early)
         except ResponseError as error:
@@ -244,44 +270,11 @@ class Dispatch:
             reply = await self.rendered(error.response, context, found, early)
         return reply
 
-    async def _admit(self, asked: _Asked) -> Any:
-        entry, _, permission, target, _, context = asked
-        await authorise(entry, permission, target, context)
-        return await settled(self._invoke(asked))
-
-    def _invoke(self, asked: _Asked) -> Any:
-        """What a verb returns, to be awaited within its time if it wants to be."""
-        entry, verb, _, target, given, context = asked
-        if verb in entry.plain:
-            context.check_accept()
-        if context.request.websocket:
-            check_handshake(context.headers)
-        value = entry.handlers[verb](target, given, context)
-        own = entry.resource.time_limit
-        seconds = self._time_limit if own is None else own
-        if seconds and is_awaitable(value):
-            return self._in_time(value, seconds, entry, context)
-        return value
-
-    async def _in_time(
-        self, value: Awaitable[Any], seconds: float, entry: Entry, context: Context
+    async def _admit(  # noqa: PLR0917  # who may, and what they call with what
+        self, entry: Entry, verb: str, permission: Verb, target: Any, given: Any, context: Context
     ) -> Any:
-        """What a verb returns, within its time."""
-        deadlines = self._deadlines.get(seconds)
-        if deadlines is None:
-            deadlines = self._deadlines[seconds] = Deadlines(seconds)
-        deadline = Deadline(deadlines)
-        try:
-            with deadline:
-                return await value
-        except TimeoutError as error:
-            if not deadline.expired:
-                raise
-            if context.request.body.arriving:
-                raise BodyTimeout(seconds) from error
-            context.abort("timeout")
-            message = f"a verb of {entry.resource.__name__} took more than {seconds:g} s"
-            raise AnswerTimeout(message) from error
+        await authorise(entry, permission, target, context)
+        return await settled(self._verbs.call(entry, verb, target, given, context))
 
     async def rendered(
         self, answer: Response | EventStream, context: Context, found: Found | None, early: Early

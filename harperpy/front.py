@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Mapping
-from http import HTTPStatus
 from math import inf
 from typing import Any, cast
+
+from msgspec.structs import replace
 
 from .content import Body
 from .context import Context
 from .delivery import BODILESS, Delivery
 from .fronts import Fronts
 from .heads import Head, read_head
-from .lines import told_lines
+from .lines import first_line, told_lines
 from .names import CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, DATE
 from .names import SERVER as SERVER_NAME
 from .negotiation import OCTETS
-from .port import SERVER, UNSENT_BYTES, refusal
+from .port import SERVER, UNSENT_BYTES, client_id, refusal
 from .rendering import Reply
 from .request import Request
 from .signal import DISCONNECTED, SHUTDOWN
@@ -30,9 +31,6 @@ _MOST_KEPT_BYTES = 2 * 1024
 _LARGE = 64 * 1024
 _CHUNK = b"%x\r\n%b\r\n"
 _SIGNED = f"Server: {SERVER}\r\n\r\n"
-_STATUS_LINES = {
-    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus
-}
 
 logger = logging.getLogger("harperpy.wire")
 
@@ -73,10 +71,7 @@ class Front(asyncio.Protocol):
         """A client has connected."""
         self.transport = transport
         self._peer = _address(transport.get_extra_info("peername"))
-        fronts = self._fronts
-        fronts.all.add(self)
-        fronts.fresh.add(self)
-        fronts.idle.add(self)
+        self._fronts.came(self)
         self.transport.set_write_buffer_limits(high=UNSENT_BYTES)
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -102,7 +97,7 @@ class Front(asyncio.Protocol):
     def expire(self) -> None:
         """It was idle for too long, or its body takes too long."""
         if self._needed:
-            self._hand_over()
+            self._hand_over(self._buffer)
         else:
             self._fronts.outbox.flush()
             self.transport.close()
@@ -129,14 +124,15 @@ class Front(asyncio.Protocol):
                 self._context.abort(reason)
             self._task.cancel()
 
-    def _hand_over(self) -> None:
+    def _hand_over(self, data: bytes) -> None:
         """Let another protocol go on, as if it had been there from the beginning."""
         self._fronts.outbox.flush()
         if self._drained is not None:
             # The other would not know that its client is behind: see `resume_writing`.
+            self._buffer = data
             return
         self._fronts.left(self)
-        data, self._buffer = self._buffer, b""
+        self._buffer = b""
         if self._closing:
             self.transport.close()
             return
@@ -146,10 +142,13 @@ class Front(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what has come."""
-        self._buffer = self._buffer + data if self._buffer else data
+        if self._buffer:
+            data = self._buffer + data
         if self._task is None and self._drained is None:
-            self._next()
-        elif len(self._buffer) > _MOST_AHEAD_BYTES:
+            self._next(data)
+            return
+        self._buffer = data
+        if len(data) > _MOST_AHEAD_BYTES:
             self.transport.pause_reading()
 
     def _go_on(self) -> None:
@@ -157,50 +156,51 @@ class Front(asyncio.Protocol):
         idle = self._task is None and self._drained is None
         if idle and self._buffer and not self._closing:
             self.transport.resume_reading()
-            self._next()
+            self._next(self._buffer)
 
-    def _next(self) -> None:
+    def _next(self, data: bytes) -> None:
         """Serve the next request if it is here."""
-        data, fronts, head = self._buffer, self._fronts, self._head
-        begun = self._needed > 0
-        if not begun:
-            self._head = head = (head and head.again(data)) or read_head(data, fronts.most_head)
-            if head is None or head.length > fronts.most_body:
-                self._needed = 0
-                self._hand_over()
+        head, begun = self._head, self._needed > 0
+        if head is None or not (begun or data.startswith(head.told)):
+            self._head = head = self._read(data)
+            if head is None:
+                self._hand_over(data)
                 return
-            self._needed = head.size + head.length
-        if head is not None and len(data) >= self._needed:
-            if begun:
-                fronts.bodies.remove(self)
-            self._start(data, head)
-        elif not begun:
-            self.since = inf
-            fronts.bodies.add(self)
+        if len(data) < head.whole:
+            self._buffer, self._needed, self.since = data, head.whole, inf
+            if not begun:
+                self._fronts.bodies.add(self)
+            return
+        if begun:
+            self._needed = 0
+            self._fronts.bodies.remove(self)
+        self._start(data, head)
+
+    def _read(self, data: bytes) -> Head | None:
+        """A head that is not the one before; None where somebody else has to read it."""
+        fronts, port = self._fronts, self._fronts.port
+        head = self._head and self._head.again(data)
+        if head is None and (head := read_head(data, fronts.most_head)) is not None:
+            request = head.request
+            request.id = client_id(request.headers)
+            request.peer, request.trusted, request.brief = self._peer, port.trusted, fronts.brief
+        if head is None or head.length > fronts.most_body:
+            return None
+        fronts.fresh.discard(self)
+        return head
 
     def _start(self, data: bytes, head: Head) -> None:
         """Answer the request that is whole now."""
-        fronts, needed = self._fronts, self._needed
-        self.since, self._needed = inf, 0
-        self._buffer = data[needed:]
-        fronts.fresh.discard(self)
+        fronts = self._fronts
+        self.since = inf
+        self._buffer = data[head.whole :]
         if head.size > _MOST_KEPT_BYTES:
             self._head = None
-        port, headers = fronts.port, head.headers
-        name = port.request_id(headers)
-        request = Request(
-            head.method,
-            head.path,
-            headers,
-            head.query,
-            id=name,
-            peer=self._peer,
-            trusted=port.trusted,
-            shown=head.shown,
-            brief=fronts.brief,
-        )
+        like = head.request
+        name = like.id or fronts.port.next_id()
+        request = replace(like, id=name)
         if head.length:
-            request.body = self._body(headers, data[head.size : needed])
+            request.body = self._body(like.headers, data[head.size : head.whole])
         answer = self._answer(request, head.length)
         self._task = asyncio.Task(answer, loop=fronts.loop, name=name)
 
@@ -215,7 +215,9 @@ class Front(asyncio.Protocol):
         port = self._fronts.port
         context = self._context = port.dispatch.open(request)
         try:
-            reply = await port.dispatch.answer(context, self._early)
+            reply = port.dispatch.serve(context, self._early)
+            if not isinstance(reply, Reply):
+                reply = await reply
             if isinstance(reply.body, bytes) and not reply.committed:
                 if port.http.compression_threshold:
                     await port.pack(reply, context)
@@ -262,18 +264,20 @@ class Front(asyncio.Protocol):
 
     def _whole(self, reply: Reply, body: bytes) -> int:
         """Send an answer that has all its bytes; how many there are in its body."""
+        size = len(body)
+        length = f"Content-Length: {size}\r\n"
         if reply.status in BODILESS:
             body, length, size = b"", "", 0
+        if reply.lines:
+            end = "Connection: close\r\n" if self._closing else ""
+            head = f"{reply.lines}{length}{end}{self._fronts.stamp()}".encode()
         else:
-            size = len(body)
-            length = f"Content-Length: {size}\r\n"
-        if not reply.lines:
             headers = reply.headers
             if CONTENT_LENGTH in headers:
                 del headers[CONTENT_LENGTH]
             if size and CONTENT_TYPE not in headers:
                 headers[CONTENT_TYPE] = OCTETS
-        head = self._head_bytes(reply, length)
+            head = self._head_bytes(reply, length)
         if size < _LARGE:
             self._fronts.outbox.send(self.transport, head + body)
         else:
@@ -340,11 +344,6 @@ class Front(asyncio.Protocol):
 
     def _head_bytes(self, reply: Reply, length: str) -> bytes:
         """A head. Raises `ValueError` for what would be more than one line of it."""
-        status = reply.status
-        first = _STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n"
-        if reply.lines:
-            end = "Connection: close\r\n" if self._closing else ""
-            return f"{first}{reply.lines}\r\n{length}{end}{self._fronts.stamp()}".encode()
         headers = reply.headers
         if SERVER_NAME in headers:
             del headers[SERVER_NAME]
@@ -353,7 +352,7 @@ class Front(asyncio.Protocol):
         elif CONNECTION in headers:
             self._closing = headers[CONNECTION].lower() == "close"
         last = _SIGNED if DATE in headers else self._fronts.stamp()
-        return f"{first}{told_lines(headers)}\r\n{length}{last}".encode()
+        return f"{first_line(reply.status)}{told_lines(headers)}\r\n{length}{last}".encode()
 
     def _failed(self, error: Exception) -> None:
         """Answer what cannot be sent as it is; end what had begun."""

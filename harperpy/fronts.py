@@ -75,6 +75,12 @@ class Fronts:
         for front in [*self.all]:
             front.abort()
 
+    def came(self, front: Shared) -> None:
+        """A connection that has asked nothing yet."""
+        self.all.add(front)
+        self.fresh.add(front)
+        self.idle.add(front)
+
     def left(self, front: Shared) -> None:
         """A connection that is ours no more."""
         self.all.discard(front)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import httptools
+from msgspec.structs import replace
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from .request import Shown
+from .request import Request
 
 _END = b"\r\n\r\n"
 _MOST_HEADERS = 100
@@ -19,46 +20,38 @@ _ONCE = ("connection", "host", "content-type", "user-agent", "authorization")
 class Head:
     """A request's first lines: HTTP/1.1, on a connection that stays, a body of known length if any.
 
-    `size` and `length` are the bytes of head and body; `shown` is for the requests that have it.
+    `told` is the head itself; `size` and `length` are the bytes of head and body, `whole` of both.
+    Each `request` that has it is one like this, but for its id and its body.
     """
 
-    __slots__ = ("_parts", "headers", "length", "method", "path", "query", "shown", "size")
+    __slots__ = ("_parts", "length", "request", "size", "told", "whole")
 
-    def __init__(
-        self, method: str, target: str, headers: CIMultiDict[str], before: bytes, after: bytes
-    ) -> None:
-        self.shown = Shown()
-        self.method = method
-        self.path, _, self.query = target.partition("?")
-        self.headers = CIMultiDictProxy(headers)
-        told = headers.get("content-length", "")
-        self.length = int(told or 0)
-        self._parts = before, told.encode(), after
-        self.size = len(before) + len(told) + len(after)
+    def __init__(self, request: Request, before: bytes, after: bytes) -> None:
+        self.request = request
+        length = request.headers.get("content-length", "")
+        self.length = int(length or 0)
+        self.told = before + length.encode() + after
+        self.size = len(self.told)
+        self.whole = self.size + self.length
+        # Where the length stands, if it is told.
+        self._parts = len(before), self.size - len(after)
 
     def again(self, data: bytes) -> Head | None:
         """The head at the beginning of `data`, if it is this one but for the length of its body.
 
         A client sends the same head over and over.
         """
-        before, known, after = self._parts
-        if not data.startswith(before):
+        begin, end = self._parts
+        before, after = self.told[:begin], self.told[end:]
+        if not after or not data.startswith(before):
             return None
-        if not after:
-            return self
-        begin = len(before)
         end = data.find(b"\r", begin, begin + _MOST_DIGITS)
         told = data[begin:end]
         if not told.isdigit() or not data.startswith(after, end):
             return None
-        if told == known:
-            return self
-        headers = CIMultiDict(self.headers)
+        headers = CIMultiDict(self.request.headers)
         headers["Content-Length"] = told.decode()
-        target = f"{self.path}?{self.query}" if self.query else self.path
-        head = Head(self.method, target, headers, before, after)
-        head.shown = self.shown
-        return head
+        return Head(replace(self.request, headers=CIMultiDictProxy(headers)), before, after)
 
 
 def read_head(data: bytes, most: int) -> Head | None:
@@ -84,7 +77,9 @@ def read_head(data: bytes, most: int) -> Head | None:
     headers = CIMultiDict(found.pairs)
     if not _are_common(headers):
         return None
-    return Head(method, target, headers, *_parted(data, headers.get("content-length")))
+    path, _, query = target.partition("?")
+    request = Request(method, path, CIMultiDictProxy(headers), query)
+    return Head(request, *_parted(data, headers.get("content-length")))
 
 
 def _parted(data: bytes, length: str | None) -> tuple[bytes, bytes]:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from http import HTTPStatus
+
+from multidict import CIMultiDict
 
 from .caching import PRIVATE
 from .context import Context
 from .names import CONTENT_TYPE, REQUEST_ID
 from .rendering import Reply
 
-_FOR_ONE = f"Cache-Control: {PRIVATE}\r\nVary: Authorization"
+_FIRST_LINES = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus
+}
+_FOR_ONE = f"Cache-Control: {PRIVATE}\r\nVary: Authorization\r\n"
 # What else than a type each answer says, or what somebody would have to look at.
 _OTHERS = frozenset(
     {
@@ -18,6 +24,11 @@ _OTHERS = frozenset(
         *("date", "server", "transfer-encoding", "vary"),
     }
 )
+
+
+def first_line(status: int) -> str:
+    """The line that an answer begins with."""
+    return _FIRST_LINES.get(status) or f"HTTP/1.1 {status} \r\n"
 
 
 def told_lines(headers: Mapping[str, str]) -> str:
@@ -40,9 +51,10 @@ def tell(reply: Reply, own: Mapping[str, str], context: Context) -> bool:
     more = {**own, REQUEST_ID: context.request.id, **context.call_headers}
     versioned = context.etag is not None or context.last_modified is not None
     if context.user is None or versioned or not _are_plain(tuple(more)):
-        reply.headers[CONTENT_TYPE], reply.lines = media, ""
+        reply.headers, reply.lines = CIMultiDict({CONTENT_TYPE: media}), ""
         return False
-    reply.lines = f"Content-Type: {media}\r\n{told_lines(more)}\r\n{_FOR_ONE}"
+    first = first_line(reply.status)
+    reply.lines = f"{first}Content-Type: {media}\r\n{told_lines(more)}\r\n{_FOR_ONE}"
     return True
 
 

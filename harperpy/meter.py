@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import TypeAlias
 
 from .analytics import Analytics, Ratio
+from .context import Context
 from .resource import METHOD_VERBS
 
 _METHODS = frozenset({*METHOD_VERBS, "OPTIONS"})
@@ -38,12 +40,18 @@ class Meter:
         """A client has connected."""
         self._analytics.record(True, "connection", self._port)  # noqa: FBT003
 
-    def answered(  # noqa: PLR0917  # all that is known of an answer
-        self, path: str | None, method: str, status: int, ms: float, sent: int, received: int
+    def answered(
+        self,
+        context: Context,
+        status: int,
+        sent: int,
+        received: int,
+        ready: float | None = None,
     ) -> None:
-        """An answer's head was ready after so long; so many bytes of bodies in both directions."""
+        """An answer's head is ready, or was then; so many bytes of bodies in both directions."""
+        ms = ((ready or perf_counter()) - context.started) * 1000
         answers = self._answers
-        answers.append(((path, method), status, ms, sent, received))
+        answers.append(((context.app, context.request.method), status, ms, sent, received))
         if len(answers) >= _TOGETHER:
             self._count()
 

@@ -9,7 +9,7 @@ import re
 import secrets
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from http import HTTPStatus
 
@@ -53,29 +53,27 @@ class Port:
         self.http = http
         self.trusted = trusted
         self.meter = meter
+        self.answered: Callable[[Context, int, int, int], None] = (
+            _uncounted if meter is None else meter.answered
+        )
+        """Counts a whole answer: its status, and the bytes of both bodies."""
         self._prefix = new_id("req_")
         self._count = itertools.count(1)
 
     def request_id(self, headers: Mapping[str, str]) -> str:
         """The client's own id of a request, else one of ours."""
-        told = headers.get(REQUEST_ID)
-        if told is not None and _CLIENT_ID.fullmatch(told):
-            return told
-        return f"{self._prefix}{next(self._count):06x}"
+        return client_id(headers) or self.next_id()
 
-    def answered(self, context: Context, status: int, sent: int, received: int) -> None:
-        """Count a whole answer, and the bytes of both bodies."""
-        if self.meter is not None:
-            ms = (time.perf_counter() - context.started) * 1000
-            self.meter.answered(context.app, context.request.method, status, ms, sent, received)
+    def next_id(self) -> str:
+        """An id of ours."""
+        return f"{self._prefix}{next(self._count):06x}"
 
     def streamed(self, context: Context, delivery: Delivery, received: int) -> None:
         """Count a streamed answer that has come to its end."""
         if self.meter is not None:
-            path, method, begun = context.app, context.method, delivery.begun
-            ms = (begun - context.started) * 1000
-            self.meter.answered(path, method, delivery.status, ms, delivery.sent, received)
-            self.meter.transferred(path, method, (time.perf_counter() - begun) * 1000)
+            self.meter.answered(context, delivery.status, delivery.sent, received, delivery.begun)
+            ms = (time.perf_counter() - delivery.begun) * 1000
+            self.meter.transferred(context.app, context.method, ms)
 
     def lost(self, context: Context) -> None:
         """Count an answer that its client did not wait for."""
@@ -95,6 +93,16 @@ class Port:
             large = len(body) > _MUCH
             packed = partial(zlib.compress, body, wbits=_GZIP)
             reply.body = await asyncio.to_thread(packed) if large else packed()
+
+
+def client_id(headers: Mapping[str, str]) -> str:
+    """The client's own id of a request; empty where it gives none that can be told."""
+    told = headers.get(REQUEST_ID)
+    return told if told is not None and _CLIENT_ID.fullmatch(told) else ""
+
+
+def _uncounted(*_: object) -> None:
+    """Nobody wants to know."""
 
 
 def new_id(kind: str) -> str:

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import msgspec
 
 from .context import Context
+from .contracts import Handler
 from .doors import caller_address
 from .errors import AccessViolation, ClientError, MethodNotAllowed, NotImplementedYet
 from .negotiation import EVENTS, ContentTypes
@@ -15,6 +16,7 @@ from .permission import Verb
 from .registry import Entry, Resources
 from .request import RequestTarget
 from .resource import METHOD_VERBS, ProtocolName
+from .verbs import Verbs
 
 Found: TypeAlias = tuple[Entry, RequestTarget]
 
@@ -24,29 +26,30 @@ _READS = ("GET", "HEAD")
 class Course(msgspec.Struct, eq=False):
     """What a head and the frozen mounts alone decide, so that it is worked out once.
 
-    `asks` are the verb and its permission, `address` is where it came from. Who asks, and whether
-    they may, is decided anew for each request.
+    `work` is the verb, `permission` what it takes, `address` where it came from. Who asks, and
+    whether they may, is decided anew for each request.
     """
 
     entry: Entry
-    asks: tuple[str, Verb]
+    work: Handler
+    permission: Verb
     accept: str | None
     address: str
     pathname: str
     search: str
     params: Mapping[str, str]
 
+    def target(self) -> RequestTarget:
+        """The target of one request."""
+        if self.params:
+            # They are the request's own, whatever its handler does to them.
+            return RequestTarget(self.pathname, self.search, {**self.params})
+        return RequestTarget(self.pathname, self.search)
+
 
 def find(resources: Resources, types: ContentTypes, context: Context) -> Found | None:
     """The resource that answers, and the type that an extension of the path asks for."""
     request = context.request
-    course: Course | None = request.shown.course
-    if course is not None:
-        context.accept = course.accept
-        if course.params:
-            # They are the request's own, whatever its handler does to them.
-            return course.entry, RequestTarget(course.pathname, course.search, {**course.params})
-        return course.entry, RequestTarget(course.pathname, course.search)
     path, search = request.path, request.query
     protocol = _protocol(context) if resources.selective else "rest"
     found = resources.match(path, search, protocol)
@@ -62,15 +65,17 @@ def find(resources: Resources, types: ContentTypes, context: Context) -> Found |
     return without
 
 
-def course_of(found: Found, context: Context) -> Course | None:
+def course_of(found: Found, verbs: Verbs, context: Context) -> Course | None:
     """The course of all requests with this head; None where more than that decides."""
     entry, target = found
     known = entry.direct.get(context.method)
     if known is None or context.request.websocket:
         return None
+    verb, permission = known
     return Course(
         entry,
-        known,
+        verbs.work(entry, verb),
+        permission,
         context.accept,
         caller_address(context),
         target.pathname,

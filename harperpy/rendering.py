@@ -17,7 +17,7 @@ from collections.abc import (
 from typing import Any, cast
 
 import msgspec
-from multidict import CIMultiDict
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from .backend import aclose, aiterate
 from .batches import Divert, EncodedEvents
@@ -37,6 +37,8 @@ from .sse import SSE, encode_json
 logger = logging.getLogger("harperpy.dispatch")
 
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+# A brief reply has none, and nobody gives it any: who tried to would raise.
+_NO_HEADERS = cast("CIMultiDict[str]", CIMultiDictProxy(CIMultiDict[str]()))
 _STREAM_HEADERS = {CACHE_CONTROL: "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -191,7 +193,7 @@ def _render_response(response: Response, context: Context) -> Reply | Flow:
         media = own.get(CONTENT_TYPE)
         told = response.data is not msgspec.UNSET or context.response_headers
         if media and not told and type(media) is str and media.isprintable():
-            return Reply(response.status, CIMultiDict(), body, lines=media)
+            return Reply(response.status, _NO_HEADERS, body, lines=media)
     headers = merged(context, own)
     if response.data is not msgspec.UNSET:
         media = headers.get(CONTENT_TYPE) or context.types.negotiate(context.accept)

@@ -187,7 +187,7 @@ class Server:
         )
         before = current_caller.set(context)
         try:
-            return await context.settle(partial(self.core.operations.call, context=context), body)
+            return await context.settle(self.core.operations.call(body, context))
         finally:
             current_caller.reset(before)
 

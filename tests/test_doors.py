@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import inspect
 import re
 import socket
 import threading
@@ -29,6 +30,7 @@ from harperpy import (
     Resource,
     Scope,
 )
+from harperpy.dispatch import Dispatch
 from harperpy.testing import ECHO, RunningServer, running
 from helpers import basic
 
@@ -566,14 +568,16 @@ def test_every_mount_is_shut_to_websockets(house: House) -> None:
     assert set(MOUNTS) - {"tool", "feed", "typed", "stream", *LOCKED} == opened - {""}
 
 
-HANDLERS = re.compile(r"\.handlers\[\w+\]\(|self\._invoke|operation\.function\(")
+HANDLERS = re.compile(
+    r"entry\.handlers\[\w+\]|verbs\.(call|work)\b|course\.work\b|operation\.function\("
+)
 """How verbs and operations are called."""
-DOORS = ("await authorise(", "if entry.opens(")
+DOORS = ("await authorise(", "if entry.opens(", "or not self._admits(")
 """What lets somebody pass."""
 
 
 def test_whatever_calls_a_handler_has_asked_authorise_before() -> None:
-    """There is one such place for the verbs, and one for the operations."""
+    """There are two such ways for the verbs, and one for the operations."""
     folder = Path(harperpy.__file__).parent
     found: dict[str, bool] = {}
     for file in [*folder.glob("*.py"), *folder.parent.glob("plugins/*.py")]:
@@ -584,10 +588,12 @@ def test_whatever_calls_a_handler_has_asked_authorise_before() -> None:
                     asked = any(door in code[: called.start()] for door in DOORS)
                     found[f"{file.stem}.{one.name}"] = asked
 
-    # It is called by the two before it alone.
-    alone = {"dispatch._invoke": False}
-    doors = {"dispatch.call": True, "dispatch._admit": True, "operations.call": True}
-    assert doors | alone == found
+    # They are called by the two before them alone, or kept for the last.
+    alone = dict.fromkeys(("verbs.call", "verbs.work", "reach.course_of"), False)
+    ways = ("dispatch.call", "dispatch._admit", "dispatch.serve", "operations.call")
+    assert dict.fromkeys(ways, True) | alone == found
+    admits = inspect.getsource(Dispatch._admits)
+    assert "return context.user is not None and entry.opens(course.permission, context)" in admits
 
 
 RAW = {

@@ -27,6 +27,7 @@ from harperpy import (
     get_context,
     lines,
 )
+from harperpy.fronts import Fronts
 from harperpy.meter import Meter
 from harperpy.registry import Resources
 from harperpy.rendering import Reply
@@ -281,9 +282,10 @@ async def test_both_ways_count_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each request once, with its status and the bytes of its bodies, and each stream's end."""
     counted: list[tuple[Any, ...]] = []
 
-    def answered(_: Meter, *told: Any) -> None:
-        *request, _ms, sent, received = told
-        counted.append((*request, sent, received))
+    def answered(
+        _: Meter, context: Context, status: int, sent: int, received: int, *_ready: float
+    ) -> None:
+        counted.append((context.app, context.method, status, sent, received))
 
     monkeypatch.setattr(Meter, "answered", answered)
     monkeypatch.setattr(Meter, "transferred", lambda _, *told: counted.append(told[:2]))
@@ -725,6 +727,13 @@ async def seen() -> list[str | None]:
     return [before, user and user.username]
 
 
+def seen_at_once() -> list[str | None]:
+    """The same, of what waits for nothing."""
+    before, user = SEEN.get(), get_context().user
+    SEEN.set("a secret")
+    return [before, user and user.username]
+
+
 PLAIN = ask("GET /seen", "X-Long: " + "a" * 900)
 CHUNKED = ask("POST /seen", "Transfer-Encoding: chunked") + b"0\r\n\r\n"
 
@@ -752,6 +761,79 @@ async def test_a_request_knows_nothing_of_the_one_before(front: str, pieces: lis
             connection.writer.write(piece)
             for _ in range(piece.count(b"\r\n\r\n") - piece.count(b"0\r\n\r\n")):
                 assert ["nothing", None] == json.loads(await connection.answer())
+
+
+@pytest.mark.parametrize("front", ["on", "off"])
+@pytest.mark.parametrize("verb", [seen, seen_at_once])
+async def test_nor_does_the_same_one_anew(front: str, verb: Callable[[], Any]) -> None:
+    """By whichever way it goes: who asks is known from the first on."""
+    mounts = {"seen": answering(verb)}
+    async with running(config(front), resources=mounts) as server, connected(server) as connection:
+        request = ask("GET /seen", f"Authorization: Bearer {server.api_key}")
+        for piece in [request, request, request * 3]:
+            connection.writer.write(piece)
+            for _ in range(len(piece) // len(request)):
+                assert ["nothing", "HDB_ADMIN"] == json.loads(await connection.answer())
+        connection.writer.write(PLAIN)
+        assert ["nothing", None] == json.loads(await connection.answer())
+
+
+def connections_of(server: RunningServer) -> Fronts:
+    """Those of its port for resources."""
+    connections = server.server._wires[0]._connections
+    assert connections is not None
+    assert connections._fronts is not None
+    return connections._fronts
+
+
+async def test_what_is_cut_off_before_it_has_begun_ends_as_what_has() -> None:
+    """It is begun, and cancelled: nothing that a handler has made is left lying."""
+    ends: list[str] = []
+
+    async def stay() -> None:
+        try:
+            await asyncio.sleep(SECONDS)
+        finally:
+            ends.append("ended")
+
+    def begin() -> Any:
+        ends.append("begun")
+        if len(ends) == 1:
+            return "nothing"
+        (front,) = connections_of(server).all
+        asyncio.get_running_loop().call_soon(front.cut)
+        return stay()
+
+    mounts = {"it": answering(begin)}
+    async with running(config("on"), resources=mounts) as server, connected(server) as connection:
+        request = ask("GET /it", f"Authorization: Bearer {server.api_key}")
+        connection.writer.write(request)
+        assert "nothing" == json.loads(await connection.answer())
+        connection.writer.write(request)
+        assert b"" == await connection.reader.read(-1)
+    assert ["begun", "begun", "ended"] == ends
+
+
+async def test_what_closes_its_own_connection_at_once_is_answered() -> None:
+    """As what waits is: a server that is told to stop by a handler lets it have its say."""
+    calls: list[str] = []
+
+    def close() -> str:
+        calls.append("closed")
+        if len(calls) > 1:
+            (front,) = connections_of(server).all
+            front.close()
+        return "closed"
+
+    mounts = {"it": answering(close)}
+    async with running(config("on"), resources=mounts) as server, connected(server) as connection:
+        request = ask("GET /it", f"Authorization: Bearer {server.api_key}")
+        connection.writer.write(request)
+        assert "closed" == json.loads(await connection.answer())
+        connection.writer.write(request)
+        told = await connection.reader.read(-1)
+        assert told.endswith(b'\r\n\r\n"closed"')
+        assert b"\r\nConnection: close\r\n" in told
 
 
 @pytest.mark.parametrize("front", ["on", "off"])

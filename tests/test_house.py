@@ -112,6 +112,7 @@ ORDER = (
     "hookspecs",
     "ordering",
     "loader",
+    "verbs",
     "reach",
     "dispatch",
     "meter",
