@@ -145,7 +145,11 @@ class Authenticators:
         A password counts as verified only for the address that it came from.
         """
         shown = shown or Shown()
-        if (known := self.recall(header, address, shown)) is not None:
+        if shown.header != header:
+            sent = header.encode(errors="surrogateescape")
+            shown.key = hashlib.blake2b(sent, key=self._secret, digest_size=32).digest()
+            shown.header, shown.course = header, None
+        if (known := self.recall(shown, address)) is not None:
             return known
         key, epoch = shown.key, self._epoch.now()
         credential = read_credential(header, address)
@@ -159,12 +163,8 @@ class Authenticators:
         self._cache[key] = (epoch, expires, verified.user, bound)
         return verified.user
 
-    def recall(self, header: str, address: str, shown: Shown) -> User | None:
-        """As `identify`, of what was verified before; None where it has to be verified."""
-        if shown.header != header:
-            sent = header.encode(errors="surrogateescape")
-            shown.key = hashlib.blake2b(sent, key=self._secret, digest_size=32).digest()
-            shown.header, shown.course = header, None
+    def recall(self, shown: Shown, address: str) -> User | None:
+        """The user behind what was shown and verified before; None where it has to be verified."""
         known = self._cache.get(shown.key)
         if known is None:
             return None

@@ -10,7 +10,7 @@ from multidict import CIMultiDict
 
 from .accounting import Caller, current_caller
 from .auth import User
-from .backend import is_awaitable
+from .backend import is_awaitable, settled
 from .background import Background
 from .errors import HarperError
 from .names import ACCEPT
@@ -23,7 +23,7 @@ from .transactions import Transaction
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping
 
     from .models import Models
 
@@ -238,28 +238,26 @@ class Context(Caller):
         try:
             value = work(target, given, self)
         except BaseException as error:  # noqa: BLE001  # raised when all that it wrote is undone
-            return self.settle(None, error)
-        if self._transaction is None and not is_awaitable(value):
-            self._handled = False
-            return value
-        return self.settle(value)
+            return self.settle(_raised(error))
+        if is_awaitable(value):
+            return self.settle(value)
+        if self._transaction is not None:
+            return self.settle(settled(value))
+        self._handled = False
+        return value
 
-    async def settle(self, value: Any, error: BaseException | None = None) -> Any:
+    async def settle(self, work: Awaitable[S]) -> S:
         """The handler's work; commit what it wrote when it returns, undo it when it raises.
 
-        Cancellation is a raise. What it returns is awaited if it wants to be.
+        Cancellation is a raise.
         """
         self._handled = True
         if self._transaction is not None:
             self._transaction.of_handler = True
         try:
-            if error is not None:
-                raise error  # noqa: TRY301  # as if it were raised here
-            if is_awaitable(value):
-                value = await value
+            value = await work
         except BaseException:
-            # It holds this frame, which is not to hold it.
-            error, self._handled = None, False
+            self._handled = False
             if self._transaction is not None:
                 await self._transaction.settle(commit=False)
             raise
@@ -271,6 +269,10 @@ class Context(Caller):
     def abort(self, reason: str) -> None:
         """Fire the signal: the server calls this when the client has left."""
         AbortController(self.signal).abort(reason)
+
+
+async def _raised(error: BaseException) -> Any:
+    raise error
 
 
 def get_context() -> Context:

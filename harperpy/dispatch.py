@@ -136,9 +136,9 @@ class Dispatch:
         """Whether it is known who asks, and that they may: else it is found out on the long way."""
         if self._health.phase != "ready":
             return False
-        shown, entry = context.request.shown, course.entry
+        entry = course.entry
         context.app, context.accept = entry.path, course.accept
-        context.user = self._authenticators.recall(shown.header, course.address, shown)
+        context.user = self._authenticators.recall(context.request.shown, course.address)
         return context.user is not None and entry.opens(course.permission, context)
 
     async def answer(self, context: Context, early: Early = lambda _: None) -> Reply:
