@@ -27,7 +27,6 @@ from harperpy import (
     get_context,
     lines,
 )
-from harperpy.fronts import Fronts
 from harperpy.meter import Meter
 from harperpy.registry import Resources
 from harperpy.rendering import Reply
@@ -778,62 +777,29 @@ async def test_nor_does_the_same_one_anew(front: str, verb: Callable[[], Any]) -
         assert ["nothing", None] == json.loads(await connection.answer())
 
 
-def connections_of(server: RunningServer) -> Fronts:
-    """Those of its port for resources."""
-    connections = server.server._wires[0]._connections
-    assert connections is not None
-    assert connections._fronts is not None
-    return connections._fronts
+async def task() -> str:
+    """Where it runs."""
+    return task_at_once()
 
 
-async def test_what_is_cut_off_before_it_has_begun_ends_as_what_has() -> None:
-    """It is begun, and cancelled: nothing that a handler has made is left lying."""
-    ends: list[str] = []
-
-    async def stay() -> None:
-        try:
-            await asyncio.sleep(SECONDS)
-        finally:
-            ends.append("ended")
-
-    def begin() -> Any:
-        ends.append("begun")
-        if len(ends) == 1:
-            return "nothing"
-        (front,) = connections_of(server).all
-        asyncio.get_running_loop().call_soon(front.cut)
-        return stay()
-
-    mounts = {"it": answering(begin)}
-    async with running(config("on"), resources=mounts) as server, connected(server) as connection:
-        request = ask("GET /it", f"Authorization: Bearer {server.api_key}")
-        connection.writer.write(request)
-        assert "nothing" == json.loads(await connection.answer())
-        connection.writer.write(request)
-        assert b"" == await connection.reader.read(-1)
-    assert ["begun", "begun", "ended"] == ends
+def task_at_once() -> str:
+    """The same, of what waits for nothing."""
+    mine = asyncio.current_task()
+    assert mine is not None
+    return mine.get_name()
 
 
-async def test_what_closes_its_own_connection_at_once_is_answered() -> None:
-    """As what waits is: a server that is told to stop by a handler lets it have its say."""
-    calls: list[str] = []
-
-    def close() -> str:
-        calls.append("closed")
-        if len(calls) > 1:
-            (front,) = connections_of(server).all
-            front.close()
-        return "closed"
-
-    mounts = {"it": answering(close)}
-    async with running(config("on"), resources=mounts) as server, connected(server) as connection:
-        request = ask("GET /it", f"Authorization: Bearer {server.api_key}")
-        connection.writer.write(request)
-        assert "closed" == json.loads(await connection.answer())
-        connection.writer.write(request)
-        told = await connection.reader.read(-1)
-        assert told.endswith(b'\r\n\r\n"closed"')
-        assert b"\r\nConnection: close\r\n" in told
+@pytest.mark.parametrize("verb", [task, task_at_once])
+async def test_each_request_has_a_task_of_its_own(verb: Callable[[], Any]) -> None:
+    """It has the request's id as its name."""
+    names: list[str] = []
+    mounts = {"task": answering(verb)}
+    async with running(config("on"), resources=mounts) as server, server.session() as client:
+        for _ in range(3):
+            async with client.get("/task") as answer:
+                names.append(await answer.json())
+                assert names[-1] == answer.headers["x-request-id"]
+    assert 3 == len({*names})
 
 
 @pytest.mark.parametrize("front", ["on", "off"])
