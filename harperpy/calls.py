@@ -61,7 +61,10 @@ class Call(msgspec.Struct, eq=False):
     _at: int = 0
     _attempts: int = 0
     _anew: bool = False
-    _flowing: tuple[Divert[_Pieces], Recorder] | None = None
+    _flowing: Divert[_Pieces] | None = None
+    # Of each of thousands of streams: a closure would take several times as much memory.
+    _recorder: Recorder | None = None
+    _sink: Callable[[_Pieces], bool] | None = None
 
     def refuse(self, method: Method, error: HarperError) -> None:
         """Record that there is nobody to ask."""
@@ -166,18 +169,17 @@ class Call(msgspec.Struct, eq=False):
 
     def divert(self, sink: Callable[[_Pieces], bool]) -> None:
         """What `batches` would bring; it brings all by itself where the source has no such way."""
-        if self._flowing is None:
-            return
-        source, recorder = self._flowing
-        caller, observe = self.caller, recorder.observe
+        if self._flowing is not None:
+            self._sink = sink
+            self._flowing(self._pass_on)
 
-        def pass_on(batch: _Pieces) -> bool:
-            if caller.writing:
-                _refuse()
-            observe(batch)
-            return sink(batch)
-
-        source(pass_on)
+    def _pass_on(self, batch: _Pieces) -> bool:
+        if self._recorder is None or self._sink is None:
+            return False
+        if self.caller.writing:
+            _refuse()
+        self._recorder.observe(batch)
+        return self._sink(batch)
 
     async def _opened(
         self, candidate: Candidate, opts: GenerateOpts, recorder: Recorder
@@ -190,7 +192,7 @@ class Call(msgspec.Struct, eq=False):
         batches = batches_of(stream)
         recorder.source = Source(batches)
         if isinstance(stream, Batched) and stream.divert is not None:
-            self._flowing = stream.divert, recorder
+            self._flowing, self._recorder = stream.divert, recorder
         return await anext(batches, None), batches, recorder
 
     def _pause(self, error: BaseException) -> float | None:

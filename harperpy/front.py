@@ -194,13 +194,13 @@ class Front(asyncio.Protocol):
         fronts = self._fronts
         self.since = inf
         self._buffer = data[head.whole :]
-        if head.size > _MOST_KEPT_BYTES:
+        if len(head.told) > _MOST_KEPT_BYTES:
             self._head = None
         like = head.request
         name = like.id or fronts.port.next_id()
         request = replace(like, id=name)
         if head.length:
-            request.body = self._body(like.headers, data[head.size : head.whole])
+            request.body = self._body(like.headers, data[len(head.told) : head.whole])
         answer = self._answer(request, head.length)
         self._task = asyncio.Task(answer, loop=fronts.loop, name=name)
 

@@ -20,38 +20,37 @@ _ONCE = ("connection", "host", "content-type", "user-agent", "authorization")
 class Head:
     """A request's first lines: HTTP/1.1, on a connection that stays, a body of known length if any.
 
-    `told` is the head itself; `size` and `length` are the bytes of head and body, `whole` of both.
-    Each `request` that has it is one like this, but for its id and its body.
+    `told` is the head itself; `length` are the bytes of its body, `whole` of both. Each `request`
+    that has it is one like this, but for its id and its body.
     """
 
-    __slots__ = ("_parts", "length", "request", "size", "told", "whole")
+    __slots__ = ("_at", "length", "request", "told", "whole")
 
-    def __init__(self, request: Request, before: bytes, after: bytes) -> None:
+    def __init__(self, request: Request, told: bytes, at: int) -> None:
         self.request = request
-        length = request.headers.get("content-length", "")
-        self.length = int(length or 0)
-        self.told = before + length.encode() + after
-        self.size = len(self.told)
-        self.whole = self.size + self.length
-        # Where the length stands, if it is told.
-        self._parts = len(before), self.size - len(after)
+        self.told = told
+        self.length = int(request.headers.get("content-length", "0"))
+        self.whole = len(told) + self.length
+        # Where the length stands; nowhere is 0.
+        self._at = at
 
     def again(self, data: bytes) -> Head | None:
         """The head at the beginning of `data`, if it is this one but for the length of its body.
 
         A client sends the same head over and over.
         """
-        begin, end = self._parts
-        before, after = self.told[:begin], self.told[end:]
-        if not after or not data.startswith(before):
+        begin = self._at
+        if not begin or not data.startswith(self.told[:begin]):
             return None
+        after = self.told[begin + len(self.request.headers["content-length"]) :]
         end = data.find(b"\r", begin, begin + _MOST_DIGITS)
         told = data[begin:end]
         if not told.isdigit() or not data.startswith(after, end):
             return None
         headers = CIMultiDict(self.request.headers)
         headers["Content-Length"] = told.decode()
-        return Head(replace(self.request, headers=CIMultiDictProxy(headers)), before, after)
+        request = replace(self.request, headers=CIMultiDictProxy(headers))
+        return Head(request, data[: end + len(after)], begin)
 
 
 def read_head(data: bytes, most: int) -> Head | None:
@@ -79,16 +78,15 @@ def read_head(data: bytes, most: int) -> Head | None:
         return None
     path, _, query = target.partition("?")
     request = Request(method, path, CIMultiDictProxy(headers), query)
-    return Head(request, *_parted(data, headers.get("content-length")))
+    return Head(request, data, _place_of(headers.get("content-length"), data))
 
 
-def _parted(data: bytes, length: str | None) -> tuple[bytes, bytes]:
-    """What stands before and after the length of the body, if it is told."""
+def _place_of(length: str | None, data: bytes) -> int:
+    """Where the length of the body stands, if it is told."""
     if length is None:
-        return data, b""
+        return 0
     begin = data.lower().index(b"\r\ncontent-length:") + len("\r\ncontent-length:")
-    begin = data.index(length.encode(), begin)
-    return data[:begin], data[begin + len(length) :]
+    return data.index(length.encode(), begin)
 
 
 def _are_common(headers: CIMultiDict[str]) -> bool:

@@ -122,20 +122,8 @@ def openai_stream(
         model, id or completion_id(), include_usage=include_usage, functions=functions
     )
     events = _Events(batches_of(tokens), encoder, include_usage=include_usage)
-    source = tokens.divert if isinstance(tokens, Batched) else None
-    return EncodedEvents(events, source and _diverted(source, encoder))
-
-
-def _diverted(
-    source: Divert[Sequence[GenerateChunk | str]], encoder: _ChunkEncoder
-) -> Divert[bytes]:
-    """The way past a source's iterators, further on as events."""
-
-    def divert(sink: Callable[[bytes], bool]) -> None:
-        encoder.sink = sink
-        source(encoder.pass_on)
-
-    return divert
+    encoder.source = tokens.divert if isinstance(tokens, Batched) else None
+    return EncodedEvents(events, encoder.divert if encoder.source else None)
 
 
 class _Events(AsyncIterator[Encoded]):
@@ -214,10 +202,11 @@ class _ChunkEncoder:
 
     __slots__ = (
         *("_choices", "_envelope", "_functions", "_head", "_last", "_plain", "_tail"),
-        *("_text_head", "_text_tail", "sink", "started", "usage"),
+        *("_text_head", "_text_tail", "sink", "source", "started", "usage"),
     )
 
     sink: Callable[[bytes], bool]
+    source: Divert[Sequence[GenerateChunk | str]] | None
 
     def __init__(
         self, model: str, completion: str, *, include_usage: bool, functions: bool
@@ -268,6 +257,12 @@ class _ChunkEncoder:
             else:
                 told += (choice.text_head, encode_text(text), tail)
         return b"".join(told)
+
+    def divert(self, sink: Callable[[bytes], bool]) -> None:
+        """The way past the source's iterators, further on as events."""
+        if self.source is not None:
+            self.sink = sink
+            self.source(self.pass_on)
 
     def pass_on(self, batch: Sequence[GenerateChunk | str]) -> bool:
         """Give the `sink` a batch's events, if there are any; whether it takes more."""

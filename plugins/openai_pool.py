@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import ssl
-from collections.abc import Coroutine, Mapping
+from collections.abc import Awaitable, Coroutine, Mapping
 from typing import Any
 
 from yarl import URL
@@ -129,7 +129,17 @@ class Anew:
         self, connecting: Coroutine[Any, Any, Connection], request: bytes, first: Deadlines | None
     ) -> None:
         self._exchange: Exchange | None = None
-        self.answer = self._answer(connecting, request, first)
+        self._coming: Coroutine[Any, Any, bytes | Answering] | None
+        self._coming = self._answer(connecting, request, first)
+
+    @property
+    def answer(self) -> Awaitable[bytes | Answering]:
+        """To be awaited, once."""
+        if self._coming is None:
+            message = "it was awaited before"
+            raise RuntimeError(message)
+        coming, self._coming = self._coming, None
+        return coming
 
     async def _answer(
         self, connecting: Coroutine[Any, Any, Connection], request: bytes, first: Deadlines | None
