@@ -199,8 +199,6 @@ class Ledger:
 
     def __init__(self, index: int = 0, of: int = 1) -> None:
         self._flush: Callable[[], Awaitable[None]] | None = None
-        self.synced: Callable[[], Awaitable[None]] | None = None
-        """What returns when all that was noted is safe, where the keeper has such a thing."""
         self._subscribers: list[Subscriber] = []
         self._last_id = 0
         self._index, self._of = index, of
@@ -211,7 +209,12 @@ class Ledger:
 
     def keep(self, keeper: Keeper, flush: Callable[[], Awaitable[None]]) -> None:
         """Have each call kept; `flush` brings all that is kept to where it is read, or raises."""
-        self.keeper, self._flush, self.synced = keeper, flush, keeper.synced
+        self.keeper, self._flush = keeper, flush
+
+    @property
+    def synced(self) -> Callable[[], Awaitable[None]] | None:
+        """The keeper's."""
+        return None if self.keeper is None else self.keeper.synced
 
     async def flush(self) -> None:
         """Give each call that has ended its row, as far as the database takes them now."""

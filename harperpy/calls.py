@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
 import msgspec
+from msgspec.structs import replace
 
 from .accounting import Admission, Attempt, Caller, Ledger, Method, ModelCall, clipped
 from .auth import extract_tenant_id
@@ -35,7 +36,6 @@ from .vocabulary import EmbedInputs
 
 T = TypeVar("T")
 Opts: TypeAlias = GenerateOpts | EmbedOpts
-replace = msgspec.structs.replace
 _Batch: TypeAlias = Sequence[GenerateChunk]
 _Pieces: TypeAlias = Sequence[GenerateChunk | str]
 
@@ -162,8 +162,8 @@ class Call(msgspec.Struct, eq=False):
             raise
         else:
             recorder.close(None)
-            if self.ledger.synced is not None:
-                await self.ledger.synced()
+            if (synced := self.ledger.synced) is not None:
+                await synced()
         finally:
             await aclose(batches)
 
@@ -185,9 +185,7 @@ class Call(msgspec.Struct, eq=False):
         self, candidate: Candidate, opts: GenerateOpts, recorder: Recorder
     ) -> tuple[_Batch | None, AsyncIterator[_Batch], Recorder]:
         """A stream with its first chunks, if it has any."""
-        prompt = self.asked
-        if opts.allowed_tools is not None:
-            prompt = with_allowed_tools(prompt, candidate, opts)
+        prompt = with_allowed_tools(self.asked, candidate, opts)
         stream = cast("Streams", candidate.backend).generate_stream(prompt, opts)
         batches = batches_of(stream)
         recorder.source = Source(batches)
@@ -237,8 +235,8 @@ class Call(msgspec.Struct, eq=False):
         self._attempts += 1
         recorder.close(error, prompt)
         # Who was cancelled tells nobody of it.
-        if isinstance(error, Exception) and self.ledger.synced is not None:
-            await self.ledger.synced()
+        if isinstance(error, Exception) and (synced := self.ledger.synced) is not None:
+            await synced()
         if recorder.source is not None:
             await aclose(recorder.source.batches)
 

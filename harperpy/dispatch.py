@@ -242,9 +242,11 @@ class Dispatch:
         given: Body | Incoming | None = request.body
         if verb == "connect":
             given = Incoming(entry.read) if request.websocket else None
-        work: Handler = partial(self._admit, entry, verb, permission)
+        work: Handler
         if entry.opens(permission, context):
             work = partial(self._verbs.call, entry, verb)
+        else:
+            work = partial(self._admit, entry, verb, permission)
         return await self._made(context.begin(work, target, given), found, context, early, given)
 
     async def _made(

@@ -172,8 +172,7 @@ class Routes:
                 return able
         # Once it has started no backend comes or changes any more, so neither does what is found.
         keeps = self._frozen and unlimited and isinstance(name, str)
-        kind: Kind = "embedding" if method == "embed" else "generative"
-        requires = needs_of(method, asked, opts)
+        kind, requires = _kind_of(method), needs_of(method, asked, opts)
         if not keeps:
             return _planned(self.candidates(kind, name, requires, permission), method, name)
         key = (method, name, *requires)
@@ -192,7 +191,7 @@ class Routes:
         self._found[key] = found
         method, name, *_ = key
         # Where all of them can do everything, it does not matter what is needed.
-        everyone = self.candidates("embedding" if method == "embed" else "generative", name, {})
+        everyone = self.candidates(_kind_of(method), name, {})
         if not any(missing(one.backend, all_needs(method)) for one in everyone):
             self._able[method][name] = found
 
@@ -276,6 +275,10 @@ class Routes:
             state=backend.state,
             about=backend.about,
         )
+
+
+def _kind_of(method: Method) -> Kind:
+    return "embedding" if method == "embed" else "generative"
 
 
 def blank_row(method: Method, name: str | None) -> ModelCall:

@@ -12,7 +12,6 @@ from .wording import reworded
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-_JSON = "application/json"
 _ANY = msgspec.json.Decoder()
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -35,7 +34,7 @@ class Reader(Generic[T]):
 
         Raises `InvalidBody` worded as OpenAI's clients know it.
         """
-        if data.content_type == _JSON or data.is_json:
+        if data.is_json:
             body = await data.bytes()
             try:
                 return self._strict.decode(body), {}

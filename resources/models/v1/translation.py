@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -66,7 +66,6 @@ _AS_THEY_ARE = (
     "store",
 )
 _COMMON = ChatRequest.__struct_fields__.index("tools")
-_values_of = msgspec.structs.astuple
 _NOTHING_RARE = (None,) * len(ChatRequest.__struct_fields__[_COMMON:])
 # Who says text, and parts of messages, and nothing else.
 _SPEAKERS: dict[type, Any] = {
@@ -79,17 +78,8 @@ _SPEAKERS: dict[type, Any] = {
 def to_prompt(request: ChatRequest) -> Prompt:
     """The messages and tools of a request. Raises `InvalidBody` for calls without their results."""
     messages = request.messages
-    if not (request.tools or request.functions):
-        told: list[Message] = []
-        for message in messages:
-            role = _SPEAKERS.get(message.__class__)
-            if role is None:
-                break
-            spoken: Any = message
-            told.append(Message(role=role, content=spoken.content, name=spoken.name))
-        else:
-            # Nothing but said, all of it: as `_message` of each.
-            return Prompt(messages=told)
+    if not (request.tools or request.functions) and (spoken := _spoken(messages)):
+        return Prompt(messages=spoken)
     _check_calls(messages)
     tools = [_tool(tool) for tool in request.tools or ()]
     tools += [_function(function) for function in request.functions or ()]
@@ -106,7 +96,7 @@ def to_opts(request: ChatRequest, extra: Mapping[str, Any]) -> GenerateOpts:
         temperature=request.temperature,
         top_p=request.top_p,
         max_tokens=request.max_completion_tokens or request.max_tokens,
-        stop=None if request.stop is None else _listed(request.stop),
+        stop=[request.stop] if isinstance(request.stop, str) else request.stop,
         seed=request.seed,
     )
     if request.stream_options and not request.stream:
@@ -114,15 +104,11 @@ def to_opts(request: ChatRequest, extra: Mapping[str, Any]) -> GenerateOpts:
         raise InvalidBody(message, param="stream_options")
     if request.user is not None:
         opts.provider_options["user"] = request.user
-    if _values_of(request)[_COMMON:] != _NOTHING_RARE:
+    if msgspec.structs.astuple(request)[_COMMON:] != _NOTHING_RARE:
         _add_rare(opts, request)
     if extra:
         opts.provider_options = {**extra, **opts.provider_options}
     return opts
-
-
-def _listed(stop: str | list[str]) -> list[str]:
-    return [stop] if isinstance(stop, str) else stop
 
 
 def _add_rare(opts: GenerateOpts, request: ChatRequest) -> None:
@@ -139,6 +125,17 @@ def _add_rare(opts: GenerateOpts, request: ChatRequest) -> None:
         opts.prediction = msgspec.to_builtins(request.prediction)
     if request.tools or request.functions or request.tool_choice or request.function_call:
         _choose(opts, request)
+
+
+def _spoken(messages: Sequence[Any]) -> list[Message]:
+    """As `_message` of each, where all of them are nothing but said; none otherwise."""
+    told: list[Message] = []
+    for message in messages:
+        role = _SPEAKERS.get(message.__class__)
+        if role is None:
+            return []
+        told.append(Message(role=role, content=message.content or "", name=message.name))
+    return told
 
 
 def _message(message: MessageIn) -> Message:
