@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,55 +20,39 @@ T = TypeVar("T")
 _ANY = msgspec.json.Decoder()
 _JSON = ("", "application/json")
 _MULTIPART = "multipart/form-data"
+_NO_DECODERS: Mapping[str, Callable[[bytes], Any]] = MappingProxyType({})
 
 
-class Body:
+class Body(msgspec.Struct, eq=False):
     """A request's body, read when a handler asks for it, and once.
 
     `await body` decodes by Content-Type, `multipart/form-data` into its `parts()`; `decode(T)`
     reads JSON into the type you name. The limit counts what a compressed body becomes.
     """
 
-    __slots__ = (
-        "_bytes",
-        "_chunks",
-        "_decoders",
-        "_length",
-        "_limit",
-        "_told",
-        "arriving",
-        "content_type",
-    )
+    whole: builtins.bytes | None = b""
+    """All of it, once it is here: before, `await body.bytes()`."""
+    content_type: str = ""
+    """Its type, without parameters and in small letters; empty if none is said."""
+    _told: str = ""
+    _chunks: AsyncIterable[builtins.bytes] | None = None
+    _limit: int = 0
+    _length: int | None = None
+    _decoders: Mapping[str, Callable[[builtins.bytes], Any]] = _NO_DECODERS
+    arriving: bool = False
+    """Whether it is being read and has not ended."""
 
-    def __init__(  # noqa: PLR0917  # all that is known of it
-        self,
-        chunks: AsyncIterable[bytes] | None = None,
-        content_type: str = "",
-        whole: builtins.bytes = b"",
-        limit: int = 10_000_000,
-        length: int | None = None,
-        decoders: Mapping[str, Callable[[builtins.bytes], Any]] | None = None,
-    ) -> None:
-        self._chunks = chunks
-        self._decoders = decoders or {}
-        self._told = content_type
-        self._length = length
-        self._limit = limit
-        self.arriving = False
-        """Whether it is being read and has not ended."""
-        self._bytes: bytes | None = whole if chunks is None else None
-        if content_type not in _JSON:
-            content_type = content_type.partition(";")[0].strip().lower()
-        self.content_type = content_type
+    # What it holds is no log's business.
+    __repr__ = object.__repr__
 
     def __await__(self) -> Generator[Any, None, Any]:
         return self._decoded().__await__()
 
     async def bytes(self) -> bytes:
         """The whole body. Raises `PayloadTooLarge` above the server's limit."""
-        if self._bytes is None:
-            self._bytes = b"".join([chunk async for chunk in self.stream()])
-        return self._bytes
+        if self.whole is None:
+            self.whole = b"".join([chunk async for chunk in self.stream()])
+        return self.whole
 
     async def stream(self) -> AsyncIterator[builtins.bytes]:
         """The body as it arrives, never more than the server's limit of it."""
@@ -75,7 +60,7 @@ class Body:
             raise PayloadTooLarge(self._limit)
         chunks, self._chunks = self._chunks, None
         if chunks is None:
-            yield self._bytes or b""
+            yield self.whole or b""
             return
         taken = 0
         self.arriving = True
@@ -137,6 +122,22 @@ class Body:
         looks_so = data.lstrip()[:1] in (b"{", b"[", b'"')
         is_json = self.is_json if self.content_type else looks_so
         return decode_json(data, _ANY) if is_json else data
+
+
+def body_of(
+    told: str,
+    limit: int,
+    decoders: Mapping[str, Callable[[bytes], Any]],
+    chunks: AsyncIterable[bytes] | None = None,
+    length: int | None = None,
+) -> Body:
+    """A body of the type that was told, empty, or in chunks that are to come.
+
+    `limit` is how many bytes it may have, `length` how many it is said to have.
+    """
+    named = told if told in _JSON else told.partition(";")[0].strip().lower()
+    whole = b"" if chunks is None else None
+    return Body(whole, named, told, chunks, limit, length, decoders)
 
 
 def _read(data: bytes, decoder: Callable[[bytes], Any], content_type: str) -> Any:

@@ -13,7 +13,6 @@ from .auth import User
 from .backend import is_awaitable, settled
 from .background import Background
 from .errors import HarperError
-from .names import ACCEPT
 from .negotiation import ContentTypes
 from .patterns import has_parameters
 from .preconditions import check_version
@@ -47,8 +46,6 @@ class Context(Caller):
     """All models: `await models.generate("...")`."""
     status: int | None
     """The status of a plain answer or a stream, until the head is sent; 200 or 204 if None."""
-    response_headers: CIMultiDict[str]
-    """Headers of the answer, until the head is sent."""
     accept: str | None
     """What the client takes: its `Accept`, or the type that the path's extension says."""
     types: ContentTypes
@@ -74,9 +71,9 @@ class Context(Caller):
         "etag",
         "last_modified",
         "models",
+        "own_headers",
         "rejection",
         "request",
-        "response_headers",
         "started",
         "status",
         "stopping",
@@ -99,13 +96,14 @@ class Context(Caller):
         self.started = time.perf_counter()
         self.request = request
         self.models = models
-        self.response_headers = CIMultiDict()
+        # Most answers say no more than their type.
+        self.own_headers: CIMultiDict[str] | None = None
         self.status = None
         self.etag = None
         self.last_modified = None
         self.rejection = None
         self.stopping = AbortSignal() if stopping is None else stopping
-        self.accept = request.headers.get(ACCEPT)
+        self.accept = None
         self.types = types or ContentTypes()
         self._begin = begin
         self._background = background
@@ -118,6 +116,13 @@ class Context(Caller):
         if self._signal is None:
             self._signal = AbortSignal()
         return self._signal
+
+    @property
+    def response_headers(self) -> CIMultiDict[str]:
+        """Headers of the answer, until the head is sent."""
+        if self.own_headers is None:
+            self.own_headers = CIMultiDict()
+        return self.own_headers
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -212,7 +217,7 @@ class Context(Caller):
             types=self.types,
             background=self._background,
         )
-        own.app = self.app
+        own.app, own.accept = self.app, self.accept
         return self._background.start(work, own, own.abort, name)
 
     def transaction(self) -> Transaction:

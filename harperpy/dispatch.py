@@ -47,7 +47,7 @@ from .rendering import (
     stamp,
     upgraded,
 )
-from .request import Request
+from .request import Request, own_target
 from .resource import Resource
 from .sse import encode_json
 from .throttle import SAFE, Throttle
@@ -120,7 +120,7 @@ class Dispatch:
         course: Course | None = context.request.shown.course
         if course is None or not self._admits(course, context):
             return self.answer(context, early)
-        found = course.entry, course.target()
+        found = course.entry, own_target(course.target)
         value = context.begin(course.work, found[1], context.request.body)
         if not isinstance(value, CoroutineType):
             try:

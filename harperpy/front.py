@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable
 from math import inf
 from typing import Any, cast
 
 from msgspec.structs import replace
 
-from .content import Body
+from .content import body_of
 from .context import Context
 from .delivery import BODILESS, Delivery
 from .fronts import Fronts
@@ -184,6 +184,8 @@ class Front(asyncio.Protocol):
             request = head.request
             request.id = client_id(request.headers)
             request.peer, request.trusted, request.brief = self._peer, port.trusted, fronts.brief
+            told, decoders = request.headers.get(CONTENT_TYPE, ""), port.dispatch.types.decoders
+            head.body = body_of(told, port.http.max_body_size, decoders)
         if head is None or head.length > fronts.most_body:
             return None
         fronts.fresh.discard(self)
@@ -198,16 +200,13 @@ class Front(asyncio.Protocol):
             self._head = None
         like = head.request
         name = like.id or fronts.port.next_id()
-        request = replace(like, id=name)
         if head.length:
-            request.body = self._body(like.headers, data[len(head.told) : head.whole])
+            body = replace(head.body, whole=data[len(head.told) : head.whole])
+            request = replace(like, id=name, body=body)
+        else:
+            request = replace(like, id=name)
         answer = self._answer(request, head.length)
         self._task = asyncio.Task(answer, loop=fronts.loop, name=name)
-
-    def _body(self, headers: Mapping[str, str], data: bytes) -> Body:
-        port = self._fronts.port
-        told, decoders = headers.get(CONTENT_TYPE, ""), port.dispatch.types.decoders
-        return Body(None, told, data, port.http.max_body_size, None, decoders)
 
     # --- what goes out
 
@@ -264,13 +263,13 @@ class Front(asyncio.Protocol):
 
     def _whole(self, reply: Reply, body: bytes) -> int:
         """Send an answer that has all its bytes; how many there are in its body."""
-        size = len(body)
+        size, lines = len(body), reply.lines
         length = f"Content-Length: {size}\r\n"
         if reply.status in BODILESS:
             body, length, size = b"", "", 0
-        if reply.lines:
+        if lines:
             end = "Connection: close\r\n" if self._closing else ""
-            head = f"{reply.lines}{length}{end}{self._fronts.stamp()}".encode()
+            head = f"{lines}{length}{end}{self._fronts.stamp()}".encode()
         else:
             headers = reply.headers
             if CONTENT_LENGTH in headers:

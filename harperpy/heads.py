@@ -6,6 +6,7 @@ import httptools
 from msgspec.structs import replace
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from .content import Body
 from .request import Request
 
 _END = b"\r\n\r\n"
@@ -21,13 +22,15 @@ class Head:
     """A request's first lines: HTTP/1.1, on a connection that stays, a body of known length if any.
 
     `told` is the head itself; `length` are the bytes of its body, `whole` of both. Each `request`
-    that has it is one like this, but for its id and its body.
+    that has it is like this one, but for its id and its body; and that like `body`, but for its
+    bytes.
     """
 
-    __slots__ = ("_at", "length", "request", "told", "whole")
+    __slots__ = ("_at", "body", "length", "request", "told", "whole")
 
-    def __init__(self, request: Request, told: bytes, at: int) -> None:
+    def __init__(self, request: Request, told: bytes, at: int, body: Body) -> None:
         self.request = request
+        self.body = body
         self.told = told
         self.length = int(request.headers.get("content-length", "0"))
         self.whole = len(told) + self.length
@@ -50,7 +53,7 @@ class Head:
         headers = CIMultiDict(self.request.headers)
         headers["Content-Length"] = told.decode()
         request = replace(self.request, headers=CIMultiDictProxy(headers))
-        return Head(request, data[: end + len(after)], begin)
+        return Head(request, data[: end + len(after)], begin, self.body)
 
 
 def read_head(data: bytes, most: int) -> Head | None:
@@ -78,7 +81,7 @@ def read_head(data: bytes, most: int) -> Head | None:
         return None
     path, _, query = target.partition("?")
     request = Request(method, path, CIMultiDictProxy(headers), query)
-    return Head(request, data, _place_of(headers.get("content-length"), data))
+    return Head(request, data, _place_of(headers.get("content-length"), data), request.body)
 
 
 def _place_of(length: str | None, data: bytes) -> int:

@@ -10,7 +10,7 @@ from multidict import CIMultiDict
 
 from .caching import PRIVATE
 from .context import Context
-from .names import CONTENT_TYPE, REQUEST_ID
+from .names import CONTENT_TYPE
 from .rendering import Reply
 
 _FIRST_LINES = {
@@ -21,7 +21,7 @@ _FOR_ONE = f"Cache-Control: {PRIVATE}\r\nVary: Authorization\r\n"
 _OTHERS = frozenset(
     {
         *("cache-control", "connection", "content-encoding", "content-length", "content-type"),
-        *("date", "server", "transfer-encoding", "vary"),
+        *("date", "server", "transfer-encoding", "vary", "x-request-id"),
     }
 )
 
@@ -47,14 +47,15 @@ def tell(reply: Reply, own: Mapping[str, str], context: Context) -> bool:
     False where there is more to look at: then it has `headers`, and nothing is told yet. Raises
     `ValueError` as `told_lines`.
     """
-    media = reply.lines
-    more = {**own, REQUEST_ID: context.request.id, **context.call_headers}
+    media, asked = reply.lines, context.request.id
+    more = {**own, **context.call_headers} if context.call_headers else own
     versioned = context.etag is not None or context.last_modified is not None
-    if context.user is None or versioned or not _are_plain(tuple(more)):
+    told = context.user is not None and not versioned and asked.isprintable()
+    if not told or not _are_plain(tuple(more)):
         reply.headers, reply.lines = CIMultiDict({CONTENT_TYPE: media}), ""
         return False
-    first = first_line(reply.status)
-    reply.lines = f"{first}Content-Type: {media}\r\n{told_lines(more)}\r\n{_FOR_ONE}"
+    first, lines = first_line(reply.status), f"{told_lines(more)}\r\n" if more else ""
+    reply.lines = f"{first}Content-Type: {media}\r\n{lines}x-request-id: {asked}\r\n{_FOR_ONE}"
     return True
 
 

@@ -66,7 +66,7 @@ class Port:
 
     def next_id(self) -> str:
         """An id of ours."""
-        return f"{self._prefix}{next(self._count):06x}"
+        return f"{self._prefix}{next(self._count)}"
 
     def streamed(self, context: Context, delivery: Delivery, received: int) -> None:
         """Count a streamed answer that has come to its end."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TypeAlias
 
 import msgspec
@@ -11,10 +10,11 @@ from .context import Context
 from .contracts import Handler
 from .doors import caller_address
 from .errors import AccessViolation, ClientError, MethodNotAllowed, NotImplementedYet
+from .names import ACCEPT
 from .negotiation import EVENTS, ContentTypes
 from .permission import Verb
 from .registry import Entry, Resources
-from .request import RequestTarget
+from .request import RequestTarget, own_target
 from .resource import METHOD_VERBS, ProtocolName
 from .verbs import Verbs
 
@@ -35,21 +35,13 @@ class Course(msgspec.Struct, eq=False):
     permission: Verb
     accept: str | None
     address: str
-    pathname: str
-    search: str
-    params: Mapping[str, str]
-
-    def target(self) -> RequestTarget:
-        """The target of one request."""
-        if self.params:
-            # They are the request's own, whatever its handler does to them.
-            return RequestTarget(self.pathname, self.search, {**self.params})
-        return RequestTarget(self.pathname, self.search)
+    target: RequestTarget
 
 
 def find(resources: Resources, types: ContentTypes, context: Context) -> Found | None:
-    """The resource that answers, and the type that an extension of the path asks for."""
+    """The resource that answers; the context's `accept` is what an extension of the path says."""
     request = context.request
+    context.accept = request.headers.get(ACCEPT)
     path, search = request.path, request.query
     protocol = _protocol(context) if resources.selective else "rest"
     found = resources.match(path, search, protocol)
@@ -78,9 +70,7 @@ def course_of(found: Found, verbs: Verbs, context: Context) -> Course | None:
         permission,
         context.accept,
         caller_address(context),
-        target.pathname,
-        target.search,
-        {**target.params},
+        own_target(target),
     )
 
 

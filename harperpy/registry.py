@@ -21,7 +21,7 @@ from .incoming import Incoming, Read, reader_of
 from .outgoing import awaited
 from .patterns import Pattern, decoded_segment, has_parameters
 from .permission import Verb
-from .request import RequestTarget
+from .request import RequestTarget, target_of
 from .resource import (
     METHOD_VERBS,
     PERMISSIONS,
@@ -211,7 +211,7 @@ class Resources:
         path = path.removeprefix("/")
         entry = self._entries.get(path)
         if entry and protocol in entry.protocols:
-            return entry, RequestTarget("", search)
+            return entry, target_of("", search)
         segments = path.split("/")
         for count in range(len(segments), -1, -1):
             if not count and (found := self._match_pattern(segments, search, protocol)):
@@ -220,7 +220,7 @@ class Resources:
             entry = self._entries.get(name)
             pathname = _below(segments, count)
             if entry and entry.takes(pathname, protocol):
-                return entry, RequestTarget(pathname, search)
+                return entry, target_of(pathname, search)
         return None
 
     def _match_pattern(
@@ -231,7 +231,7 @@ class Resources:
                 values, count = found
                 pathname = _below(segments, count)
                 if entry.takes(pathname, protocol):
-                    return entry, RequestTarget(pathname, search, values)
+                    return entry, target_of(pathname, search, values)
         return None
 
     def _place(self, entry: Entry) -> tuple[dict[str, Entry], str]:

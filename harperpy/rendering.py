@@ -191,7 +191,7 @@ def _render_response(response: Response, context: Context) -> Reply | Flow:
     if context.request.brief and isinstance(body, bytes) and len(own) == 1:
         # It says its type alone.
         media = own.get(CONTENT_TYPE)
-        told = response.data is not msgspec.UNSET or context.response_headers
+        told = response.data is not msgspec.UNSET or context.own_headers
         if media and not told and type(media) is str and media.isprintable():
             return Reply(response.status, _NO_HEADERS, body, lines=media)
     headers = merged(context, own)
@@ -243,9 +243,9 @@ def merged(context: Context, own: dict[str, str] | None = None) -> CIMultiDict[s
     Raises `ServerError` for a value that cannot be sent.
     """
     headers = CIMultiDict(own or {})
-    if context.response_headers:
+    if context.own_headers:
         taken = frozenset(map(str.lower, headers)) - {"set-cookie"}
-        for name, value in context.response_headers.items():
+        for name, value in context.own_headers.items():
             if name.lower() not in taken:
                 headers.add(name, value)
         checked(headers, context)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Generic
+from typing import Any, Generic, cast
 from urllib.parse import parse_qsl, unquote
 
 import msgspec
+from msgspec.structs import replace
 from typing_extensions import TypeVar  # its own knows no default before Python 3.13
 
 from .content import Body
@@ -39,7 +40,7 @@ class Request(msgspec.Struct, eq=False):
     """Looked up in any case."""
     query: str = ""
     """What comes after `?`, undecoded."""
-    body: Body = Body()
+    body: Body = msgspec.field(default_factory=Body)
     """To be awaited."""
     id: str = ""
     """The client's `x-request-id` if it is one, else the server's."""
@@ -58,42 +59,28 @@ class Request(msgspec.Struct, eq=False):
     __repr__ = object.__repr__
 
 
-class RequestTarget(Generic[Query]):
+class RequestTarget(msgspec.Struct, Generic[Query], eq=False):
     """Where a request points inside the resource that answers it.
 
     Where nothing is left of the path, a parameter of the mount called `id` is the `id`.
     """
 
-    pathname: str
+    pathname: str = ""
     """What is left of the path: `""`, `"/"`, `"/123"`."""
-    id: str | None
+    id: str | None = None
     """The same decoded, without slashes around it; None if nothing is left."""
-    is_collection: bool
+    is_collection: bool = False
     """Whether the path ends in a slash, or has a query and no id."""
-    params: Mapping[str, str]
+    params: Mapping[str, str] = _NO_PARAMS
     """The decoded values of a mount such as `users/:id` or `files/*path`."""
-    search: str
+    search: str = ""
     """What comes after `?`, undecoded."""
-
-    __slots__ = ("_pairs", "id", "is_collection", "params", "pathname", "query", "search")
-
-    query: Query
+    query: Query = cast("Query", None)
     """The same decoded, where the verb takes a `RequestTarget[Search]`: a `Search`."""
+    _pairs: list[tuple[str, str]] | None = None
 
-    def __init__(
-        self, pathname: str = "", search: str = "", params: Mapping[str, str] = _NO_PARAMS
-    ) -> None:
-        self.pathname = pathname
-        self.search = search
-        self.params = params
-        self.id = params.get("id") if params else None
-        self.is_collection = False
-        if pathname:
-            self.id = unquote(pathname.strip("/")) or self.id
-            self.is_collection = pathname.endswith("/")
-        if search and not self.id:
-            self.is_collection = True
-        self._pairs: list[tuple[str, str]] | None = None
+    # What somebody asks for is no log's business.
+    __repr__ = object.__repr__
 
     def get(self, name: str, default: str | None = None) -> str | None:
         """The first query value of that name."""
@@ -109,3 +96,15 @@ class RequestTarget(Generic[Query]):
         if self._pairs is None:
             self._pairs = parse_qsl(self.search, keep_blank_values=True)
         return self._pairs
+
+
+def target_of(pathname: str, search: str, params: Mapping[str, str] = _NO_PARAMS) -> RequestTarget:
+    """The target for what is left of a path, a query, and the values of a mount's parameters."""
+    named = unquote(pathname.strip("/")) or params.get("id")
+    collects = pathname.endswith("/") or bool(search and not named)
+    return RequestTarget(pathname, named, collects, params, search)
+
+
+def own_target(like: RequestTarget) -> RequestTarget:
+    """One like it for another request: a handler may do with it what it wants."""
+    return replace(like, params={**like.params}) if like.params else replace(like)

@@ -11,7 +11,7 @@ from aiohttp.web_request import BaseRequest
 from aiohttp.web_response import Response, StreamResponse
 
 from .connections import ConnectedRequest, Connections
-from .content import Body
+from .content import Body, body_of
 from .context import Context
 from .delivery import BODILESS, Delivery
 from .errors import BodyTimeout, ClientError
@@ -109,12 +109,12 @@ class Wire:
             return Body()
         chunks = self._chunks(raw)
         encoding = ", ".join(raw.headers.getall("content-encoding", ())).strip().lower()
-        return Body(
+        return body_of(
+            raw.headers.get("content-type", ""),
+            self._max_body,
+            self._dispatch.types.decoders,
             chunks if encoding in ("", "identity") else inflated(chunks, encoding),
-            content_type=raw.headers.get("content-type", ""),
-            length=raw.content_length,
-            limit=self._max_body,
-            decoders=self._dispatch.types.decoders,
+            raw.content_length,
         )
 
     async def _chunks(self, raw: BaseRequest) -> AsyncIterator[bytes]:

@@ -35,9 +35,8 @@ class Reader(Generic[T]):
         Raises `InvalidBody` worded as OpenAI's clients know it.
         """
         if data.is_json:
-            body = await data.bytes()
             try:
-                return self._strict.decode(body), {}
+                return self._strict.decode(data.whole or await data.bytes()), {}
             except _UNREADABLE:
                 pass  # It holds something else, or what is wrong with it is told below.
         try:
