@@ -21,44 +21,28 @@ Method: TypeAlias = Literal["embed", "generate", "generateStream"]
 _LONGEST_TEXT = 256
 
 
-class Caller:
+class Caller(msgspec.Struct, eq=False, kw_only=True):
     """On whose behalf models are called.
 
     `asking` counts the model calls that are waited for, `writing` says that the caller holds the
     database's write lock: never both, so that no other writer ever waits for a model.
     """
 
-    user: User | None
+    user: User | None = None
     """Who was recognised; None for anonymous callers."""
-    app: str | None
+    app: str | None = None
     """The path of the resource that calls, without a leading slash."""
-    source: str
+    source: str = "rest"
     """The way by which it came: `rest`, `ops`, or `system` for the server itself."""
-    request_id: str | None
-    """As in `x-request-id`, the rows and the log."""
-    call_headers: dict[str, str]
+    call_headers: dict[str, str] = {}
     """What an answer's head says of the model calls made for it."""
+    writing: bool = False
+    asking: int = 0
 
-    __slots__ = (
-        "app",
-        "asking",
-        "call_headers",
-        "request_id",
-        "source",
-        "user",
-        "writing",
-    )
-
-    def __init__(
-        self, user: User | None = None, request_id: str | None = None, source: str = "system"
-    ) -> None:
-        self.user = user
-        self.app = None
-        self.request_id = request_id
-        self.source = source
-        self.call_headers = {}
-        self.writing = False
-        self.asking = 0
+    @property
+    def request_id(self) -> str | None:
+        """As in `x-request-id`, the rows and the log; None where nobody has asked."""
+        return None
 
     @property
     def signal(self) -> AbortSignal | None:

@@ -57,7 +57,7 @@ class Deed:
 
     def __init__(self, table: sa.Table | str, subject: str | None = None) -> None:
         self._table = table if isinstance(table, str) else table.name
-        self._by = _by(current_caller.get() or Caller(user=None))
+        self._by = _by(current_caller.get() or Caller(source="system"))
         if self._by["source"] == _SYSTEM:
             subject = _SYSTEM
         self._by["user_name"] = self._by["user_name"] or subject

@@ -6,10 +6,10 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qs, quote
 
+import msgspec
 from multidict import CIMultiDict
 
 from .accounting import Caller, current_caller
-from .auth import User
 from .backend import is_awaitable, settled
 from .background import Background
 from .errors import HarperError
@@ -32,7 +32,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-class Context(Caller):
+class Context(Caller, eq=False):
     """One request's context: who asks, from where, and what the answer's head will carry.
 
     `signal` fires when the client leaves before the answer is complete, never when it is; its
@@ -44,71 +44,37 @@ class Context(Caller):
     """What arrived."""
     models: Models
     """All models: `await models.generate("...")`."""
-    status: int | None
-    """The status of a plain answer or a stream, until the head is sent; 200 or 204 if None."""
-    accept: str | None
-    """What the client takes: its `Accept`, or the type that the path's extension says."""
-    types: ContentTypes
-    """The media types that are known here."""
-    etag: str | None
-    """The version of what is read: a GET whose `If-None-Match` names it is answered 304."""
-    last_modified: float | None
-    """When what is read was changed last, in seconds since 1970."""
-    stopping: AbortSignal
+    stopping: AbortSignal = msgspec.field(default_factory=AbortSignal)
     """Fires as the server begins to stop: streams without end are to end then."""
-    started: float
+    types: ContentTypes = msgspec.field(default_factory=ContentTypes)
+    """The media types that are known here."""
+    _begin: Callable[[Caller], Transaction] | None = None
+    _background: Background | None = None
+    status: int | None = None
+    """The status of a plain answer or a stream, until the head is sent; 200 or 204 if None."""
+    accept: str | None = None
+    """What the client takes: its `Accept`, or the type that the path's extension says."""
+    etag: str | None = None
+    """The version of what is read: a GET whose `If-None-Match` names it is answered 304."""
+    last_modified: float | None = None
+    """When what is read was changed last, in seconds since 1970."""
+    started: float = msgspec.field(default_factory=time.perf_counter)
     """When the request began, by `time.perf_counter()`."""
-    rejection: HarperError | None
+    rejection: HarperError | None = None
     """The refused credential, where the class says `settles_credentials`."""
+    # Most answers say no more than their type.
+    own_headers: CIMultiDict[str] | None = None
+    _signal: AbortSignal | None = None
+    _handled: bool = False
+    _transaction: Transaction | None = None
 
-    __slots__ = (
-        "_background",
-        "_begin",
-        "_handled",
-        "_signal",
-        "_transaction",
-        "accept",
-        "etag",
-        "last_modified",
-        "models",
-        "own_headers",
-        "rejection",
-        "request",
-        "started",
-        "status",
-        "stopping",
-        "types",
-    )
+    # What it holds is no log's business.
+    __repr__ = object.__repr__
 
-    def __init__(  # noqa: PLR0917  # all that its port gives it
-        self,
-        request: Request,
-        models: Models,
-        user: User | None = None,
-        stopping: AbortSignal | None = None,
-        begin: Callable[[Caller], Transaction] | None = None,
-        source: str = "rest",
-        types: ContentTypes | None = None,
-        background: Background | None = None,
-    ) -> None:
-        Caller.__init__(self, user, request.id, source)
-        self._signal: AbortSignal | None = None
-        self.started = time.perf_counter()
-        self.request = request
-        self.models = models
-        # Most answers say no more than their type.
-        self.own_headers: CIMultiDict[str] | None = None
-        self.status = None
-        self.etag = None
-        self.last_modified = None
-        self.rejection = None
-        self.stopping = AbortSignal() if stopping is None else stopping
-        self.accept = None
-        self.types = types or ContentTypes()
-        self._begin = begin
-        self._background = background
-        self._handled = False
-        self._transaction: Transaction | None = None
+    @property
+    def request_id(self) -> str:
+        """As in `x-request-id`, the rows and the log."""
+        return self.request.id
 
     @property
     def signal(self) -> AbortSignal:
@@ -210,14 +176,15 @@ class Context(Caller):
         own = Context(
             self.request,
             self.models,
-            self.user,
-            stopping=self.stopping,
-            begin=self._begin,
+            self.stopping,
+            self.types,
+            self._begin,
+            self._background,
             source=self.source,
-            types=self.types,
-            background=self._background,
+            user=self.user,
+            app=self.app,
+            accept=self.accept,
         )
-        own.app, own.accept = self.app, self.accept
         return self._background.start(work, own, own.abort, name)
 
     def transaction(self) -> Transaction:

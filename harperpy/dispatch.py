@@ -105,12 +105,11 @@ class Dispatch:
         context = Context(
             request,
             self._models,
-            None,
             self._health.stopping,
-            self._begin,
-            self._source,
             self.types,
+            self._begin,
             self._background,
+            source=self._source,
         )
         current_caller.set(context)
         return context

@@ -79,7 +79,7 @@ class Models:
 
     def list(self) -> list[ModelInfo]:
         """The names that the running request's user may use; all, where there is none."""
-        return self._routes.listing(_permission(current_caller.get() or Caller()))
+        return self._routes.listing(_permission(current_caller.get() or Caller(source="system")))
 
     async def embed(
         self, given: EmbedInput, *, opts: EmbedOpts | None = None, **options: Any
@@ -183,7 +183,7 @@ class Models:
         return self._call(method, prompt, _one_of(opts, index))
 
     def _call(self, method: Method, asked: Any, opts: Any) -> Call:
-        caller = current_caller.get() or Caller()
+        caller = current_caller.get() or Caller(source="system")
         signal = caller.signal
         if signal is None or opts.signal is not None:
             signal = AbortSignal.any_of(signal, opts.signal)

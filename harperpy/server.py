@@ -179,11 +179,12 @@ class Server:
         context = Context(
             request,
             self.core.models,
-            user or await self.local_user(),
-            begin=begin,
+            self.core.health.stopping,
+            self.core.content_types,
+            begin,
+            self._background,
             source="ops",
-            types=self.core.content_types,
-            background=self._background,
+            user=user or await self.local_user(),
         )
         before = current_caller.set(context)
         try:

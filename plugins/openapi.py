@@ -120,7 +120,7 @@ def _as_if(method: str, entry: Entry, context: Context) -> Context:
         peer=asked.peer,
         trusted=asked.trusted,
     )
-    imagined = Context(request, context.models, context.user, types=context.types)
+    imagined = Context(request, context.models, user=context.user, types=context.types)
     imagined.app = entry.path
     return imagined
 
