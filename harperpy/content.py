@@ -199,7 +199,7 @@ class Response:
         body: str | bytes | AsyncIterable[str | bytes] | Iterable[str | bytes] | None = None,
     ) -> None:
         self.status = status
-        self.headers: dict[str, str] = dict(headers) if headers else {}
+        self.headers: dict[str, str] = {**headers} if headers else {}
         self.data = data
         self.body = body
 

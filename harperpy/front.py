@@ -212,13 +212,14 @@ class Front(asyncio.Protocol):
 
     async def _answer(self, request: Request, received: int) -> None:
         port = self._fronts.port
-        context = self._context = port.dispatch.open(request)
+        dispatch = port.dispatch
+        context = self._context = dispatch.open(request)
         try:
-            reply = port.dispatch.serve(context, self._early)
+            reply = dispatch.serve(context, self._early)
             if not isinstance(reply, Reply):
                 reply = await reply
             if isinstance(reply.body, bytes) and not reply.committed:
-                if port.http.compression_threshold:
+                if port.packs:
                     await port.pack(reply, context)
                 sent = self._whole(reply, reply.body)
                 port.answered(context, reply.status, sent, received)
@@ -241,19 +242,18 @@ class Front(asyncio.Protocol):
 
     def _after(self) -> None:
         """Go on to what has arrived meanwhile, or wait for it."""
-        if self.transport.is_closing():
-            return
+        fronts = self._fronts
         if self._closing:
-            self._fronts.outbox.flush()
+            fronts.outbox.flush()
             self.transport.close()
         elif self._drained is not None:
             # Answers that wait for their reader are not to become more: see `resume_writing`.
             return
-        elif self._buffer:
+        elif not self._buffer:
+            self.since = fronts.loop.time()
+        elif not self.transport.is_closing():
             # What one request has set in its context is not the next one's.
-            self._fronts.loop.call_soon(self._go_on, context=self._fronts.context)
-        else:
-            self.since = self._fronts.loop.time()
+            fronts.loop.call_soon(self._go_on, context=fronts.context)
 
     def _early(self, reply: Reply) -> None:
         """Send a stream's head, as its first item is late."""

@@ -52,7 +52,7 @@ class Fronts:
         self.loop = asyncio.get_running_loop()
         self.context = copy_context()
         http = port.http
-        self.brief = port.dispatch.brief and not http.compression_threshold
+        self.brief = port.dispatch.brief and not port.packs
         self.most_head = http.max_header_size
         self.most_body = min(http.max_body_size, _MOST_BODY_BYTES)
         self._empty: asyncio.Event | None = None

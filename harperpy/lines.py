@@ -49,9 +49,13 @@ def tell(reply: Reply, own: Mapping[str, str], context: Context) -> bool:
     """
     media, asked = reply.lines, context.request.id
     more = {**own, **context.call_headers} if context.call_headers else own
-    versioned = context.etag is not None or context.last_modified is not None
-    told = context.user is not None and not versioned and asked.isprintable()
-    if not told or not _are_plain(tuple(more)):
+    if (
+        context.user is None
+        or context.etag is not None
+        or context.last_modified is not None
+        or not asked.isprintable()
+        or not _are_plain(tuple(more))
+    ):
         reply.headers, reply.lines = CIMultiDict({CONTENT_TYPE: media}), ""
         return False
     first, lines = first_line(reply.status), f"{told_lines(more)}\r\n" if more else ""

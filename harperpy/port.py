@@ -51,6 +51,8 @@ class Port:
     ) -> None:
         self.dispatch = dispatch
         self.http = http
+        self.packs = http.compression_threshold > 0
+        """Whether large answers are made smaller."""
         self.trusted = trusted
         self.meter = meter
         self.answered: Callable[[Context, int, int, int], None] = (
@@ -83,7 +85,7 @@ class Port:
     async def pack(self, reply: Reply, context: Context) -> None:
         """Make a whole answer smaller where that is wanted, and its client takes it."""
         threshold, headers, body = self.http.compression_threshold, reply.headers, reply.body
-        if not threshold or not isinstance(body, bytes) or len(body) <= threshold:
+        if not self.packs or not isinstance(body, bytes) or len(body) <= threshold:
             return
         if "Content-Encoding" in headers or headers.get(CONTENT_TYPE) == EVENTS:
             return
