@@ -17,18 +17,14 @@ SHUTDOWN = "server_shutdown"
 REVOKED = "access_revoked"
 
 
-class AbortSignal:
+class AbortSignal(msgspec.Struct, eq=False, weakref=True):
     """Fires once. `aborted` and `reason` say whether and why; many may wait for it."""
 
+    reason: str | None = None
+    _callbacks: dict[object, Callable[[], object]] = {}
+    _dependents: WeakSet[AbortSignal] | None = None
     # What it depends on is held by it, and never looked at.
-    _sources: tuple[AbortSignal, ...]
-
-    __slots__ = ("__weakref__", "_callbacks", "_dependents", "_sources", "reason")
-
-    def __init__(self) -> None:
-        self.reason: str | None = None
-        self._callbacks: dict[object, Callable[[], object]] = {}
-        self._dependents: WeakSet[AbortSignal] | None = None
+    _sources: tuple[AbortSignal, ...] = ()
 
     @property
     def aborted(self) -> bool:
