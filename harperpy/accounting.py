@@ -12,7 +12,7 @@ import msgspec
 
 from .auth import User, extract_tenant_id
 from .errors import HarperError
-from .signal import AbortSignal
+from .signal import AbortSignal, void
 
 logger = logging.getLogger("harperpy.accounting")
 
@@ -182,6 +182,11 @@ class Ledger:
     """Puts cost and version of the price into a finished call."""
 
     def __init__(self, index: int = 0, of: int = 1) -> None:
+        self.begin: Callable[[ModelCall], None] = void
+        """Note that an attempt is made now. Raises `ServiceUnavailable` where that cannot be."""
+        self.synced: Callable[[], Awaitable[None]] | None = None
+        """What returns when all that was noted outlives a power cut; None if nothing is to."""
+        self._end: Callable[[ModelCall], None] = void
         self._flush: Callable[[], Awaitable[None]] | None = None
         self._subscribers: list[Subscriber] = []
         self._last_id = 0
@@ -194,11 +199,7 @@ class Ledger:
     def keep(self, keeper: Keeper, flush: Callable[[], Awaitable[None]]) -> None:
         """Have each call kept; `flush` brings all that is kept to where it is read, or raises."""
         self.keeper, self._flush = keeper, flush
-
-    @property
-    def synced(self) -> Callable[[], Awaitable[None]] | None:
-        """The keeper's."""
-        return None if self.keeper is None else self.keeper.synced
+        self.begin, self._end, self.synced = keeper.begin, keeper.end, keeper.synced
 
     async def flush(self) -> None:
         """Give each call that has ended its row, as far as the database takes them now."""
@@ -212,25 +213,13 @@ class Ledger:
         if self._flush is not None:
             await self._flush()
 
-    def begin(self, call: ModelCall, admission: Admission | None = None) -> None:
-        """Note that an attempt is made now. Raises `ServiceUnavailable` where that cannot be."""
-        if self.keeper is None:
-            return
-        try:
-            self.keeper.begin(call)
-        except BaseException:
-            if admission is not None:
-                admission.settle(call)
-            raise
-
     def record(self, call: ModelCall, admission: Admission | None = None) -> None:
         """Note how a call ended, settle it with who admitted it, and tell all subscribers."""
         if self.price is not None:
             self.price(call)
         if admission is not None:
             call.reserved_tokens = call.reserved_cost = None
-        if self.keeper is not None:
-            self.keeper.end(call)
+        self._end(call)
         if admission is not None:
             admission.settle(call)
         for subscriber in self._subscribers:

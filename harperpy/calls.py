@@ -105,13 +105,13 @@ class Call(msgspec.Struct, eq=False):
                         call_id=row.id,
                     )
                     admission = ledger.admission
-                    if admission is not None and not admission.concerns(row):
+                    if admission is None or not admission.concerns(row):
                         admission = None
-                    if admission is not None:
-                        await self._admit(admission, row, own)
-                    ledger.begin(row, admission)
+                        ledger.begin(row)
+                    else:
+                        await self._begin_admitted(admission, row, own)
                     recorder = Recorder(ledger, row, admission)
-                    caller.call_headers[CALL_ID] = str(row.id)
+                    caller.call_headers[CALL_ID] = f"{row.id}"
                     with guard:
                         if synced is not None:
                             await synced()
@@ -185,7 +185,9 @@ class Call(msgspec.Struct, eq=False):
         self, candidate: Candidate, opts: GenerateOpts, recorder: Recorder
     ) -> tuple[_Batch | None, AsyncIterator[_Batch], Recorder]:
         """A stream with its first chunks, if it has any."""
-        prompt = with_allowed_tools(self.asked, candidate, opts)
+        prompt = self.asked
+        if opts.allowed_tools is not None:
+            prompt = with_allowed_tools(prompt, candidate, opts)
         stream = cast("Streams", candidate.backend).generate_stream(prompt, opts)
         batches = batches_of(stream)
         recorder.source = Source(batches)
@@ -209,6 +211,15 @@ class Call(msgspec.Struct, eq=False):
             return 0.0 if falls_back(error) else None
         pause = _pause(error, at)
         return pause if pause < _LONGEST_WAIT else None
+
+    async def _begin_admitted(self, admission: Admission, row: ModelCall, opts: Opts) -> None:
+        """Note that an attempt is made, once it is admitted."""
+        await self._admit(admission, row, opts)
+        try:
+            self.ledger.begin(row)
+        except BaseException:
+            admission.settle(row)
+            raise
 
     async def _admit(self, admission: Admission, row: ModelCall, opts: Opts) -> None:
         """Bound how many tokens an attempt may have, where it is. Raises what refuses it."""
@@ -271,10 +282,9 @@ def _refuse() -> NoReturn:
 
 def with_allowed_tools(prompt: Prompt, candidate: Candidate, opts: GenerateOpts) -> Prompt:
     """The prompt with only the tools that may be called, for who cannot be told which may."""
-    allowed = opts.allowed_tools
-    if allowed is None or "allowed_tools" in candidate.backend.features:
+    if "allowed_tools" in candidate.backend.features:
         return prompt
-    opts.allowed_tools = None
+    allowed, opts.allowed_tools = opts.allowed_tools or (), None
     return replace(prompt, tools=[tool for tool in prompt.tools if tool.name in allowed])
 
 

@@ -204,7 +204,9 @@ def _permission(caller: Caller) -> Permission | None:
 def _asked(
     call: Call, candidate: Candidate, opts: GenerateOpts, _: Recorder
 ) -> Awaitable[GenerateResult]:
-    prompt, backend = with_allowed_tools(call.asked, candidate, opts), candidate.backend
+    prompt, backend = call.asked, candidate.backend
+    if opts.allowed_tools is not None:
+        prompt = with_allowed_tools(prompt, candidate, opts)
     if (generate := getattr(backend, "generate", None)) is None:
         return _drained(cast("Streams", backend).generate_stream(prompt, opts))
     coming: Awaitable[GenerateResult] = generate(prompt, opts)

@@ -107,7 +107,7 @@ async def test_a_call_that_cannot_be_noted_holds_no_place(monkeypatch: pytest.Mo
 
     async with running(config(ONE, "memory")) as server:
         with monkeypatch.context() as patched:
-            patched.setattr(server.server.core.ledger.keeper, "begin", refuse)
+            patched.setattr(server.server.core.ledger, "begin", refuse)
             with pytest.raises(ServiceUnavailable):
                 await ask(server)
         await ask(server)
