@@ -54,9 +54,9 @@ class Journal:
         self._closing = False
         self._lock = self._file = -1
         self._number = 0
-        self._position = self._size = 0
-        # Where the segment's room ends, without what was promised of it.
-        self._limit = 0
+        self._size = 0
+        # What is left of the segment, without what was promised of it.
+        self._room = 0
         # As long as the last call's was: what is encoded from its beginning rarely makes it grow.
         self._body = bytearray()
         self._promised: dict[int, tuple[int, int]] = {}
@@ -73,24 +73,22 @@ class Journal:
             message = "the server is stopping"
             raise ServiceUnavailable(message)
         try:
-            self._note(INTENT, call)
+            length = self._note(INTENT, call)
         except OSError as error:
             message = f"the journal of model calls cannot be written: {error.strerror or error}"
             raise ServiceUnavailable(message, headers={"Retry-After": "1"}) from error
-        promise = len(self._body) + _MOST_ADDED
-        self._promised[call.id] = promise, self._number
-        self._limit -= promise
+        self._promised[call.id] = length + _MOST_ADDED, self._number
 
     def end(self, call: ModelCall) -> None:
         """Note how a call ended, in the room set aside for it."""
         if self._lock < 0:
             return
         promise, _ = self._promised.pop(call.id, (0, 0))
-        self._limit += promise
+        self._room += promise
         try:
-            call = self._note(OUTCOME, call)
+            self._note(OUTCOME, call)
         except OSError as error:
-            call = _plain(call)
+            _make_plain(call)
             logger.warning("the end of model call %d is in memory alone: %s", call.id, error)
         ended = self._ended
         ended.append(row_of(call))
@@ -142,28 +140,28 @@ class Journal:
         os.close(self._lock)
         self._lock = self._file = -1
 
-    def _note(self, kind: bytes, call: ModelCall) -> ModelCall:
-        """Write a call's line of a kind; the call without what no text can hold.
+    def _note(self, kind: bytes, call: ModelCall) -> int:
+        """Write a call's line of a kind, and how long it is.
 
-        One that begins is written where its end has room, too.
+        The room of one that begins holds as much again, and what its end adds to it.
         """
         body = self._body
         try:
             _encode(call, body)
         except (UnicodeEncodeError, TypeError, OverflowError):
-            call = _plain(call)
+            _make_plain(call)
             _encode(call, body)
         line = kind + body + b"\n"
-        position, length = self._position, len(line)
-        needed = length if kind is OUTCOME else 2 * length + _MOST_ADDED
-        if self._limit - position < needed:
-            self._new_segment(needed)
-            position = 0
-        if os.pwrite(self._file, line, position) != length:
+        length = len(line)
+        taken = length if kind is OUTCOME else 2 * length + _MOST_ADDED
+        if self._room < taken:
+            self._new_segment(taken)
+        if (written := os.write(self._file, line)) != length:
+            os.lseek(self._file, -written, os.SEEK_CUR)
             message = "only a part was written"
             raise OSError(message)
-        self._position = position + length
-        return call
+        self._room -= taken
+        return length
 
     def _new_segment(self, needed: int) -> None:
         if self._lock < 0:
@@ -190,20 +188,23 @@ class Journal:
                 os.fdatasync(self._file)
         if self._file >= 0:
             os.close(self._file)
-        self._file, self._size, self._position = file, size, 0
-        self._limit = size - promised
+        self._file, self._size, self._room = file, size, size - promised
         self._number += 1
         self._sizes[self._number] = size
 
+    def _noted(self) -> tuple[int, int]:
+        """How much there is: the segment, and where it goes on."""
+        return self._number, os.lseek(self._file, 0, os.SEEK_CUR)
+
     async def _synced(self) -> None:
-        noted = self._number, self._position
+        noted = self._noted()
         while self._safe < noted:
             if self._syncing is None:
                 self._syncing = asyncio.ensure_future(self._sync())
             await asyncio.shield(self._syncing)
 
     async def _sync(self) -> None:
-        noted = self._number, self._position
+        noted = self._noted()
         file = os.dup(self._file)
         try:
             await asyncio.to_thread(os.fdatasync, file)
@@ -250,13 +251,8 @@ def _allocate(file: int, size: int) -> None:
         os.fsync(file)
 
 
-def _plain(call: ModelCall) -> ModelCall:
-    """The call with what no row can hold as text left out of its texts."""
-    return msgspec.structs.replace(
-        call,
-        **{
-            name: value.encode(errors="replace").decode()
-            for name, value in msgspec.structs.asdict(call).items()
-            if isinstance(value, str)
-        },
-    )
+def _make_plain(call: ModelCall) -> None:
+    """Leave out of a call's texts what no row can hold as text."""
+    for name, value in msgspec.structs.asdict(call).items():
+        if isinstance(value, str):
+            setattr(call, name, value.encode(errors="replace").decode())

@@ -1,6 +1,7 @@
 """The journal of model calls: what is on disk before a call is made, and becomes its one row."""
 
 import asyncio
+import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 
 from commands import ADMIN, FREE, Serving, serving
 from databases import DAILY, ROLL_UP, busy, told
-from harperpy import Journal, ModelCall
+from harperpy import Journal, ModelCall, ServiceUnavailable
 from harperpy.testing import ECHO, RunningServer, ScriptedUpstream, running
 from harperpy.upstream import Answer
 from helpers import HELLO, ask, basic, error_of, events, operation, provider
@@ -223,6 +224,27 @@ def lockless(journal: Journal) -> Path:
         journal._promised.pop(one)
     journal.close(empty=True)
     return copy
+
+
+def test_what_was_written_in_part_is_written_over(tmp_path: Path) -> None:
+    """A line that the disk took half of is refused, and the next one takes its place."""
+    journal = Journal(tmp_path / "journal", most=1 << 22)
+    journal.begin(call(1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (line,) = lines(tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(line) + 20, hard))
+    try:
+        with pytest.raises(ServiceUnavailable):
+            journal.begin(call(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    journal.end(call(1))
+    journal.begin(call(3))
+    journal.end(call(3))
+    journal.close(empty=False)
+
+    assert ["I", "O", "I", "O"] == [line[0] for line in lines(tmp_path)]
+    assert [1, 3] == [one["id"] for one in noted(tmp_path, "O")]
 
 
 async def test_what_is_left_behind_becomes_rows_once(tmp_path: Path) -> None:
