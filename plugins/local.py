@@ -215,9 +215,8 @@ class LocalChat(ModelBackend):
             "return_progress": True,
         }
         opts.provider_options = {**extra, **opts.provider_options}
-        return chat_body(
-            prompt, opts, model=self._runner.name, limit_name="max_tokens", stream=True
-        )
+        opts.model = self._runner.name
+        return chat_body(prompt, opts, "max_tokens", stream=True)
 
     @asynccontextmanager
     async def _slot(self) -> AsyncGenerator[None]:

@@ -86,7 +86,7 @@ class OpenAI(ModelBackend):
             raise ConfigError(message)
         if at_openai:
             self.features = _AT_OPENAI
-        self._limit_name = "max_completion_tokens" if at_openai else "max_tokens"
+        self.limit_name = "max_completion_tokens" if at_openai else "max_tokens"
         organization = config.organization
         self._transport = Transport(
             base,
@@ -128,13 +128,13 @@ class OpenAI(ModelBackend):
 
     def generate(self, prompt: Prompt, opts: GenerateOpts) -> Coroutine[Any, Any, GenerateResult]:
         """A whole answer."""
-        body = self._chat(prompt, opts, stream=False)
+        body = chat_body(prompt, opts, self.limit_name)
         read = whole_answer if opts.n is None else partial(whole_answer, n=opts.n)
         return self._transport.whole("/chat/completions", body, read, opts.call_id)
 
     def generate_stream(self, prompt: Prompt, opts: GenerateOpts) -> AsyncIterator[GenerateChunk]:
         """An answer as it comes; usage is always asked for."""
-        body = self._chat(prompt, opts, stream=True)
+        body = chat_body(prompt, opts, self.limit_name, stream=True)
         return self._transport.chunks("/chat/completions", body, opts.n, opts.call_id)
 
     async def close(self) -> None:
@@ -145,9 +145,6 @@ class OpenAI(ModelBackend):
 
     async def _listing(self) -> Listing:
         return await self._transport.whole("/models", None, _LISTING.decode, most=MOST_BYTES)
-
-    def _chat(self, prompt: Prompt, opts: GenerateOpts, *, stream: bool) -> bytes:
-        return chat_body(prompt, opts, model=opts.model, limit_name=self._limit_name, stream=stream)
 
 
 def timeouts(config: ModelConfig) -> Timeouts:

@@ -69,15 +69,14 @@ class _Chat(msgspec.Struct, omit_defaults=True, gc=False):
 
 
 def chat_body(
-    prompt: Prompt, opts: GenerateOpts, *, model: str | None, limit_name: str, stream: bool
+    prompt: Prompt, opts: GenerateOpts, limit_name: str, *, stream: bool = False
 ) -> bytes:
     """The body of a chat request; `limit_name` is what the provider calls `max_tokens`."""
-    messages = [_message(message) for message in prompt.messages]
     # By position: with names it takes twice as long as all of the rest.
     body = _Chat(
-        messages,
+        [*map(_message, prompt.messages)],
         stream,
-        model or None,
+        opts.model or None,
         opts.temperature,
         opts.top_p,
         opts.max_tokens,
@@ -107,15 +106,16 @@ def chat_body(
         _add_tools(body, prompt.tools, opts)
     if stream:
         body.stream_options = {"include_usage": True}
-    return _with(opts.provider_options, body) if opts.provider_options else encoded(body)
+    if options := opts.provider_options:
+        if len(options) > 1 or "user" not in options:
+            return _with(options, body)
+        # Many give nothing else.
+        body.user = options["user"]
+    return encoded(body)
 
 
 def _with(options: dict[str, Any], body: _Chat) -> bytes:
     """The body with options of the provider's own, where it has none of that name."""
-    if len(options) == 1 and "user" in options:
-        # Many give nothing else.
-        body.user = options["user"]
-        return encoded(body)
     told = msgspec.structs.asdict(body).items()
     own = {name: value for name, value in told if value is not None and name != "user"}
     return encoded({**options, **own})

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from harperpy.plugins.openai import OpenAI
 from harperpy.plugins.openai_answers import ChunkReader
+from harperpy.plugins.openai_protocol import chat_body
 
 from harperpy import (
     BackendError,
@@ -185,7 +186,7 @@ def test_the_limit_has_the_name_that_the_provider_knows(url: str | None, name: s
     settings = ModelConfig(backend="openai", model="m", base_url=url, api_key=Secret("x"))
     backend = OpenAI(ModelEntry("generative", "m", settings, Path()))
     prompt = Prompt(messages=[Message(role="user", content="hi")])
-    body = msgspec.json.decode(backend._chat(prompt, GenerateOpts(max_tokens=5), stream=False))
+    body = msgspec.json.decode(chat_body(prompt, GenerateOpts(max_tokens=5), backend.limit_name))
 
     assert {name: 5} == {key: value for key, value in body.items() if key.startswith("max_")}
 
@@ -321,6 +322,24 @@ async def test_a_slow_answer_may_take_longer_than_a_silence_in_it(
     assert "slow but sure" == "".join(texts)
     assert "[DONE]" == slow[-1]
     assert "timeout" == silent[-1]["error"]["code"]
+
+
+async def test_an_answer_has_its_whole_time_from_when_it_was_asked_for(
+    upstream: ScriptedUpstream,
+) -> None:
+    """However long its connection was kept before, and however steadily it comes."""
+    steady = [chunk({"content": text}) for text in "steady"]
+    late = Answer(body=whole("late"), pause=0.3)
+    upstream.script(Answer(body=whole("at once")), late, Answer(events=steady, pause=0.2))
+    async with running(provider(upstream.url, "requestTimeoutMs: 600")) as server:
+        answers = [await make(server, "whole")]
+        await asyncio.sleep(0.8)
+        answers += [await make(server, "whole"), await make(server, "stream")]
+
+    assert [200, 200, 200] == [answer.status for answer in answers]
+    told = events(answers[-1].text)
+    assert "timeout" == told[-1]["error"]["code"]
+    assert 1 < len(told) < 5
 
 
 def test_what_is_said_of_the_whole_is_no_piece_of_an_answer() -> None:

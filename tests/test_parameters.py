@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+from harperpy.plugins.openai_protocol import chat_body
 from harperpy.resources.models.v1.parameters import CHAT, EMBEDDINGS, PARTS, Parameter
 from harperpy.resources.models.v1.schema import ChatRequest, EmbeddingRequest
 from openai.types import embedding_create_params
@@ -241,7 +242,7 @@ async def test_openai_itself_is_told_which_tools_are_allowed(url: str, sent: str
     opts = GenerateOpts(tool_choice="auto", allowed_tools=["f"], n=1)
     prompt = Prompt(messages=[], tools=[ToolDef(name="f"), ToolDef(name="g")])
     asked = with_allowed_tools(prompt, candidate, opts)
-    body = json.loads(backend._chat(asked, opts, stream=False))
+    body = json.loads(chat_body(asked, opts, backend.limit_name))
 
     choice = body["tool_choice"]
     assert sent == (choice if isinstance(choice, str) else choice["type"])
