@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 # How often in its time what waits is looked at, at most.
-_LOOKS = 8
+_LOOKS = 64
 
 
 class Ends(Protocol):
@@ -70,7 +70,7 @@ class Waiter(Protocol):
 class Waits:
     """Ends what has waited for `seconds`. Each notes by itself when it waits, at no further cost.
 
-    They are looked at now and then: with many of them, one may wait an eighth longer.
+    They are looked at now and then: with many of them, one may wait a 64th longer.
     """
 
     def __init__(self, seconds: float) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any, cast
 
 import httptools
@@ -34,7 +35,7 @@ class Ways(msgspec.Struct, eq=False):
 
     heads: Heads
     outbox: Outbox
-    total: Deadlines
+    total: Waits
     idle: Waits
     free: Callable[[Connection], None]
     gone: Callable[[Connection, bool], None]
@@ -54,14 +55,14 @@ class Exchange(msgspec.Struct, eq=False):
 class Connection(asyncio.BufferedProtocol):
     """One connection, over which `ways` it is asked.
 
-    `since` is when it could be used again; `complete` says that its answer has come to its end,
-    `paused` that it reads no more for now.
+    `since` is when it was asked what has no answer yet, `kept` when it could be used again;
+    `complete` says that its answer has come to its end, `paused` that it reads no more for now.
     """
 
     __slots__ = (
         *("_allowed", "_answering", "_asked", "_bounded", "_excess", "_first", "_free"),
-        *("_headers", "_heads", "_lasts", "_odd", "_outbox", "_parser", "_total", "_transport"),
-        *("_ways", "_whole", "complete", "is_closing", "loop", "on_body", "paused", "since"),
+        *("_headers", "_heads", "_lasts", "_odd", "_outbox", "_parser", "_transport", "_ways"),
+        *("_whole", "complete", "is_closing", "kept", "loop", "on_body", "paused", "since"),
     )
 
     is_closing: Callable[[], bool]
@@ -72,8 +73,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def __init__(self, ways: Ways) -> None:
         self._ways = ways
-        self._heads, self._outbox, self._total = ways.heads, ways.outbox, ways.total
-        self._free = ways.free
+        self._heads, self._outbox, self._free = ways.heads, ways.outbox, ways.free
         self.loop = asyncio.get_running_loop()
         self._transport = cast("asyncio.Transport", None)
         self._parser: Any = None
@@ -84,13 +84,14 @@ class Connection(asyncio.BufferedProtocol):
         self._allowed = self._whole = 0
         self._bounded = self.complete = self._excess = False
         self._lasts = self.paused = False
-        self.since = 0.0
+        self.since, self.kept = inf, 0.0
         self._odd = ""
 
     def ask(self, request: bytes, first: Deadlines | None) -> Exchange:
         """Send a whole request; without `first` its head may take as long as the whole."""
-        self._asked = asked = self.loop.create_future()
-        self._total.add(self)
+        loop = self.loop
+        self._asked = asked = loop.create_future()
+        self.since = loop.time()
         if first is not None:
             self._first = first
             first.add(self)
@@ -131,6 +132,7 @@ class Connection(asyncio.BufferedProtocol):
         """Begin."""
         self._transport = cast("asyncio.Transport", transport)
         self.is_closing = transport.is_closing
+        self._ways.total.add(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where to read to."""
@@ -169,8 +171,9 @@ class Connection(asyncio.BufferedProtocol):
         """All of a good answer is there, by a head that is known."""
         if not asked.done():
             asked.set_result(body)
-        self._asked = None
-        self._in_time()
+        self._asked, self.since = None, inf
+        if self._first is not None:
+            self._begun(self._first)
         self._keep()
 
     def _begin(self, asked: Asked) -> Answering:
@@ -195,7 +198,8 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Whatever has not come yet never will."""
         answering = self._answering
-        stale = self._asked is not None and answering is None and self.since > 0
+        stale = self._asked is not None and answering is None and self.kept > 0
+        self._ways.total.remove(self)
         self._ways.gone(self, stale)
         if exc is None and answering is not None and answering.status and not self._bounded:
             self._over(None)
@@ -269,19 +273,14 @@ class Connection(asyncio.BufferedProtocol):
         """Nothing more comes of what it was asked: that is complete, or this went wrong."""
         if (asked := self._asked) is None:
             return
-        self._asked = None
-        self._in_time()
+        self._asked, self.since = None, inf
+        if self._first is not None:
+            self._begun(self._first)
         if (answering := self._answering) is not None:
             self._answering = self._parser = None
             answering.end(error)
         elif error is not None and not asked.done():
             asked.set_exception(error)
-
-    def _in_time(self) -> None:
-        """Nothing that has to come in time is waited for any more."""
-        self._total.remove(self)
-        if self._first is not None:
-            self._begun(self._first)
 
     def _begun(self, first: Deadlines) -> None:
         """The head is there, or nobody waits for it."""

@@ -67,9 +67,9 @@ class Upstream(Protocol):
     """Sends requests to one provider."""
 
     def send(
-        self, path: str, body: bytes | None, first_byte: float, call_id: int | None
+        self, path: str, body: bytes | None, first_byte: float | None, call_id: int | None
     ) -> Exchange:
-        """Post, or get what has no body."""
+        """Post, or get what has no body. Without `first_byte` a head may take the total time."""
         ...
 
     async def close(self) -> None:

@@ -19,7 +19,7 @@ class Kept:
     def put(self, connection: Connection) -> None:
         """It can be used again."""
         loop = connection.loop
-        connection.since = now = loop.time()
+        connection.kept = now = loop.time()
         self._waiting.append(connection)
         if self._timer is None:
             self._timer = loop.call_at(now + self._seconds, self._look, loop)
@@ -42,7 +42,7 @@ class Kept:
         """End those whose time is over."""
         self._timer = None
         waiting, until = self._waiting, loop.time() - self._seconds
-        while waiting and waiting[0].since <= until:
+        while waiting and waiting[0].kept <= until:
             waiting.pop(0).expire()
         if waiting:
-            self._timer = loop.call_at(waiting[0].since + self._seconds, self._look, loop)
+            self._timer = loop.call_at(waiting[0].kept + self._seconds, self._look, loop)

@@ -19,6 +19,8 @@ from .openai_heads import Heads
 from .openai_kept import Kept
 
 _KEPT_SECONDS = 30.0
+_NAMED = b"X-Client-Request-Id: %d\r\n"
+_POST = b"%b" + _NAMED + b"Content-Length: %d\r\n\r\n%b"
 
 
 class Pool:
@@ -41,7 +43,7 @@ class Pool:
         self._ways = Ways(
             heads=Heads(ROOM),
             outbox=Outbox(),
-            total=Deadlines(timeouts.total),
+            total=Waits(timeouts.total),
             idle=Waits(timeouts.idle),
             free=self._free.put if kept else Connection.abort,
             gone=self._forget,
@@ -52,21 +54,17 @@ class Pool:
         self._context: ssl.SSLContext | None = None
 
     def send(
-        self, path: str, body: bytes | None, first_byte: float, call_id: int | None
+        self, path: str, body: bytes | None, first_byte: float | None, call_id: int | None
     ) -> Exchange | Anew:
         """Post, or get what has no body."""
         request = self._request(path, body, call_id)
-        connection = None
+        first = None if first_byte is None else self._until_head(first_byte)
         if self._doubted:
             # One was just found to be gone.
             self._doubted -= 1
-        else:
-            connection = self._free.take()
-        # There are none where a head may take as long as the whole.
-        first = self._until_head(first_byte) if first_byte < self._timeouts.total else None
-        if connection is None:
-            return Anew(self._connect(first_byte), request, first)
-        return connection.ask(request, first)
+        elif (connection := self._free.take()) is not None:
+            return connection.ask(request, first)
+        return Anew(self._connect(first_byte), request, first)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -80,12 +78,13 @@ class Pool:
             first = self._first[seconds] = Deadlines(seconds)
         return first
 
-    async def _connect(self, first_byte: float) -> Connection:
+    async def _connect(self, first_byte: float | None) -> Connection:
         loop = asyncio.get_running_loop()
         if self._tls and self._context is None:
             self._context = ssl.create_default_context()
         try:
-            async with asyncio.timeout(min(self._timeouts.connect, first_byte)):
+            times = self._timeouts
+            async with asyncio.timeout(min(times.connect, first_byte or times.total)):
                 _, connection = await loop.create_connection(
                     lambda: Connection(self._ways),
                     self._host,
@@ -109,13 +108,15 @@ class Pool:
         self._free.forget(connection)
 
     def _request(self, path: str, body: bytes | None, call_id: int | None) -> bytes:
-        named = b"" if call_id is None else b"X-Client-Request-Id: %d\r\n" % call_id
         if body is None:
+            named = b"" if call_id is None else _NAMED % call_id
             return b"%b%b\r\n" % (self._head("GET", path), named)
         head = self._posts.get(path)
         if head is None:
             head = self._posts[path] = self._head("POST", path)
-        return b"%b%bContent-Length: %d\r\n\r\n%b" % (head, named, len(body), body)
+        if call_id is None:
+            return b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), body)
+        return _POST % (head, call_id, len(body), body)
 
     def _head(self, method: str, path: str) -> bytes:
         target = URL(f"http://x{self._path}{path}").raw_path_qs

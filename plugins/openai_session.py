@@ -77,9 +77,12 @@ class Session:
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
         self._doubted = 0
 
-    def send(self, path: str, body: bytes | None, first_byte: float, call_id: int | None) -> Sent:
+    def send(
+        self, path: str, body: bytes | None, first_byte: float | None, call_id: int | None
+    ) -> Sent:
         """Post, or get what has no body."""
-        return Sent(self._send(path, body, call_id), first_byte, self._timeouts.idle)
+        times = self._timeouts
+        return Sent(self._send(path, body, call_id), first_byte or times.total, times.idle)
 
     async def close(self) -> None:
         """Close the kept connections."""

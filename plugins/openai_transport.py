@@ -40,7 +40,7 @@ class Transport:
         through: Literal["own", "aiohttp"] = "own",
     ) -> None:
         self._secret = secret
-        self._first_byte = timeouts.first_byte or timeouts.total
+        self._first_byte = timeouts.first_byte
         self._stream_first_byte = timeouts.stream_first_byte
         known = {"Content-Type": "application/json", **(headers or {})}
         if secret:
