@@ -43,7 +43,7 @@ class Answering:
     """
 
     __slots__ = (
-        *("_counted", "_error", "_idle", "_line", "_loop", "_read", "_sink", "_waiter"),
+        *("_counted", "_error", "_flow", "_idle", "_line", "_loop", "_read", "_sink", "_waiter"),
         *("fields", "held", "parts", "since", "status"),
     )
 
@@ -58,7 +58,9 @@ class Answering:
         self._loop = line.loop
         self._error: BackendError | None = None
         self._waiter: Asked | None = asked
+        # Whom to give what comes; the second only while there is nothing left and a reader waits.
         self._sink: Callable[[bytes], bool] | None = None
+        self._flow: Callable[[bytes], bool] | None = None
         self._idle = idle
 
     @property
@@ -75,6 +77,7 @@ class Answering:
                 self._idle.add(self)
             self.since = self._loop.time()
             self._waiter = waiter = self._loop.create_future()
+            self._flow = self._sink
             await waiter
         if not parts and self._error is not None:
             raise self._error
@@ -99,18 +102,17 @@ class Answering:
 
     def news(self) -> int:
         """How many bytes have come into `parts` since the last time; who waits learns of them."""
-        parts, waiter, sink = self.parts, self._waiter, self._sink
-        if sink is not None and parts and waiter is not None and not waiter.done():
-            # It waits since there was nothing left: all of this is new.
+        parts = self.parts
+        if parts and (flow := self._flow) is not None:
             data = b"".join(parts)
             parts.clear()
             self.since = self._loop.time()
             try:
-                if not sink(data):
-                    self._sink = None
+                if not flow(data):
+                    self._sink = self._flow = None
             except Exception as error:  # noqa: BLE001  # raised where it is waited for
-                self._wake(error)
                 self._sink = None
+                self._wake(error)
             return len(data)
         fresh = sum(map(len, parts[self._counted :]))
         self._counted = len(parts)
@@ -119,7 +121,7 @@ class Answering:
             line.hold()
         # Before the first read it is the head that somebody waits for, or all that there is.
         told = fresh if self._read else line is not None and not line.complete
-        if told and waiter is not None and self.status:
+        if told and self._waiter is not None and self.status:
             self._wake()
         return fresh
 
@@ -131,7 +133,7 @@ class Answering:
     def end(self, error: BackendError | None) -> None:
         """Nothing more comes: it is complete, or this went wrong."""
         # What it leads to leads back to here.
-        self._line, self._error, self._sink = None, error, None
+        self._line, self._error, self._sink, self._flow = None, error, None, None
         if self._read:
             self._idle.remove(self)
         waiter = self._waiter
@@ -149,7 +151,7 @@ class Answering:
 
     def _wake(self, error: Exception | None = None) -> None:
         """There is news for who waits."""
-        waiter, self._waiter, self.since = self._waiter, None, inf
+        waiter, self._waiter, self._flow, self.since = self._waiter, None, None, inf
         if waiter is None or waiter.done():
             return
         if error is None and not self.status:

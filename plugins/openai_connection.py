@@ -157,8 +157,8 @@ class Connection(asyncio.BufferedProtocol):
             del answering.parts[self._whole :]
         fresh = answering.news()
         # What may still come beside the body, of which each byte allows for more.
-        self._allowed += fresh * (1 + _MOST_FRAMING) - nbytes
-        if self._odd or self._allowed < 0:
+        self._allowed = allowed = self._allowed + fresh * (1 + _MOST_FRAMING) - nbytes
+        if self._odd or allowed < 0:
             told = self._odd or "too much beside its body"
             self._fail(BackendError(f"the provider's answer is malformed: {told}"))
         elif self.complete:

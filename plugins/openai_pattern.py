@@ -52,20 +52,20 @@ class Pattern:
         if not (read.startswith(self._begin) and read.endswith(self._end)):
             return None
         told = read[self._texts]
+        texts: Sequence[str]
         try:
             # No text holds the end of a line as it is.
             if _LINE_END in told:
                 between = self._end + self._begin
                 lines = told.replace(between, b'"\n"').split(b"\n")
-                texts = [*filter(None, map(_text_in, lines))]
+                texts = tuple(filter(None, map(_text_in, lines)))
             else:
-                text = _text_in(told)
-                texts = [text] if text else []
+                texts = (text,) if (text := _text_in(told)) else ()
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None
         self.used = True
-        if index := self.index:
-            return [GenerateChunk(index=index, delta_content=text) for text in texts]
+        if self.index:
+            return [GenerateChunk(index=self.index, delta_content=text) for text in texts]
         return texts
 
     def event(self, text: str) -> str:

@@ -11,6 +11,7 @@ from harperpy import BackendError, Batched, GenerateChunk, SSEDecoder
 
 from .openai_answers import ChunkReader
 from .openai_exchange import Answer, Exchange, Timeouts, Upstream
+from .openai_pattern import Pattern
 from .openai_pool import Pool
 from .openai_refusals import refusal
 from .openai_session import Session
@@ -88,7 +89,7 @@ class Transport:
     async def _batches(
         self, chunks: _Chunks, path: str, body: bytes, call_id: int | None
     ) -> AsyncGenerator[list[GenerateChunk]]:
-        reader, events = chunks.reader, chunks.events
+        reader = chunks.reader
         exchange = chunks.exchange = self._upstream.send(
             path, body, self._stream_first_byte, call_id
         )
@@ -101,7 +102,7 @@ class Transport:
                 chunks.answer = answer = await self._good(read)
                 read = await answer.read()
             while read:
-                reader.read_all(events.feed(read), batch)
+                chunks.read(read, batch)
                 # The next may take long to come: nothing of this one is kept meanwhile.
                 read = b""
                 if batch:
@@ -109,7 +110,7 @@ class Transport:
                     batch = []
                 if answer is not None and not reader.ended:
                     read = await answer.read()
-            reader.read_all([*events.end()], batch)
+            reader.read_all([*chunks.events.end()], batch)
         except BackendError:
             if batch:
                 yield batch
@@ -120,7 +121,7 @@ class Transport:
         finally:
             exchange.close()
             # It leads back to here.
-            chunks.sink = None
+            chunks.sink = _nobody
         if batch := [*batch, *reader.finish()]:
             yield batch
 
@@ -139,14 +140,16 @@ class Transport:
 class _Chunks:
     """How far a streamed answer has been read, in whichever way each part of it comes."""
 
-    __slots__ = ("answer", "events", "exchange", "reader", "sink")
+    __slots__ = ("_pattern", "answer", "events", "exchange", "reader", "sink")
 
     def __init__(self, n: int | None) -> None:
         self.reader = ChunkReader(n)
         self.events = SSEDecoder()
         self.exchange: Exchange | None = None
         self.answer: Answer | None = None
-        self.sink: Callable[[Sequence[GenerateChunk | str]], bool] | None = None
+        self.sink: Callable[[Sequence[GenerateChunk | str]], bool] = _nobody
+        # That of what comes next, if it begins with an event.
+        self._pattern: Pattern | None = None
 
     def divert(self, sink: Callable[[Sequence[GenerateChunk | str]], bool]) -> None:
         """See `Batched`."""
@@ -154,25 +157,30 @@ class _Chunks:
             self.sink = sink
             self.answer.divert(self._take)
 
-    def _take(self, read: bytes) -> bool:
-        pattern, sink = self.reader.pattern, self.sink
-        if sink is None:
-            return False
-        if pattern is not None and not self.events.pending and (batch := pattern.pieces(read)):
-            return sink(batch)
-        return self._read(read, sink)
+    def read(self, read: bytes, batch: list[GenerateChunk]) -> None:
+        """Put the chunks of what was read into a batch, until one raises."""
+        self._pattern = None
+        self.reader.read_all(self.events.feed(read), batch)
+        if not self.events.pending:
+            self._pattern = self.reader.pattern
 
-    def _read(self, read: bytes, sink: Callable[[Sequence[GenerateChunk | str]], bool]) -> bool:
-        more, reader = True, self.reader
-        batch: list[GenerateChunk] = []
+    def _take(self, read: bytes) -> bool:
+        if (pattern := self._pattern) is not None and (batch := pattern.pieces(read)):
+            return self.sink(batch)
+        more = True
+        batch = list[GenerateChunk]()
         try:
-            reader.read_all(self.events.feed(read), batch)
+            self.read(read, batch)
         finally:
             if batch:
-                more = sink(batch)
-        if reader.ended and self.exchange is not None:
+                more = self.sink(batch)
+        if self.reader.ended and self.exchange is not None:
             self.exchange.close()
         return more
+
+
+def _nobody(_: Sequence[GenerateChunk | str]) -> bool:
+    return False
 
 
 async def _read_all(answer: Answer, most: int) -> bytes:
