@@ -231,9 +231,6 @@ class _ChunkEncoder:
 
     def events(self, batch: Sequence[GenerateChunk | str]) -> bytes:
         """The events of a batch: of each token one for each kind of piece that it holds."""
-        if self._text_head and len(batch) == 1 and type(only := batch[0]) is str:
-            # What a model says is mostly read as it comes, piece by piece.
-            return self._text_head + encode_text(only) + self._text_tail
         told: list[bytes] = []
         text: str | None
         choices, last, tail, plain = self._choices, self._last, self._text_tail, self._plain
@@ -266,6 +263,9 @@ class _ChunkEncoder:
 
     def pass_on(self, batch: Sequence[GenerateChunk | str]) -> bool:
         """Give the `sink` a batch's events, if there are any; whether it takes more."""
+        if len(batch) == 1 and type(only := batch[0]) is str and (head := self._text_head):
+            # What a model says is mostly read as it comes, piece by piece.
+            return self.sink(head + encode_text(only) + self._text_tail)
         events = self.events(batch)
         return not events or self.sink(events)
 
