@@ -20,15 +20,26 @@ _KEEPALIVE = b": keepalive\n\n"
 BODILESS = frozenset({204, 304})
 
 
-Put: TypeAlias = Callable[[bytes], Awaitable[None] | None]
+Push: TypeAlias = Callable[[bytes], bool]
 
 
 class Line(Protocol):
-    """A connection, as one answer sees it."""
+    """A connection, as one answer sees it.
+
+    `sent` counts the bytes of the body, `last` is when it was given some, and `behind` says
+    that its client has been behind, until that is taken back.
+    """
+
+    sent: int
+    last: float
+    behind: bool
 
     @property
-    def push(self) -> Put | None:
-        """As `write`, together with others; None where a write always has to be awaited."""
+    def push(self) -> Push | None:
+        """As `write`, together with others; whether the client keeps up.
+
+        None where a write always has to be awaited.
+        """
         ...
 
     async def head(self, reply: Reply) -> None:
@@ -47,32 +58,33 @@ class Line(Protocol):
 class Delivery:
     """A streamed answer: its head, its writes, and a comment when it is silent for long.
 
-    `task` is the one that answers. `begun` is when the head went out, by
-    `time.perf_counter()`; `sent` counts the bytes of the body.
+    `task` is the one that answers. `begun` is when the head went out, by `time.perf_counter()`.
     """
 
     __slots__ = (
-        *("_beginning", "_behind", "_context", "_interval", "_last", "_line", "_loop"),
-        *("_out", "_passed_on", "_quiet", "_task", "_tasks", "_watch"),
-        *("begun", "sent", "status"),
+        *("_beginning", "_behind", "_context", "_interval", "_line", "_loop", "_push", "_quiet"),
+        *("_task", "_tasks", "_watch", "begun", "status"),
     )
 
     def __init__(self, line: Line, context: Context, task: asyncio.Task[Any] | None) -> None:
         self.begun = 0.0
-        self.sent = 0
         self.status = 0
         self._line = line
-        self._out: Put = line.write
+        self._push: Push | None = None
         self._context = context
         self._loop = asyncio.get_running_loop()
         self._task = task
         self._beginning: asyncio.Task[None] | None = None
         self._quiet: asyncio.TimerHandle | None = None
         self._interval: float | None = None
-        self._last = 0.0
-        self._behind = self._passed_on = False
+        self._behind = False
         self._tasks: list[asyncio.Task[None]] = []
         self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def sent(self) -> int:
+        """How many bytes of the body."""
+        return self._line.sent
 
     def begin(self, reply: Reply) -> None:
         """Send the head now, although the first item is not there yet."""
@@ -80,29 +92,28 @@ class Delivery:
 
     async def send(self, reply: Reply) -> None:
         """Write the body to its end; whatever happens, its iterator is closed here."""
-        body = reply.body
+        body, line = reply.body, self._line
         try:
             await (self._beginning or self._prepare(reply))
             if isinstance(body, bytes):
                 await self._write(body)
             elif reply.status not in BODILESS:
-                divert = None
-                if reply.divert is not None and (push := self._line.push) is not None:
-                    self._out, divert = push, reply.divert
+                if reply.divert is not None:
+                    self._push, line.behind = line.push, True
                 async for data in body:
                     if (drained := self._put(data)) is not None:
                         await self._wait(drained)
                     # The next may take long to come: nothing of this one is kept meanwhile.
                     del data, drained
-                    if divert is not None and not self._passed_on:
-                        self._passed_on = True
-                        divert(self._take)
+                    if line.behind and self._push is not None and reply.divert is not None:
+                        line.behind = False
+                        reply.divert(self._push)
         finally:
             self.end()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_CLOSE_SECONDS):
                     await reply.close()
-        await self._line.end()
+        await line.end()
 
     def end(self) -> None:
         """Count and ask no more."""
@@ -126,7 +137,7 @@ class Delivery:
         reply.headers = CIMultiDict()
         if reply.keepalive is None:
             return
-        self._interval, self._last = reply.keepalive, self._loop.time()
+        self._interval, self._line.last = reply.keepalive, self._loop.time()
         self._quiet = self._loop.call_later(self._interval, self._listen)
         if reply.check is not None:
             self._watch = self._spawn(self._ask(reply.check, reply.keepalive))
@@ -142,29 +153,21 @@ class Delivery:
 
     def _put(self, data: bytes) -> Awaitable[None] | None:
         """Send a part of the body; what to await where the client is behind."""
-        self.sent += len(data)
-        self._last = self._loop.time()
-        return self._out(data)
-
-    def _take(self, data: bytes) -> bool:
-        """Send a part that was read without us; whether more is to be passed on."""
-        # Not by `_put`: this is done for each event of a stream.
-        self.sent += len(data)
-        self._last = self._loop.time()
-        self._passed_on = self._out(data) is None
-        return self._passed_on
+        if self._push is None:
+            return self._line.write(data)
+        return None if self._push(data) else self._line.write(b"")
 
     async def _wait(self, drained: Awaitable[None]) -> None:
         self._behind = True
         await drained
         self._behind = False
-        self._last = self._loop.time()
+        self._line.last = self._loop.time()
 
     def _listen(self) -> None:
         """Break a silence that is long enough; one timer outlasts many writes."""
         interval = self._interval or 0.0
         # A reader that is behind needs no comment that we are alive.
-        quiet = 0.0 if self._behind else self._loop.time() - self._last
+        quiet = 0.0 if self._behind else self._loop.time() - self._line.last
         if quiet >= interval:
             self._spawn(self._remind())
             quiet = 0.0

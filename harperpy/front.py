@@ -45,7 +45,7 @@ class Front(asyncio.Protocol):
     __slots__ = (
         *("_buffer", "_chunked", "_closing", "_context", "_delivery", "_drained"),
         *("_fronts", "_head", "_left", "_needed", "_peer", "_task", "_unsent"),
-        *("since", "transport"),
+        *("behind", "last", "sent", "since", "transport"),
     )
 
     def __init__(self, fronts: Fronts) -> None:
@@ -64,6 +64,7 @@ class Front(asyncio.Protocol):
         self._chunked = False
         self._left: int | None = None
         self._unsent = b""
+        self.sent, self.last, self.behind = 0, 0.0, False
 
     # --- the connection
 
@@ -84,7 +85,7 @@ class Front(asyncio.Protocol):
     def pause_writing(self) -> None:
         """The client is behind."""
         self._drained = self._fronts.loop.create_future()
-        self.since = inf
+        self.since, self.behind = inf, True
 
     def resume_writing(self) -> None:
         """It has caught up."""
@@ -286,7 +287,7 @@ class Front(asyncio.Protocol):
 
     async def head(self, reply: Reply) -> None:
         """Prepare a stream's head, to go out with the first of its bytes."""
-        headers = reply.headers
+        headers, self.sent = reply.headers, 0
         bare = reply.status in BODILESS
         length = headers.get(CONTENT_LENGTH)
         if not bare:
@@ -299,6 +300,8 @@ class Front(asyncio.Protocol):
 
     def write(self, data: bytes) -> Awaitable[None] | None:
         """Send a part of a stream; what to await where the client is behind."""
+        self.sent += len(data)
+        self.last = self._fronts.loop.time()
         if self._left is not None:
             # What is more than was promised would be the beginning of another answer.
             data = data[: self._left]
@@ -309,16 +312,21 @@ class Front(asyncio.Protocol):
             self._send(_CHUNK % (len(data), data) if self._chunked else data)
         return self._drained
 
-    def push(self, data: bytes) -> Awaitable[None] | None:
-        """As `write`, of what was read just now: with what else this turn of the loop sends."""
-        size = len(data)
+    def push(self, data: bytes) -> bool:
+        """As `write`, of what was read just now: with what else this turn of the loop sends.
+
+        Whether the client keeps up.
+        """
+        size, fronts = len(data), self._fronts
         if not self._chunked or not 0 < size < _LARGE:
-            return self.write(data)
+            return self.write(data) is None
+        self.sent += size
+        self.last = fronts.loop.time()
         data = _CHUNK % (size, data)
         if self._unsent:
             data, self._unsent = self._unsent + data, b""
-        self._fronts.outbox.send(self.transport, data)
-        return self._drained
+        fronts.outbox.send(self.transport, data)
+        return self._drained is None
 
     def _write_large(self, data: bytes) -> None:
         """As `write`, without copies of what is large."""

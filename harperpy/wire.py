@@ -141,10 +141,11 @@ class Wire:
 class _Line:
     """One answer over aiohttp."""
 
-    push: Callable[[bytes], Awaitable[None] | None] | None = None
+    push: Callable[[bytes], bool] | None = None
 
     def __init__(self, raw: BaseRequest) -> None:
         self._raw = raw
+        self.sent, self.last, self.behind = 0, 0.0, False
         self.response = StreamResponse()
 
     async def head(self, reply: Reply) -> None:
@@ -152,6 +153,8 @@ class _Line:
         await self.response.prepare(self._raw)
 
     def write(self, data: bytes) -> Awaitable[None] | None:
+        self.sent += len(data)
+        self.last = asyncio.get_running_loop().time()
         return self.response.write(data)
 
     async def end(self) -> None:

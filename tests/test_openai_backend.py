@@ -12,6 +12,7 @@ import pytest
 from harperpy.plugins.openai import OpenAI
 from harperpy.plugins.openai_answers import ChunkReader
 from harperpy.plugins.openai_protocol import chat_body
+from harperpy.resources.models.v1.chat_completions import V1ChatCompletions
 
 from harperpy import (
     BackendError,
@@ -25,7 +26,7 @@ from harperpy import (
     Secret,
 )
 from harperpy.testing import RunningServer, ScriptedUpstream, running
-from harperpy.upstream import Answer, chunk, whole
+from harperpy.upstream import Answer, chunk, streamed, whole
 from helpers import HELLO, Answered, ask, events, provider
 
 pytestmark = pytest.mark.usefixtures("transport")
@@ -322,6 +323,21 @@ async def test_a_slow_answer_may_take_longer_than_a_silence_in_it(
     assert "slow but sure" == "".join(texts)
     assert "[DONE]" == slow[-1]
     assert "timeout" == silent[-1]["error"]["code"]
+
+
+async def test_a_stream_that_goes_on_needs_no_sign_of_life(upstream: ScriptedUpstream) -> None:
+    """However its events come to the client, each of them is one."""
+    upstream.script(Answer(events=streamed(*"abcdefghijkl"), pause=0.1))
+    chats = type("Chats", (V1ChatCompletions,), {"keepalive": 0.5})
+    async with running(provider(upstream.url), resources={"chats": chats}) as server:
+        answer = await ask(server, "POST", "/chats", json={**HELLO, "stream": True})
+
+    assert "abcdefghijkl" in "".join(
+        choice["delta"].get("content") or ""
+        for one in events(answer.text)[:-1]
+        for choice in one["choices"]
+    )
+    assert "keepalive" not in answer.text
 
 
 async def test_an_answer_has_its_whole_time_from_when_it_was_asked_for(
