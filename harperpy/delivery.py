@@ -92,7 +92,7 @@ class Delivery:
 
     async def send(self, reply: Reply) -> None:
         """Write the body to its end; whatever happens, its iterator is closed here."""
-        body, line = reply.body, self._line
+        body, line, ended = reply.body, self._line, False
         try:
             await (self._beginning or self._prepare(reply))
             if isinstance(body, bytes):
@@ -108,11 +108,14 @@ class Delivery:
                     if line.behind and self._push is not None and reply.divert is not None:
                         line.behind = False
                         reply.divert(self._push)
+                ended = True
         finally:
             self.end()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_CLOSE_SECONDS):
-                    await reply.close()
+            # At its end it has closed what it is made from.
+            if not ended:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_CLOSE_SECONDS):
+                        await reply.close()
         await line.end()
 
     def end(self) -> None:
