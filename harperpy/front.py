@@ -318,7 +318,7 @@ class Front(asyncio.Protocol):
         Whether the client keeps up.
         """
         size, fronts = len(data), self._fronts
-        if not self._chunked or not 0 < size < _LARGE:
+        if not (size and self._chunked) or size >= _LARGE:
             return self.write(data) is None
         self.sent += size
         self.last = fronts.loop.time()

@@ -20,8 +20,8 @@ from .openai_heads import Heads
 
 # The same as most servers allow.
 _MOST_HEAD = 64 << 10
-# What chunks may cost beside their bytes; one of a single byte costs five more.
-_MOST_FRAMING = 16
+# How many bytes may come for each of a body; a chunk of a single one takes six.
+_MOST_PER_BYTE = 17
 _OK = 200
 _VERSIONS = ("1.1", "1.0")
 
@@ -157,7 +157,7 @@ class Connection(asyncio.BufferedProtocol):
             del answering.parts[self._whole :]
         fresh = answering.news()
         # What may still come beside the body, of which each byte allows for more.
-        self._allowed = allowed = self._allowed + fresh * (1 + _MOST_FRAMING) - nbytes
+        self._allowed = allowed = self._allowed + fresh * _MOST_PER_BYTE - nbytes
         if self._odd or allowed < 0:
             told = self._odd or "too much beside its body"
             self._fail(BackendError(f"the provider's answer is malformed: {told}"))
