@@ -95,26 +95,8 @@ class Models:
     ) -> EmbedResult:
         """As `embed`, with the tokens it took. Raises `InvalidBody` for what is no input."""
         settings = _settings(EmbedOpts, opts, options)
-        inputs = embed_inputs(given)
-        call = self._call("embed", inputs, settings)
-
-        def ask(
-            _: Call, candidate: Candidate, own: EmbedOpts, __: Recorder
-        ) -> Awaitable[EmbedResult]:
-            backend: Any = candidate.backend
-            if inputs.arrays and not backend.token_input:
-                return self._embed_arrays(backend, inputs, own)
-            coming: Awaitable[EmbedResult] = backend.embed(inputs.texts or inputs.arrays, own)
-            return coming
-
-        def told(_: Call, result: EmbedResult, recorder: Recorder) -> None:
-            _check_vectors(result, len(inputs.texts) + len(inputs.arrays))
-            if result.usage is None:
-                result.usage = TokenUsage(embedding_tokens=inputs.estimate())
-                recorder.call.usage_estimated = True
-            recorder.count(result.usage)
-
-        return await call.first(ask, told)
+        call = self._call("embed", embed_inputs(given), settings)
+        return await call.first(self._embedding, _embedded)
 
     async def generate(
         self, given: GenerateInput, *, opts: GenerateOpts | None = None, **options: Any
@@ -172,6 +154,16 @@ class Models:
     def _backends(self) -> Iterable[ModelBackend]:
         return {id(one.backend): one.backend for one in self._routes}.values()
 
+    def _embedding(
+        self, call: Call, candidate: Candidate, opts: EmbedOpts, _: Recorder
+    ) -> Awaitable[EmbedResult]:
+        inputs: EmbedInputs = call.asked
+        backend: Any = candidate.backend
+        if inputs.arrays and not backend.token_input:
+            return self._embed_arrays(backend, inputs, opts)
+        coming: Awaitable[EmbedResult] = backend.embed(inputs.texts or inputs.arrays, opts)
+        return coming
+
     async def _embed_arrays(
         self, backend: Embeds, inputs: EmbedInputs, opts: EmbedOpts
     ) -> EmbedResult:
@@ -221,6 +213,15 @@ def _told(call: Call, result: GenerateResult, recorder: Recorder) -> None:
     recorder.count(result.usage)
 
 
+def _embedded(call: Call, result: EmbedResult, recorder: Recorder) -> None:
+    inputs: EmbedInputs = call.asked
+    _check_vectors(result.vectors, len(inputs.texts) + len(inputs.arrays))
+    if result.usage is None:
+        result.usage = TokenUsage(embedding_tokens=inputs.estimate())
+        recorder.call.usage_estimated = True
+    recorder.count(result.usage)
+
+
 async def _drained(chunks: AsyncIterator[GenerateChunk]) -> GenerateResult:
     """The whole answer of a backend that only streams."""
     assembly = Assembly()
@@ -254,15 +255,15 @@ def _settings(kind: type[OptsType], opts: OptsType | None, options: dict[str, An
     return opts
 
 
-def _check_vectors(result: EmbedResult, count: int) -> None:
+def _check_vectors(vectors: Vectors, count: int) -> None:
     """One vector of numbers for each input. Raises `BackendError`."""
-    if len(result.vectors) != count:
-        message = f"{len(result.vectors)} vectors for {count} inputs"
+    if len(vectors) != count:
+        message = f"{len(vectors)} vectors for {count} inputs"
         raise BackendError(message)
-    plain = (vector for vector in result.vectors if not isinstance(vector, Vector))
-    if not all(map(math.isfinite, map(sum, plain))):
-        message = "a vector holds what is no number"
-        raise BackendError(message)
+    for vector in vectors:
+        if not isinstance(vector, Vector) and not math.isfinite(sum(vector)):
+            message = "a vector holds what is no number"
+            raise BackendError(message)
 
 
 def _one_of(opts: GenerateOpts, index: int) -> GenerateOpts:

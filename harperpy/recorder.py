@@ -23,7 +23,7 @@ from .messages import GenerateChunk, Prompt, TokenUsage, estimate_tokens
 _MOST_COUNTED = 2**53
 _NUMBERS = (int, float)
 # What few providers count.
-_RARER = ("embedding_tokens", "cached_tokens", "reasoning_tokens", "gpu_ms")
+_RARER = ("cached_tokens", "reasoning_tokens", "gpu_ms")
 _NOTHING_RARER = (None,) * len(_RARER)
 
 
@@ -79,12 +79,15 @@ class Recorder(msgspec.Struct, eq=False):
         """Note the tokens a provider reported; what no database could hold is left out."""
         call = self.call
         asked, answered = usage.prompt_tokens, usage.completion_tokens
+        embedded = usage.embedding_tokens
         if isinstance(asked, _NUMBERS) and 0 <= asked < _MOST_COUNTED:
             call.prompt_tokens = asked
         if isinstance(answered, _NUMBERS) and 0 <= answered < _MOST_COUNTED:
             call.completion_tokens = answered
+        if isinstance(embedded, _NUMBERS) and 0 <= embedded < _MOST_COUNTED:
+            call.embedding_tokens = embedded
         # Spelt out: to read them by `_RARER` takes five times as long.
-        rarer = usage.embedding_tokens, usage.cached_tokens, usage.reasoning_tokens, usage.gpu_ms
+        rarer = usage.cached_tokens, usage.reasoning_tokens, usage.gpu_ms
         if rarer != _NOTHING_RARER:
             for field, value in zip(_RARER, rarer, strict=True):
                 if isinstance(value, _NUMBERS) and 0 <= value < _MOST_COUNTED:
