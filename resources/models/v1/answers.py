@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -25,12 +24,7 @@ from harperpy import (
 
 from .schema import ChatRequest, EmbeddingRequest
 
-# What few answers have besides text.
-_RARER = (
-    *("tool_calls", "refusal", "audio", "reasoning_content"),
-    *("annotations", "logprobs", "refusal_logprobs"),
-)
-_rarer_in, _NOTHING_RARER = attrgetter(*_RARER), (None,) * len(_RARER)
+_NOTHING_RARER = (None,) * 7
 
 
 class _Message(msgspec.Struct, omit_defaults=True, gc=False):
@@ -120,13 +114,15 @@ def embedding_list(request: EmbeddingRequest, result: EmbedResult) -> msgspec.St
 
 
 def _choice(index: int, choice: Choice, request: ChatRequest) -> _Choice:
-    if _rarer_in(choice) == _NOTHING_RARER:
+    calls, refusal, audio = choice.tool_calls, choice.refusal, choice.audio
+    thought, annotations = choice.reasoning_content, choice.annotations
+    # What few answers have besides text.
+    rarer = calls, refusal, audio, thought, annotations, choice.logprobs, choice.refusal_logprobs
+    if rarer == _NOTHING_RARER:
         reason = openai_finish_reason(choice.finish_reason, calls=False)
         return _Choice(index, _Message("assistant", choice.content or "", None), None, reason)
-    calls, functions = choice.tool_calls, bool(request.functions)
-    refusal, audio = choice.refusal, choice.audio
+    functions = bool(request.functions)
     content = choice.content or (None if calls or refusal or audio else "")
-    thought, annotations = choice.reasoning_content, choice.annotations
     message = _Message("assistant", content, refusal, None, None, thought, annotations, audio)
     if calls and functions:
         message.function_call = openai_tool_call(calls[0])["function"]
