@@ -21,6 +21,8 @@ class AbortSignal(msgspec.Struct, eq=False, weakref=True):
     """Fires once. `aborted` and `reason` say whether and why; many may wait for it."""
 
     reason: str | None = None
+    # The tasks whose blocks it ends, and how often each was cancelled before.
+    _guarded: dict[Guard, tuple[asyncio.Task[Any], int]] = {}
     _callbacks: dict[object, Callable[[], object]] = {}
     _dependents: WeakSet[AbortSignal] | None = None
     # What it depends on is held by it, and never looked at.
@@ -95,6 +97,8 @@ class AbortSignal(msgspec.Struct, eq=False, weakref=True):
         if self.reason is not None:
             return
         self.reason = reason
+        for task, _ in list(self._guarded.values()):
+            task.cancel()
         callbacks = list(self._callbacks.values())
         self._callbacks.clear()
         for callback in callbacks:
@@ -123,18 +127,16 @@ class Guard(msgspec.Struct, eq=False):
     """
 
     _signal: AbortSignal
-    # Whose block it is, and how often that was cancelled before.
-    _held: tuple[asyncio.Task[Any], int] | None = None
 
     def __enter__(self) -> Self:
-        if self._signal.reason is not None:
-            raise Aborted(self._signal.reason)
+        signal = self._signal
+        if signal.reason is not None:
+            raise Aborted(signal.reason)
         task = asyncio.current_task()
         if task is None:
             message = "an AbortSignal guards a task; there is none here"
             raise RuntimeError(message)
-        self._held = task, task.cancelling()
-        self._signal._callbacks[self] = task.cancel  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # one unit
+        signal._guarded[self] = task, task.cancelling()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # one unit
         return self
 
     def __exit__(
@@ -143,13 +145,13 @@ class Guard(msgspec.Struct, eq=False):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # The signal lets go of what it has called.
-        if self._signal._callbacks.pop(self, None) is not None or self._held is None:  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # one unit
+        signal = self._signal
+        task, before = signal._guarded.pop(self)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # one unit
+        if signal.reason is None:
             return
-        task, before = self._held
         # Someone else cancelled this task too: then the cancellation is theirs to see.
         if task.uncancel() <= before and kind is asyncio.CancelledError:
-            raise Aborted(self._signal.reason) from error
+            raise Aborted(signal.reason) from error
 
 
 def void(_: object) -> None:
