@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from harperpy import (
+    AbortController,
+    Aborted,
     AbortSignal,
     Body,
     Context,
@@ -520,3 +522,45 @@ async def test_a_signal_given_to_a_model_call_ends_it_too() -> None:
         await left.wait()
 
     assert [True] == fired
+
+
+async def test_a_guard_ends_its_own_block_and_nothing_else() -> None:
+    """Whom the signal ends learns why; whom someone else cancels as well sees that instead."""
+
+    async def block(signal: AbortSignal, entered: asyncio.Event) -> str:
+        try:
+            with signal.guard():
+                with signal.guard():
+                    pass  # The inner one lets go of no other.
+                entered.set()
+                await asyncio.Event().wait()
+        except Aborted as error:
+            task = asyncio.current_task()
+            assert task is not None
+            return f"{error} {task.cancelling()}"
+        return "left"
+
+    told: list[str | BaseException] = []
+    for others in (False, True):
+        stop, entered = AbortController(), asyncio.Event()
+        task = asyncio.create_task(block(stop.signal, entered))
+        await entered.wait()
+        if others:
+            task.cancel()
+        stop.abort("enough")
+        told += await asyncio.gather(task, return_exceptions=True)
+
+    assert "enough" in str(told[0])
+    assert str(told[0]).endswith(" 0")
+    assert isinstance(told[1], asyncio.CancelledError)
+
+
+async def test_a_signal_that_fires_later_ends_no_block_that_was_left() -> None:
+    """A task that has come out of a guard goes on."""
+    stop = AbortController()
+    with stop.signal.guard():
+        await asyncio.sleep(0)
+    stop.abort()
+    await asyncio.sleep(0)
+    with pytest.raises(Aborted), stop.signal.guard():
+        pass
