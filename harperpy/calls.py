@@ -165,6 +165,8 @@ class Call(msgspec.Struct, eq=False):
             if (synced := self.ledger.synced) is not None:
                 await synced()
         finally:
+            # It leads back to here.
+            self._sink = None
             await aclose(batches)
 
     def divert(self, sink: Callable[[_Pieces], bool]) -> None:

@@ -244,7 +244,11 @@ class Context(Caller, eq=False):
 
 
 async def _raised(error: BaseException) -> Any:
-    raise error
+    try:
+        raise error
+    finally:
+        # Its traceback holds this frame, and so itself.
+        del error
 
 
 def get_context() -> Context:

@@ -141,8 +141,9 @@ async def frames(
                 break
             data = framing.item(item)
         tail = framing.end
-    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # worded as the last item
-        told = _reported(error, signal)
+    except (Exception, asyncio.CancelledError) as error:  # worded as the last item
+        if (told := _reported(error, signal)) is None:
+            raise
         tail = (framing.between if written else framing.start) + framing.failed(told)
         tail += framing.end
     finally:
@@ -153,16 +154,16 @@ async def frames(
         yield tail
 
 
-def _reported(error: BaseException, signal: AbortSignal | None) -> Exception:
+def _reported(error: BaseException, signal: AbortSignal | None) -> Exception | None:
     """What to tell of a failure: of a cancellation only that it was ours, as the client is there.
 
-    Raises the cancellation again where it was not.
+    None where it was not.
     """
     if isinstance(error, Exception):
         return error
     task, reason = asyncio.current_task(), None if signal is None else signal.reason
     if reason not in _OURS or task is None:
-        raise error
+        return None
     task.uncancel()
     return _ending(reason)
 

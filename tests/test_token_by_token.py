@@ -1,9 +1,10 @@
 """A streamed answer as models give it: each piece goes on before the provider has the next."""
 
 import asyncio
+import gc
 import json
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import aiohttp
@@ -214,3 +215,41 @@ async def test_a_client_that_leaves_is_not_answered_on() -> None:
         await asyncio.wait_for(feed.left.wait(), 30)
         [row] = await server.rows()
     assert (False, "aborted", 2) == (row["success"], row["error_code"], row["completion_tokens"])
+
+
+@contextmanager
+def uncollected() -> Iterator[set[str]]:
+    """The kinds of our own objects that were let go of meanwhile, and wait for the collector."""
+    found: set[str] = set()
+    gc.collect()
+    gc.disable()
+    try:
+        yield found
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        kinds = {type(one) for one in gc.garbage}
+        found |= {kind.__qualname__ for kind in kinds if kind.__module__.startswith("harperpy.")}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+@pytest.mark.parametrize("end", ["read to its end", "left"])
+async def test_what_a_stream_was_made_of_goes_with_it(end: str) -> None:
+    """Its buffers are large, and the collector comes seldom."""
+    async with feeding() as (server, feed):
+        with uncollected() as found:
+            async with asking(server) as answer:
+                await feed.tell(text("second"))
+                assert "second" == await answer.text()
+                if end != "left":
+                    feed.end(DONE)
+                    assert "stop" == (await answer.event())["choices"][0]["finish_reason"]
+                    assert ["[DONE]", ""] == [await answer.event(), await answer.event()]
+            del answer
+            await server.rows()
+            if end == "left":
+                await asyncio.wait_for(feed.left.wait(), 30)
+
+    assert set() == found
