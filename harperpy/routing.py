@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from operator import attrgetter
 from typing import Any, Literal, TypeAlias, get_args
 
 import msgspec
@@ -21,8 +20,6 @@ Kind: TypeAlias = Literal["generative", "embedding"]
 
 DEFAULT = "default"
 _MOST_KEPT = 1024
-# What a backend that has been opened may still change of what a listing tells.
-_told_of = attrgetter("state", "about")
 
 _BASE: dict[Kind, frozenset[Capability]] = {
     "generative": frozenset({"generate", "stream"}),
@@ -87,8 +84,9 @@ class Routes:
         }
         self._by_name: dict[Kind, dict[str, Registration]] = {"generative": {}, "embedding": {}}
         self._backends: list[ModelBackend] = []
-        self._patterns: list[ModelBackend] = []
-        self._seen: list[tuple[Any, ...]] | None = None
+        self._served: list[Callable[[], Sequence[str]]] = []
+        # What backends that have been opened may still change of what a listing tells.
+        self._seen: list[Any] | None = None
         self._listed: list[ModelInfo] = []
 
     def add(self, registration: Registration, *, replace: bool = False) -> None:
@@ -112,7 +110,7 @@ class Routes:
             raise RegistrationError(message)
         self._by_name[kind][name] = registration
         self._backends, self._seen = [one.backend for one in self], None
-        self._patterns = [one.backend for one in self if one.is_pattern]
+        self._served = [one.backend.served for one in self if one.is_pattern]
 
     def freeze(self) -> None:
         """Take no more registrations. Raises `RegistrationError` for a fallback that is missing."""
@@ -229,9 +227,11 @@ class Routes:
 
         Of a permission only what it has.
         """
-        seen: list[tuple[Any, ...]] = [*map(_told_of, self._backends)]
-        if self._patterns:
-            seen += [tuple(one.served()) for one in self._patterns]
+        seen: list[Any] = []
+        for backend in self._backends:
+            seen += (backend.state, backend.about)
+        for served in self._served:
+            seen.append(tuple(served()))
         if seen != self._seen:
             self._seen, self._listed = seen, self._anew()
         if permission is None or permission.super_user or permission.models is None:

@@ -162,7 +162,10 @@ class Mover:
         if (error := future.exception()) is None:
             self.journal.forget(future.result())
             self._most = min(2 * self._most, _MOST_ROWS)
-        pause = _PAUSE_SECONDS if error is None else self._failed(error)
+            # A few are worth no transaction of their own: the next ones are with them soon.
+            pause = _PAUSE_SECONDS if self.journal.waits >= self._most else _MOVE_SECONDS
+        else:
+            pause = self._failed(error)
         if self.journal.waits:
             with contextlib.suppress(RuntimeError):  # it is closed
                 self._loop.call_soon_threadsafe(self._again, pause)

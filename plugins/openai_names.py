@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from math import inf
 from typing import Annotated, TypeAlias
 
 import msgspec
@@ -52,7 +53,8 @@ class ServedNames:
         self._fetch = fetch
         self._where = where
         self._names: tuple[str, ...] = ()
-        self._fetched_at = 0.0
+        # When they are old; never while they are fetched.
+        self._old_at = inf
         self._trouble: str | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -62,8 +64,7 @@ class ServedNames:
 
     def read(self) -> Sequence[str]:
         """The names as far as they are known; none before it is opened."""
-        done = self._task is not None and self._task.done()
-        if done and self.clock() - self._fetched_at > _MAX_AGE:
+        if self.clock() > self._old_at:
             self._begin()
         return self._names
 
@@ -73,8 +74,10 @@ class ServedNames:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+        self._old_at = inf
 
     def _begin(self) -> None:
+        self._old_at = inf
         self._task = asyncio.create_task(self._refresh(), name=f"names of {self._where}")
 
     async def _refresh(self) -> None:
@@ -85,7 +88,7 @@ class ServedNames:
         else:
             self._trouble = None
         finally:
-            self._fetched_at = self.clock()
+            self._old_at = self.clock() + _MAX_AGE
 
     def _tell(self, trouble: str) -> None:
         if trouble != self._trouble:
