@@ -58,9 +58,12 @@ class Deadlines:
 
 
 class Waiter(Protocol):
-    """What waits time and again. `since` is when it last began to; infinity while it does not."""
+    """What waits time and again."""
 
-    since: float
+    @property
+    def since(self) -> float:
+        """When it last began to; infinity while it does not."""
+        ...
 
     def expire(self) -> None:
         """End it."""
@@ -101,6 +104,20 @@ class Waits:
         if self._all:
             when = max(oldest + self._seconds, now + self._seconds / _LOOKS)
             self._timer = loop.call_at(when, self._look, loop)
+
+
+class AllWaits:
+    """The `Waits` of each length: one timer for all that wait equally long."""
+
+    def __init__(self) -> None:
+        self._known: dict[float, Waits] = {}
+
+    def of(self, seconds: float) -> Waits:
+        """Those that wait for so long."""
+        waits = self._known.get(seconds)
+        if waits is None:
+            waits = self._known[seconds] = Waits(seconds)
+        return waits
 
 
 class Deadline:

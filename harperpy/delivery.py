@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from math import inf
 from typing import Any, Protocol, TypeAlias
 
 from multidict import CIMultiDict
 
 from .context import Context
+from .deadlines import AllWaits, Waits
 from .rendering import Reply
 from .signal import REVOKED
 
@@ -58,15 +60,22 @@ class Line(Protocol):
 class Delivery:
     """A streamed answer: its head, its writes, and a comment when it is silent for long.
 
-    `task` is the one that answers. `begun` is when the head went out, by `time.perf_counter()`.
+    `task` is the one that answers; `silences` look after those that are silent. `begun` is when the
+    head went out, by `time.perf_counter()`.
     """
 
     __slots__ = (
-        *("_beginning", "_behind", "_context", "_interval", "_line", "_loop", "_push", "_quiet"),
+        *("_beginning", "_behind", "_context", "_line", "_loop", "_push", "_silence", "_silences"),
         *("_task", "_tasks", "_watch", "begun", "status"),
     )
 
-    def __init__(self, line: Line, context: Context, task: asyncio.Task[Any] | None) -> None:
+    def __init__(
+        self,
+        line: Line,
+        context: Context,
+        task: asyncio.Task[Any] | None,
+        silences: AllWaits,
+    ) -> None:
         self.begun = 0.0
         self.status = 0
         self._line = line
@@ -75,8 +84,8 @@ class Delivery:
         self._loop = asyncio.get_running_loop()
         self._task = task
         self._beginning: asyncio.Task[None] | None = None
-        self._quiet: asyncio.TimerHandle | None = None
-        self._interval: float | None = None
+        self._silences = silences
+        self._silence: Waits | None = None
         self._behind = False
         self._tasks: list[asyncio.Task[None]] = []
         self._watch: asyncio.Task[None] | None = None
@@ -120,11 +129,23 @@ class Delivery:
 
     def end(self) -> None:
         """Count and ask no more."""
-        if self._quiet is not None:
-            self._quiet.cancel()
-            self._quiet = None
+        if self._silence is not None:
+            self._silence.remove(self)
+            self._silence = None
         if self._watch is not None:
             self._watch.cancel()
+
+    @property
+    def since(self) -> float:
+        """When something was sent last; a reader that is behind needs no comment that we live."""
+        return inf if self._behind else self._line.last
+
+    def expire(self) -> None:
+        """Break a silence that is long enough."""
+        if self._silence is not None:
+            self._line.last = self._loop.time()
+            self._silence.add(self)
+            self._spawn(self._remind())
 
     async def _begin(self, reply: Reply) -> None:
         await self._prepare(reply)
@@ -140,14 +161,15 @@ class Delivery:
         reply.headers = CIMultiDict()
         if reply.keepalive is None:
             return
-        self._interval, self._line.last = reply.keepalive, self._loop.time()
-        self._quiet = self._loop.call_later(self._interval, self._listen)
+        self._line.last = self._loop.time()
+        self._silence = self._silences.of(reply.keepalive)
+        self._silence.add(self)
         if reply.check is not None:
             self._watch = self._spawn(self._ask(reply.check, reply.keepalive))
 
     async def _remind(self) -> None:
         # The stream may have ended since this was to be done.
-        if self._quiet is not None:
+        if self._silence is not None:
             await self._write(_KEEPALIVE)
 
     async def _write(self, data: bytes) -> None:
@@ -165,16 +187,6 @@ class Delivery:
         await drained
         self._behind = False
         self._line.last = self._loop.time()
-
-    def _listen(self) -> None:
-        """Break a silence that is long enough; one timer outlasts many writes."""
-        interval = self._interval or 0.0
-        # A reader that is behind needs no comment that we are alive.
-        quiet = 0.0 if self._behind else self._loop.time() - self._line.last
-        if quiet >= interval:
-            self._spawn(self._remind())
-            quiet = 0.0
-        self._quiet = self._loop.call_later(interval - quiet, self._listen)
 
     async def _ask(self, check: Callable[[], Awaitable[None]], seconds: float) -> None:
         """End the stream when who reads it may not go on."""

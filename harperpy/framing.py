@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -86,6 +85,23 @@ class Framing(msgspec.Struct):
         return self.failure(as_harper_error(error))
 
 
+class _OfEvents(Framing, kw_only=True):
+    """That of events, whose failure is as the resource words it, or else in the default wording."""
+
+    resource: type[Resource]
+    context: Context
+
+    def failed(self, error: Exception) -> bytes:
+        """As `Framing`, and there always is one."""
+        log_error(error)
+        refusal, resource, context = as_harper_error(error), self.resource, self.context
+        try:
+            return encode_sse(resource.present_stream_error(refusal, context))
+        except Exception:
+            logger.exception("present_stream_error of %s failed", resource.__name__)
+            return encode_sse(Resource.present_stream_error(refusal, context))
+
+
 RAW = Framing(lambda item: item.encode() if isinstance(item, str) else bytes(item), None)
 """Text and bytes as they are."""
 
@@ -94,22 +110,12 @@ def framing_of(media: str, resource: type[Resource], context: Context) -> Framin
     """The framing of a media type, its failures worded by the resource."""
     item = context.types.item_serializer(media)
     if media == EVENTS:
-        # Of each of thousands of streams: a closure would take twice as much memory.
-        return Framing(item, partial(_last_event, resource, context))
+        return _OfEvents(item, None, resource=resource, context=context)
     if media.endswith("ndjson"):
         return Framing(item, lambda error: item({"$harperStreamError": _told(error)}))
     if media == JSON:
         return Framing(item, lambda error: encode_json({"error": _told(error)}), b"[", b",", b"]")
     return Framing(item, None)
-
-
-def _last_event(resource: type[Resource], context: Context, error: HarperError) -> bytes:
-    """The failure as its resource words it; the default wording if that fails too."""
-    try:
-        return encode_sse(resource.present_stream_error(error, context))
-    except Exception:
-        logger.exception("present_stream_error of %s failed", resource.__name__)
-        return encode_sse(Resource.present_stream_error(error, context))
 
 
 def _told(error: HarperError) -> dict[str, Any]:

@@ -225,7 +225,7 @@ class Front(asyncio.Protocol):
                 sent = self._whole(reply, reply.body)
                 port.answered(context, reply.status, sent, received)
             else:
-                delivery = self._delivery = self._delivery or Delivery(self, context, self._task)
+                delivery = self._delivery = self._delivery or self._deliver(context)
                 await delivery.send(reply)
                 port.streamed(context, delivery, received)
         except (asyncio.CancelledError, ConnectionError):
@@ -259,8 +259,11 @@ class Front(asyncio.Protocol):
     def _early(self, reply: Reply) -> None:
         """Send a stream's head, as its first item is late."""
         if self._context is not None:
-            self._delivery = Delivery(self, self._context, self._task)
+            self._delivery = self._deliver(self._context)
             self._delivery.begin(reply)
+
+    def _deliver(self, context: Context) -> Delivery:
+        return Delivery(self, context, self._task, self._fronts.port.silences)
 
     def _whole(self, reply: Reply, body: bytes) -> int:
         """Send an answer that has all its bytes; how many there are in its body."""

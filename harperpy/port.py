@@ -17,6 +17,7 @@ from multidict import CIMultiDict
 
 from .caching import vary
 from .context import Context
+from .deadlines import AllWaits
 from .delivery import Delivery
 from .dispatch import Dispatch
 from .meter import Meter
@@ -59,6 +60,8 @@ class Port:
             _uncounted if meter is None else meter.answered
         )
         """Counts a whole answer: its status, and the bytes of both bodies."""
+        self.silences = AllWaits()
+        """Look after streams that say nothing for long."""
         self._prefix = new_id("req_")
         self._count = itertools.count(1)
 

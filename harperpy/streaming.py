@@ -201,7 +201,7 @@ class _ChunkEncoder:
     """What stands around the deltas is encoded once; each delta is spliced into it."""
 
     __slots__ = (
-        *("_choices", "_envelope", "_functions", "_head", "_last", "_plain", "_tail"),
+        *("_choices", "_envelope", "_functions", "_last", "_of_the_whole", "_plain", "_tail"),
         *("_text_head", "_text_tail", "sink", "source", "started", "usage"),
     )
 
@@ -211,13 +211,14 @@ class _ChunkEncoder:
     def __init__(
         self, model: str, completion: str, *, include_usage: bool, functions: bool
     ) -> None:
-        self._envelope: dict[str, Any] = {
+        envelope = {
             "id": completion,
             "object": "chat.completion.chunk",
             "created": int(time.time()),
             "model": model,
         }
-        self._head = b""
+        self._envelope = encode_json(envelope)[:-1]
+        self._of_the_whole = _NOTHING_TOLD
         self._tail, self._text_tail = _TAILS[include_usage], _TEXT_TAILS[include_usage]
         # What stands before the first answer's text, once that has begun.
         self._text_head = b""
@@ -321,20 +322,24 @@ class _ChunkEncoder:
         return choice
 
     def _opening(self) -> bytes:
-        """What each event begins with."""
-        if not self._head:
-            self._head = b"data: " + encode_json(self._envelope)[:-1]
-        return self._head
+        """What each event begins with: made when it is needed, which is seldom."""
+        told = {
+            name: value
+            for name, value in zip(_OF_THE_WHOLE, self._of_the_whole, strict=True)
+            if value is not None
+        }
+        more = b",%b" % encode_json(told)[1:-1] if told else b""
+        return b"data: %b%b" % (self._envelope, more)
 
     def _tell(self, of_the_whole: tuple[Any, ...]) -> None:
         """Take into the envelope what a provider says of the whole answer."""
-        for name, told in zip(_OF_THE_WHOLE, of_the_whole, strict=True):
-            if told is not None and told != self._envelope.get(name):
-                self._envelope[name] = told
-                self._head = b""
-        for choice in self._choices.values():
-            choice.put_in(self._opening())
-            self._note_first(choice)
+        known = self._of_the_whole
+        told = zip(of_the_whole, known, strict=True)
+        self._of_the_whole = tuple(old if new is None else new for new, old in told)
+        if self._of_the_whole != known:
+            for choice in self._choices.values():
+                choice.put_in(self._opening())
+                self._note_first(choice)
 
     def _note_first(self, choice: _Choice) -> None:
         if choice.started and not choice.index:

@@ -57,7 +57,7 @@ class Wire:
         if isinstance(raw, ConnectedRequest):
             raw.context = context
         line = _Line(raw)
-        delivery = Delivery(line, context, asyncio.current_task())
+        delivery = Delivery(line, context, asyncio.current_task(), port.silences)
         try:
             reply = await self._dispatch.answer(context, delivery.begin)
             if reply.socket is not None:

@@ -20,11 +20,10 @@ class Pattern:
     providers send hundreds of them. `used` says whether there was one.
     """
 
-    __slots__ = ("_after", "_before", "_begin", "_end", "_texts", "index", "used")
+    __slots__ = ("_begin", "_end", "_texts", "index", "used")
 
     def __init__(self, before: str, after: str, index: int) -> None:
-        self._before, self._after = before, after
-        # The same around a text and its quotes, as most send events.
+        # What stands around a text and its quotes, as most send events.
         self._begin, self._end = f'data: {before}"'.encode(), f'"{after}\n\n'.encode()
         self._texts = slice(len(self._begin) - 1, 1 - len(self._end))
         self.index = index
@@ -32,7 +31,7 @@ class Pattern:
 
     def texts(self, events: Sequence[str], begin: int) -> list[str]:
         """The texts of the events from there on, up to one that is not of this pattern."""
-        before, after = self._before, self._after
+        before, after = self._around()
         within = slice(len(before), -len(after))
         texts: list[str] = []
         try:
@@ -70,7 +69,12 @@ class Pattern:
 
     def event(self, text: str) -> str:
         """An event of this pattern."""
-        return f"{self._before}{_written(text)}{self._after}"
+        before, after = self._around()
+        return f"{before}{_written(text)}{after}"
+
+    def _around(self) -> tuple[str, str]:
+        """What stands around a text in an event's data: kept in one form, as streams are many."""
+        return self._begin[len(b"data: ") : -1].decode(), self._end[1 : -len(b"\n\n")].decode()
 
 
 def pattern_of(data: str, text: str, index: int) -> Pattern | None:
