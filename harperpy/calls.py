@@ -42,6 +42,7 @@ _Pieces: TypeAlias = Sequence[GenerateChunk | str]
 _FALLS_BACK = frozenset({401, 403, 404, 408, 409, 429})
 # Longer waits are the caller's to make: it learns of them by Retry-After.
 _LONGEST_WAIT = 2.0
+_NO_OPTS = GenerateOpts()
 CALL_ID = "x-harper-call-id"
 """The header that names the row of the attempt that answered."""
 
@@ -136,6 +137,8 @@ class Call(msgspec.Struct, eq=False):
     async def batches(self) -> AsyncIterator[_Batch]:
         """Run attempts until one brings its first chunks; then that one to its end."""
         batch, batches, recorder = await self.first(Call._opened)
+        # Nothing is asked anew from here on, and a stream may last.
+        self.opts = _NO_OPTS
         caller, guard, prompt = self.caller, Guard(self.signal), self.asked
         try:
             while batch is not None:

@@ -54,6 +54,10 @@ class Body(msgspec.Struct, eq=False):
             self.whole = b"".join([chunk async for chunk in self.stream()])
         return self.whole
 
+    def release(self) -> None:
+        """Let its bytes go, as before an answer that may last. From then on it is empty."""
+        self.whole = b""
+
     async def stream(self) -> AsyncIterator[builtins.bytes]:
         """The body as it arrives, never more than the server's limit of it."""
         if self._length is not None and self._length > self._limit:

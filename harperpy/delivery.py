@@ -9,11 +9,9 @@ from collections.abc import Awaitable, Callable, Coroutine
 from math import inf
 from typing import Any, Protocol, TypeAlias
 
-from multidict import CIMultiDict
-
 from .context import Context
 from .deadlines import AllWaits, Waits
-from .rendering import Reply
+from .rendering import NO_HEADERS, Reply
 from .signal import REVOKED
 
 _CLOSE_SECONDS = 5.0
@@ -158,7 +156,8 @@ class Delivery:
         await self._line.head(reply)
         self.begun = begun
         # It is sent, and a stream may last: what no one reads any more is not kept for so long.
-        reply.headers = CIMultiDict()
+        reply.headers = NO_HEADERS
+        self._context.call_headers.clear()
         if reply.keepalive is None:
             return
         self._line.last = self._loop.time()

@@ -37,8 +37,8 @@ from .sse import SSE, encode_json
 logger = logging.getLogger("harperpy.dispatch")
 
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-# A brief reply has none, and nobody gives it any: who tried to would raise.
-_NO_HEADERS = cast("CIMultiDict[str]", CIMultiDictProxy(CIMultiDict[str]()))
+NO_HEADERS = cast("CIMultiDict[str]", CIMultiDictProxy(CIMultiDict[str]()))
+"""Those of a brief reply, and of one whose head is sent: who gave it any would raise."""
 _STREAM_HEADERS = {CACHE_CONTROL: "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -193,7 +193,7 @@ def _render_response(response: Response, context: Context) -> Reply | Flow:
         media = own.get(CONTENT_TYPE)
         told = response.data is not msgspec.UNSET or context.own_headers
         if media and not told and type(media) is str and media.isprintable():
-            return Reply(response.status, _NO_HEADERS, body, lines=media)
+            return Reply(response.status, NO_HEADERS, body, lines=media)
     headers = merged(context, own)
     if response.data is not msgspec.UNSET:
         media = headers.get(CONTENT_TYPE) or context.types.negotiate(context.accept)

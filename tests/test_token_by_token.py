@@ -10,7 +10,9 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
+from harperpy.resources.models.v1.chat_completions import V1ChatCompletions
 
+from harperpy import Body, Context, RequestTarget
 from harperpy.testing import RunningServer, chunk, running
 from helpers import HELLO, provider
 from raw_provider import OK, piece, read_request
@@ -90,23 +92,25 @@ class Answer:
 
 
 @asynccontextmanager
-async def feeding() -> AsyncGenerator[tuple[RunningServer, Feed]]:
+async def feeding(**options: Any) -> AsyncGenerator[tuple[RunningServer, Feed]]:
     """A server in front of such a provider."""
     feed = Feed()
     listener = await asyncio.start_server(feed.serve, "127.0.0.1", 0)
     async with listener:
         port = listener.sockets[0].getsockname()[1]
-        async with running(provider(f"http://127.0.0.1:{port}/v1")) as server:
+        async with running(provider(f"http://127.0.0.1:{port}/v1"), **options) as server:
             yield server, feed
 
 
 @asynccontextmanager
-async def asking(server: RunningServer) -> AsyncGenerator[Answer]:
+async def asking(
+    server: RunningServer, path: str = "/v1/chat/completions"
+) -> AsyncGenerator[Answer]:
     """A chat whose answer has begun, by its first piece."""
     async with (
         asyncio.timeout(30),
         server.session() as client,
-        client.post("/v1/chat/completions", json={**HELLO, "stream": True}) as response,
+        client.post(path, json={**HELLO, "stream": True}) as response,
     ):
         answer = Answer(response)
         assert "first" == await answer.text()
@@ -253,3 +257,25 @@ async def test_what_a_stream_was_made_of_goes_with_it(end: str) -> None:
                 await asyncio.wait_for(feed.left.wait(), 30)
 
     assert set() == found
+
+
+async def test_a_stream_holds_no_body() -> None:
+    """What a chat was asked with may be long, and its answer last for long."""
+    bodies: list[Body] = []
+
+    class Chats(V1ChatCompletions):
+        """Notes what it was given."""
+
+        @staticmethod
+        async def post(target: RequestTarget, data: Body, context: Context) -> Any:
+            """As it is answered anyway."""
+            bodies.append(data)
+            return await V1ChatCompletions.post(target, data, context)
+
+    async with (
+        feeding(resources={"chats": Chats}) as (server, feed),
+        asking(server, "/chats") as answer,
+    ):
+        await feed.tell(text("second"))
+        assert "second" == await answer.text()
+        assert [b""] == [await body.bytes() for body in bodies]

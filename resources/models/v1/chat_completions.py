@@ -37,6 +37,7 @@ class V1ChatCompletions(OpenAIResource):
         if not request.stream:
             result = await context.models.generate(prompt, opts=opts)
             return json_response(200, completion(result, request))
+        data.release()
         chunks = context.models.generate_stream(prompt, opts=opts)
         options = request.stream_options
         usage = bool(options and options.include_usage)
