@@ -46,8 +46,11 @@ class Batched(AsyncIterator[T], Generic[T]):
         return item
 
     def batches(self) -> AsyncIterator[Sequence[T]]:
-        """What comes from now on."""
-        return self._batches
+        """What comes from now on, with what is left of a batch that was begun."""
+        if not (left := [*self._left]):
+            return self._batches
+        self.divert = None
+        return _after(left, self._batches)
 
     async def aclose(self) -> None:
         """Close the source."""
@@ -72,7 +75,11 @@ class EncodedEvents(AsyncIterator[SSE]):
 
     def encoded(self) -> AsyncIterator[Encoded]:
         """The bytes of each batch, the same that its events have one by one."""
-        return self._batches
+        if not (left := [*self._left]):
+            return self._batches
+        self.divert = None
+        events = (_AFTER + _BEFORE).join(left)
+        return _after(Encoded(_BEFORE + events + _AFTER), self._batches)
 
     async def aclose(self) -> None:
         """Close the source."""
@@ -82,6 +89,15 @@ class EncodedEvents(AsyncIterator[SSE]):
 def batches_of(items: AsyncIterable[T] | Iterable[T]) -> AsyncIterator[Sequence[T]]:
     """The batches of any stream; of one that has none each item by itself."""
     return items.batches() if isinstance(items, Batched) else _singly(aiterate(items))
+
+
+async def _after(first: T, others: AsyncIterator[T]) -> AsyncIterator[T]:
+    try:
+        yield first
+        async for one in others:
+            yield one
+    finally:
+        await aclose(others)
 
 
 async def _singly(items: AsyncIterator[T]) -> AsyncIterator[Sequence[T]]:

@@ -132,6 +132,8 @@ class Delivery:
             self._silence = None
         if self._watch is not None:
             self._watch.cancel()
+            # Its end leads back to here.
+            self._watch = None
 
     @property
     def since(self) -> float:
@@ -147,7 +149,7 @@ class Delivery:
 
     async def _begin(self, reply: Reply) -> None:
         await self._prepare(reply)
-        if reply.keepalive is not None:
+        if reply.keepalive is not None and reply.status not in BODILESS:
             await self._write(_KEEPALIVE)
 
     async def _prepare(self, reply: Reply) -> None:
@@ -158,11 +160,12 @@ class Delivery:
         # It is sent, and a stream may last: what no one reads any more is not kept for so long.
         reply.headers = NO_HEADERS
         self._context.call_headers.clear()
-        if reply.keepalive is None:
+        if reply.keepalive is None or reply.status in BODILESS:
             return
-        self._line.last = self._loop.time()
-        self._silence = self._silences.of(reply.keepalive)
-        self._silence.add(self)
+        if not reply.quiet:
+            self._line.last = self._loop.time()
+            self._silence = self._silences.of(reply.keepalive)
+            self._silence.add(self)
         if reply.check is not None:
             self._watch = self._spawn(self._ask(reply.check, reply.keepalive))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from asyncio import CancelledError
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from functools import partial
 from types import CoroutineType
@@ -28,7 +29,7 @@ from .incoming import Incoming
 from .lines import tell
 from .middleware import Middlewares
 from .models import Models
-from .names import CONTENT_TYPE, ORIGIN, REQUEST_ID
+from .names import CONTENT_TYPE, ORIGIN, REQUEST_ID, TRANSFER_ENCODING
 from .negotiation import ContentTypes
 from .permission import Verb
 from .reach import Course, Found, course_of, find, verb_of
@@ -49,6 +50,7 @@ from .rendering import (
 )
 from .request import Request, own_target
 from .resource import Resource
+from .signal import is_ending
 from .sse import encode_json
 from .throttle import SAFE, Throttle
 from .transactions import Transaction
@@ -152,7 +154,9 @@ class Dispatch:
     ) -> Reply:
         try:
             reply = await coming
-        except Exception as error:  # noqa: BLE001  # every error becomes an answer here
+        except (Exception, CancelledError) as error:  # every one becomes an answer here
+            if isinstance(error, CancelledError) and is_ending():
+                raise
             reply = self.refusal(error, found, context)
         if not reply.committed:
             self._mark(reply, found, context)
@@ -176,6 +180,8 @@ class Dispatch:
         if context.etag is not None or context.last_modified is not None:
             stamp(reply, context)
         headers = reply.headers
+        # How an answer is framed is its connection's to say.
+        headers.popall(TRANSFER_ENCODING, None)
         keep_private(headers, context, reply.status)
         if self._cors.lists and (told := self._cors.headers(request)):
             vary(headers, told.pop("Vary"))
@@ -337,7 +343,9 @@ class Dispatch:
         headers = merged(context, {CONTENT_TYPE: "application/json"})
         return Reply(status, headers, encode_json(body))
 
-    def refusal(self, error: Exception, found: Found | None, context: Context) -> Reply:
+    def refusal(
+        self, error: Exception | CancelledError, found: Found | None, context: Context
+    ) -> Reply:
         """The error as its resource words it; the default wording if that fails too."""
         log_error(error)
         if isinstance(error, InvalidCredentials):

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
+from typing_extensions import Buffer  # its own module knows it since Python 3.12
 
 from .backend import aclose
 from .content import ResponseError
@@ -28,7 +29,7 @@ _OURS = (SHUTDOWN, REVOKED)
 _OF_A_CALL = ("request", "request_info", "response", "url")
 
 
-def as_harper_error(error: Exception) -> HarperError:
+def as_harper_error(error: BaseException) -> HarperError:
     """The error itself, or in place of an unforeseen one a `ServerError` that tells nothing."""
     if isinstance(error, Aborted):
         # Who asked is still there: the server stops, or a handler's own signal fired.
@@ -41,11 +42,11 @@ def as_harper_error(error: Exception) -> HarperError:
     return ServerError() if status is None else HarperError(_text_of(error), status=status)
 
 
-def _text_of(error: Exception) -> str:
+def _text_of(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _status_of(error: Exception) -> int | None:
+def _status_of(error: BaseException) -> int | None:
     """The status that an error of the application's own carries; no other is one to answer with."""
     if any(hasattr(error, name) for name in _OF_A_CALL):
         return None
@@ -56,7 +57,7 @@ def _status_of(error: Exception) -> int | None:
     return None
 
 
-def log_error(error: Exception) -> None:
+def log_error(error: BaseException) -> None:
     """One line for a refusal; a trace for what nobody foresaw."""
     if isinstance(error, ResponseError):
         logger.info("%s", error)
@@ -77,12 +78,10 @@ class Framing(msgspec.Struct):
     between: bytes = b""
     end: bytes = b""
 
-    def failed(self, error: Exception) -> bytes:
-        """The in-band form of a failure; raised where the format has none."""
+    def failed(self, error: Exception) -> bytes | None:
+        """The in-band form of a failure; None where the format has none."""
         log_error(error)
-        if self.failure is None:
-            raise error
-        return self.failure(as_harper_error(error))
+        return None if self.failure is None else self.failure(as_harper_error(error))
 
 
 class _OfEvents(Framing, kw_only=True):
@@ -102,7 +101,11 @@ class _OfEvents(Framing, kw_only=True):
             return encode_sse(Resource.present_stream_error(refusal, context))
 
 
-RAW = Framing(lambda item: item.encode() if isinstance(item, str) else bytes(item), None)
+def _as_it_is(item: str | Buffer) -> bytes:
+    return item.encode() if isinstance(item, str) else bytes(memoryview(item))
+
+
+RAW = Framing(_as_it_is, None)
 """Text and bytes as they are."""
 
 
@@ -148,16 +151,21 @@ async def frames(
             data = framing.item(item)
         tail = framing.end
     except (Exception, asyncio.CancelledError) as error:  # worded as the last item
-        if (told := _reported(error, signal)) is None:
+        if (tail := _told_last(error, framing, signal)) is None:
             raise
-        tail = (framing.between if written else framing.start) + framing.failed(told)
-        tail += framing.end
+        tail = (framing.between if written else framing.start) + tail + framing.end
     finally:
         await aclose(source)
     if not written and tail == framing.end:
         tail = framing.start + tail
     if tail:
         yield tail
+
+
+def _told_last(error: BaseException, framing: Framing, signal: AbortSignal | None) -> bytes | None:
+    """What tells of a failure, None where it is to be raised: by whom, must not hold it then."""
+    told = _reported(error, signal)
+    return None if told is None else framing.failed(told)
 
 
 def _reported(error: BaseException, signal: AbortSignal | None) -> Exception | None:

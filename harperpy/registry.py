@@ -272,6 +272,9 @@ def _check(resource: Any) -> None:
             f"await {resource.__name__}.of(scope.database.tables)"
         )
         raise RegistrationError(message)
+    if resource.keepalive <= 0:
+        message = f"{resource.__name__}.keepalive: expected seconds, more than 0"
+        raise RegistrationError(message)
     hooks = [name for name in dir(Resource) if name.startswith(("allow_", "present_"))]
     for name in (*VERBS, *hooks):
         found = inspect.getattr_static(resource, name, None)

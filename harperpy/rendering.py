@@ -39,6 +39,10 @@ logger = logging.getLogger("harperpy.dispatch")
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 NO_HEADERS = cast("CIMultiDict[str]", CIMultiDictProxy(CIMultiDict[str]()))
 """Those of a brief reply, and of one whose head is sent: who gave it any would raise."""
+_LAST = 999
+_PLAIN = (str, bytes, bytearray, memoryview)
+# Bytes of these are not what they seem: no comment is to come among them.
+_COUNTED = ("content-length", "content-encoding")
 _STREAM_HEADERS = {CACHE_CONTROL: "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -47,7 +51,8 @@ class Reply(msgspec.Struct, eq=False):
 
     `committed` says that the head was sent while the first item was still awaited; `socket` is
     what a 101 is followed by. `check` raises what refuses who reads events by now. `divert` brings
-    what the body would. A brief one has no `headers`: `lines` are its type alone, and then all.
+    what the body would, as long as that is what was `made`. Into a `quiet` one no comment is put. A
+    brief one has no `headers`: `lines` are its type alone, and then all.
     """
 
     status: int
@@ -55,6 +60,8 @@ class Reply(msgspec.Struct, eq=False):
     body: bytes | AsyncIterator[bytes] = b""
     keepalive: float | None = None
     committed: bool = False
+    made: AsyncIterator[bytes] | None = None
+    quiet: bool = False
     source: AsyncIterator[Any] | None = None
     socket: Socket | None = None
     check: Callable[[], Awaitable[None]] | None = None
@@ -100,8 +107,10 @@ async def ready(reply: Reply) -> Reply:
 
 
 async def sound(coming: Awaitable[Reply], context: Context) -> Reply:
-    """A reply whose headers, which middlewares may have changed, can be sent."""
+    """A reply whose headers and body, which middlewares may have changed, can be sent."""
     reply = await coming
+    if reply.made is not None and reply.body is not reply.made:
+        await _put_aside(reply, reply.made)
     try:
         if not reply.committed:
             checked(reply.headers, context)
@@ -109,6 +118,14 @@ async def sound(coming: Awaitable[Reply], context: Context) -> Reply:
         await reply.close()
         raise
     return reply
+
+
+async def _put_aside(reply: Reply, made: AsyncIterator[bytes]) -> None:
+    """What a reply was made of goes by the body that a middleware has put in its place, or ends."""
+    reply.divert, reply.quiet = None, True
+    if isinstance(reply.body, bytes):
+        await aclose(made)
+        await reply.close()
 
 
 def stamp(reply: Reply, context: Context) -> None:
@@ -136,7 +153,7 @@ def render(value: Any, context: Context) -> Reply | Flow:
     if value is None:
         if context.method in ("GET", "HEAD"):
             raise NotFound
-        return Reply(context.status or 204, merged(context))
+        return Reply(_final(context.status or 204), merged(context))
     if isinstance(value, (Blob, bytes, bytearray)):
         return _as_it_is(value, context)
     headers, media = merged(context), context.types.negotiate(context.accept)
@@ -188,24 +205,26 @@ def _as_it_is(value: Blob | bytes | bytearray, context: Context) -> Reply:
 def _render_response(response: Response, context: Context) -> Reply | Flow:
     body = response.body
     own = response.headers
+    status = response.status
     if context.request.brief and isinstance(body, bytes) and len(own) == 1:
         # It says its type alone.
         media = own.get(CONTENT_TYPE)
         told = response.data is not msgspec.UNSET or context.own_headers
-        if media and not told and type(media) is str and media.isprintable():
-            return Reply(response.status, NO_HEADERS, body, lines=media)
-    headers = merged(context, own)
+        plain = 200 <= status <= _LAST and type(media) is str and media.isprintable()
+        if media and plain and not told:
+            return Reply(status, NO_HEADERS, body, lines=media)
+    headers, status = merged(context, own), _final(status)
     if response.data is not msgspec.UNSET:
         media = headers.get(CONTENT_TYPE) or context.types.negotiate(context.accept)
         data = context.types.serialize(response.data, media.partition(";")[0])
-        return _whole(response.status, headers, media, data, context, keep_status=True)
-    if body is None or isinstance(body, (str, bytes)):
+        return _whole(status, headers, media, data, context, keep_status=True)
+    if body is None or isinstance(body, _PLAIN):
         if body and CONTENT_TYPE not in headers:
             is_text = isinstance(body, str)
             headers[CONTENT_TYPE] = f"{TEXT}; charset=utf-8" if is_text else OCTETS
-        data = body.encode() if isinstance(body, str) else body or b""
-        return Reply(response.status, headers, data)
-    context.status = response.status
+        data = body.encode() if isinstance(body, str) else bytes(body or b"")
+        return Reply(status, headers, data)
+    context.status = status
     headers.setdefault(CONTENT_TYPE, OCTETS)
     media = headers[CONTENT_TYPE].partition(";")[0]
     return Flow(aiterate(body), media, response.headers, raw=True)
@@ -234,7 +253,15 @@ def _whole(
 ) -> Reply:
     if data or media == CSV:
         _name(f"{media}; charset=utf-8" if media == TEXT else media, headers)
-    return Reply(status if keep_status else context.status or status, headers, data)
+    return Reply(status if keep_status else _final(context.status or status), headers, data)
+
+
+def _final(status: int) -> int:
+    """The status, if it is one that an answer can have. Raises `ServerError`."""
+    if not 200 <= status <= _LAST:
+        message = f"{status} is not the status of an answer; expected 200 to {_LAST}"
+        raise ServerError(message)
+    return status
 
 
 def merged(context: Context, own: dict[str, str] | None = None) -> CIMultiDict[str]:
@@ -281,7 +308,7 @@ async def prime(flow: Flow, entry: Entry, context: Context, early: Early) -> Rep
     """
     source, media, own, raw = flow.source, flow.media, flow.headers, flow.raw
     resource = entry.resource
-    reply = Reply(200, CIMultiDict())
+    reply = Reply(200, CIMultiDict(), quiet=raw)
     if context.method == "HEAD":
         await aclose(source)
         _head(reply, media or context.types.negotiate(context.accept), own, resource, context)
@@ -293,7 +320,8 @@ async def prime(flow: Flow, entry: Entry, context: Context, early: Early) -> Rep
         early(reply)
 
     wait = resource.first_item_wait
-    late = asyncio.get_running_loop().call_later(wait, commit) if media == EVENTS else None
+    begins = media == EVENTS and not (raw and any(name.lower() in _COUNTED for name in own))
+    late = asyncio.get_running_loop().call_later(wait, commit) if begins else None
     try:
         first = await anext(source, END)
         media = EVENTS if isinstance(first, SSE) and not raw else media
@@ -306,13 +334,13 @@ async def prime(flow: Flow, entry: Entry, context: Context, early: Early) -> Rep
         await aclose(source)
         if not reply.committed or not isinstance(error, Exception):
             raise
-        reply.body = _only(framing_of(EVENTS, resource, context).failed(error))
+        reply.body = _only(framing_of(EVENTS, resource, context).failed(error) or b"")
         return reply
     finally:
         if late is not None:
             late.cancel()
     reply.source, reply.divert = source, flow.divert
-    reply.body = frames(source, ready, framing, context.signal)
+    reply.body = reply.made = frames(source, ready, framing, context.signal)
     return reply
 
 
@@ -320,7 +348,7 @@ def _head(
     reply: Reply, media: str, own: dict[str, str], resource: type[Resource], context: Context
 ) -> None:
     """Settle the head by what the handler, or the stream's first step, has set until now."""
-    reply.status = context.status or 200
+    reply.status = _final(context.status or 200)
     reply.headers = merged(context, own)
     _name(media, reply.headers)
     if media == EVENTS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
@@ -11,6 +12,8 @@ from weakref import WeakSet
 import msgspec
 
 from .errors import Aborted
+
+logger = logging.getLogger("harperpy.signal")
 
 DISCONNECTED = "client_disconnected"
 SHUTDOWN = "server_shutdown"
@@ -102,7 +105,11 @@ class AbortSignal(msgspec.Struct, eq=False, weakref=True):
         callbacks = list(self._callbacks.values())
         self._callbacks.clear()
         for callback in callbacks:
-            callback()
+            # Others are to learn of it too, and who fires it has more to do.
+            try:
+                callback()
+            except Exception:
+                logger.exception("a callback of an AbortSignal failed")
         for dependent in list(self._dependents or ()):
             dependent._fire(reason)  # noqa: SLF001  # its own class
 
@@ -152,6 +159,12 @@ class Guard(msgspec.Struct, eq=False):
         # Someone else cancelled this task too: then the cancellation is theirs to see.
         if task.uncancel() <= before and kind is asyncio.CancelledError:
             raise Aborted(signal.reason) from error
+
+
+def is_ending() -> bool:
+    """Whether somebody has cancelled the running task, rather than what it waits for."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
 
 
 def void(_: object) -> None:

@@ -415,6 +415,36 @@ async def test_the_signal_fires_although_the_client_never_reads() -> None:
     assert ["client_disconnected"] == [signal.reason for signal in watch.signals]
 
 
+async def test_a_callback_that_fails_is_its_own_business(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The others are called all the same, the verb is cancelled, and the server stops."""
+    entered, told, cancelled, stopped = (asyncio.Event() for _ in range(4))
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    async def get() -> None:
+        context = get_context()
+        for signal, event in ((context.signal, told), (context.stopping, stopped)):
+            signal.add_callback(fail)
+            signal.add_callback(event.set)
+        entered.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    mounts = {"it": type("It", (Resource,), {"get": staticmethod(get)})}
+    async with asyncio.timeout(20):
+        async with running(resources=mounts) as server:
+            await leave(server, entered)
+            await asyncio.gather(told.wait(), cancelled.wait())
+        await stopped.wait()
+
+    assert 2 == caplog.text.count("a callback of an AbortSignal failed")
+
+
 async def test_the_signal_stays_silent_when_all_went_well() -> None:
     """Answers, streams and refusals that were complete never fire it, even as connections close."""
     watch = Watch()

@@ -22,8 +22,15 @@ from harperpy import (
     get_context,
     json_response,
 )
-from harperpy.testing import ECHO, RunningServer, running
-from helpers import Answered, ask, ask_raw, operation, until
+from harperpy.testing import (
+    ECHO,
+    Answer,
+    RunningServer,
+    ScriptedUpstream,
+    running,
+    streamed,
+)
+from helpers import HELLO, Answered, ask, ask_raw, operation, provider, until
 
 SECONDS = 20
 
@@ -620,7 +627,76 @@ async def test_it_gets_control_back_when_a_streams_head_is_ready() -> None:
         assert "data: a\n\ndata: b\n\n" == await response.text()
 
 
-@pytest.mark.parametrize("how", ["another answer", "an error", "a bad header"])
+@pytest.mark.parametrize("front", ["on", "off"])
+async def test_the_body_that_it_puts_in_place_of_a_streams_is_all_that_is_sent(
+    upstream: ScriptedUpstream, front: str
+) -> None:
+    """However the stream comes: piece by piece, from a provider."""
+
+    async def mask(context: Context, call_next: Next) -> Reply:
+        reply = await call_next(context)
+        given = reply.body
+        assert not isinstance(given, bytes)
+
+        async def masked() -> AsyncIterator[bytes]:
+            async for data in given:
+                yield data.replace(b"secret", b"******")
+
+        reply.body = masked()
+        return reply
+
+    upstream.script(Answer(events=streamed(*["secret "] * 8), pause=0.02))
+    configured = f"{provider(upstream.url)}\nhttp: {{front: {front}}}"
+    hooks = plugin((mask, {"url_path": "v1"}))
+    async with running(configured, handle_application=hooks) as server:
+        answer = await ask(server, "POST", "/v1/chat/completions", json={**HELLO, "stream": True})
+
+    assert (8, 0) == (answer.text.count("******"), answer.text.count("secret"))
+
+
+async def test_into_a_body_of_its_own_no_comment_comes() -> None:
+    """It may be anything, as compressed; whether who reads it may go on is asked all the same."""
+    gate, seen = asyncio.Event(), asyncio.Event()
+
+    async def items() -> AsyncIterator[str]:
+        yield "a"
+        await gate.wait()
+
+    async def halve(context: Context, call_next: Next) -> Reply:
+        reply = await call_next(context)
+        given = reply.body
+        assert not isinstance(given, bytes)
+
+        async def halves() -> AsyncIterator[bytes]:
+            async for data in given:
+                yield data[:3]
+                await gate.wait()
+                yield data[3:]
+
+        reply.body = halves()
+        return reply
+
+    def may_read(_user: User | None, _target: RequestTarget, context: Context) -> bool:
+        if asked.count(context) == 2:
+            seen.set()
+        asked.append(context)
+        return True
+
+    asked: list[Context] = []
+    own = {"keepalive": 0.01, "allow_read": staticmethod(may_read), "public": False}
+    mounts = {"it": streaming(lambda: EventStream(items()), **own)}
+    async with (
+        asyncio.timeout(SECONDS),
+        running(handle_application=plugin((halve, {})), resources=mounts) as server,
+        server.session() as client,
+        client.get("/it") as response,
+    ):
+        await seen.wait()
+        gate.set()
+        assert "data: a\n\n" == await response.text()
+
+
+@pytest.mark.parametrize("how", ["another answer", "an error", "a bad header", "other bytes"])
 async def test_a_stream_that_it_does_not_pass_on_is_closed(how: str) -> None:
     """The generator is closed at once, in the task that stepped it."""
     closed: list[Any] = []
@@ -637,6 +713,9 @@ async def test_a_stream_that_it_does_not_pass_on_is_closed(how: str) -> None:
         reply = await call_next(context)
         if how == "an error":
             raise ClientError
+        if how == "other bytes":
+            reply.body = b"others"
+            return reply
         reply.headers["x-bad"] = "\n"
         return reply if how == "a bad header" else Response(200, body="no")
 
@@ -645,7 +724,8 @@ async def test_a_stream_that_it_does_not_pass_on_is_closed(how: str) -> None:
         answer = await ask(server, "GET", "/it")
         assert [True] == closed
 
-    assert {"another answer": 200, "an error": 400, "a bad header": 500}[how] == answer.status
+    statuses = {"another answer": 200, "an error": 400, "a bad header": 500, "other bytes": 200}
+    assert statuses[how] == answer.status
 
 
 @pytest.mark.parametrize("how", ["pass on", "raise", "replace"])

@@ -35,8 +35,8 @@ from harperpy import (
     get_context,
     json_response,
 )
-from harperpy.testing import RunningServer, running
-from helpers import ask, later, until
+from harperpy.testing import ECHO, RunningServer, running
+from helpers import ask, ask_raw, later, until
 
 JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
@@ -968,3 +968,60 @@ async def test_json_refusals_stay_json_for_who_wants_events() -> None:
 
     assert (400, JSON) == (answer.status, answer.headers["Content-Type"])
     assert json_response(400, 1).headers["Content-Type"] == answer.headers["Content-Type"]
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_bytes_are_bytes_whatever_holds_them(kind: Any, streamed: bool) -> None:  # noqa: FBT001
+    """In a body, and in each piece of one."""
+    body = kind(b"\x03\x02")
+    found = await got(lambda: Response(200, body=iter([body, body]) if streamed else body))
+
+    assert (200, b"\x03\x02" * (1 + streamed)) == (found.status, found.body)
+
+
+@pytest.mark.parametrize("status", [100, 101, 103, 199, 0, 1000])
+@pytest.mark.parametrize("how", ["a response", "the context", "a stream"])
+async def test_a_status_that_no_answer_has_is_ours_to_mend(status: int, how: str) -> None:
+    """Its client would go on waiting for the answer, and take the body for that."""
+
+    def odd() -> Any:
+        if how == "a response":
+            return Response(status, body=b"hi")
+        get_context().status = status
+        return iter("hi") if how == "a stream" else "hi"
+
+    found = await got(odd)
+
+    assert (500 if status or how == "a response" else 200) == found.status
+
+
+@pytest.mark.parametrize("front", ["on", "off"])
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_how_an_answer_is_framed_is_not_the_handlers_to_say(
+    streamed: bool,  # noqa: FBT001
+    front: str,
+) -> None:
+    """Headers of another server's answer are passed on, and its `Transfer-Encoding` is not."""
+    headers = {"Transfer-Encoding": "chunked", "Content-Type": "text/plain"}
+    if streamed:
+        headers["Content-Length"] = "5"
+    configured = f"{ECHO}\nhttp: {{front: {front}}}"
+    make = lambda: Response(200, headers, body=iter(["he", "llo"]) if streamed else "hello")  # noqa: E731
+    async with running(configured, resources={"it": answering(make, public=True)}) as server:
+        request = "GET /it HTTP/1.1\r\nHost: t\r\nConnection: close\r\n\r\n"
+        answer = await ask_raw(server, request)
+
+    assert "transfer-encoding" not in {name.lower() for name in answer.headers}
+    assert ("5", "hello") == (answer.headers["Content-Length"], answer.text)
+
+
+async def test_what_a_handler_waits_for_may_be_cancelled() -> None:
+    """The request is not: it gets an answer."""
+
+    async def waits() -> str:
+        coming: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        coming.cancel()
+        return await coming
+
+    assert 500 == (await got(waits)).status

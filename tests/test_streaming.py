@@ -31,7 +31,7 @@ from harperpy import (
     json_response,
     openai_stream,
 )
-from harperpy.testing import running
+from harperpy.testing import ECHO, running
 from helpers import Answered, ask, events
 
 SECONDS = 20
@@ -327,6 +327,70 @@ async def test_silence_is_filled_with_comments() -> None:
         rest = await response.content.read()
 
     assert b"data: b\n\n" == rest.replace(KEEPALIVE, b"")
+
+
+@pytest.mark.parametrize("wait", [60.0, 0.0])
+@pytest.mark.parametrize("length", [None, "12"])
+async def test_bytes_that_are_sent_as_they_are_know_no_comments(
+    length: str | None, wait: float
+) -> None:
+    """Events that somebody else wrote may come in any pieces, and their length may be told."""
+    go_on = asyncio.Event()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        await asyncio.sleep(0.02)
+        yield b"data: hel"
+        await go_on.wait()
+        yield b"lo\n\n" if length is None else b"o\n\n"
+
+    headers = {"Content-Type": "text/event-stream"}
+    if length is not None:
+        headers["Content-Length"] = length
+    own: dict[str, Any] = {"keepalive": 0.001, "first_item_wait": wait}
+    asyncio.get_running_loop().call_later(0.1, go_on.set)
+    answer = await served(lambda: Response(200, headers, body=pieces()), **own)
+
+    text = answer.text.removeprefix(": keepalive\n\n") if length is None else answer.text
+    assert f"data: {'hello' if length is None else 'helo'}\n\n" == text
+
+
+@pytest.mark.parametrize("front", ["on", "off"])
+async def test_what_has_no_body_gets_no_comment(front: str) -> None:
+    """It would be read as the next answer, where the head goes out late."""
+    go_on = asyncio.Event()
+
+    async def items() -> AsyncIterator[SSE]:
+        await go_on.wait()
+        yield SSE(data="a")
+
+    def none() -> EventStream:
+        get_context().status = 204
+        return EventStream(items())
+
+    own: dict[str, Any] = {"first_item_wait": 0.01, "keepalive": 0.01, "public": True}
+    configured = f"{ECHO}\nhttp: {{front: {front}}}"
+    asyncio.get_running_loop().call_later(0.1, go_on.set)
+    request = "GET /it HTTP/1.1\r\nHost: t\r\n\r\nGET /health HTTP/1.1\r\nHost: t\r\n"
+    async with (
+        asyncio.timeout(SECONDS),
+        running(configured, resources={"it": serving(none, **own)}) as server,
+    ):
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.server.http_port)
+        writer.write(f"{request}Connection: close\r\n\r\n".encode())
+        told = (await reader.read()).decode()
+        writer.close()
+
+    first, _, second = told.partition("\r\n\r\n")
+    assert first.startswith("HTTP/1.1 204 ")
+    assert second.startswith("HTTP/1.1 200 ")
+
+
+async def test_silence_is_some_time() -> None:
+    """A class that would send comments without end is not mounted."""
+    async with running(resources={"it": serving(lambda: "a", keepalive=0)}) as server:
+        told = (await ask(server, "GET", "/health")).json["plugins"]["test"]["error"]
+
+    assert "Serving.keepalive: expected seconds, more than 0" == told
 
 
 async def test_other_streams_know_no_comments() -> None:

@@ -4,7 +4,7 @@ import asyncio
 import gc
 import json
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import aiohttp
@@ -12,9 +12,28 @@ import msgspec
 import pytest
 from harperpy.resources.models.v1.chat_completions import V1ChatCompletions
 
-from harperpy import Body, Context, RequestTarget
-from harperpy.testing import RunningServer, chunk, running
-from helpers import HELLO, provider
+from harperpy import (
+    BackendError,
+    Body,
+    Context,
+    EventStream,
+    RequestTarget,
+    Resource,
+    Response,
+    get_context,
+    openai_stream,
+)
+from harperpy.testing import (
+    Answer as Scripted,
+)
+from harperpy.testing import (
+    RunningServer,
+    ScriptedUpstream,
+    chunk,
+    running,
+    streamed,
+)
+from helpers import HELLO, ask, events, provider
 from raw_provider import OK, piece, read_request
 
 HEAD = OK + b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -279,3 +298,67 @@ async def test_a_stream_holds_no_body() -> None:
         await feed.tell(text("second"))
         assert "second" == await answer.text()
         assert [b""] == [await body.bytes() for body in bodies]
+    # The class goes when the collector comes, which is another test's business.
+    bodies.clear()
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("end", ["well", "badly", "left"])
+async def test_what_events_are_made_of_goes_with_them(end: str, raw: bool) -> None:  # noqa: FBT001
+    """Of whoever reads them it is asked anew meanwhile whether they may."""
+    go_on, left = asyncio.Event(), asyncio.Event()
+
+    async def items() -> AsyncGenerator[str]:
+        try:
+            yield "data: a\n\n" if raw else "a"
+            await go_on.wait()
+            if end == "badly":
+                raise BackendError
+        finally:
+            left.set()
+
+    def get() -> Any:
+        if raw:
+            return Response(200, {"Content-Type": "text/event-stream"}, body=items())
+        return EventStream(items())
+
+    own = {"get": staticmethod(get), "keepalive": 0.01}
+    async with running(resources={"it": type("It", (Resource,), own)}) as server:
+        with uncollected() as found:
+            async with server.session() as client, client.get("/it") as response:
+                for _ in range(1 if raw else 4):
+                    await response.content.readuntil(b"\n\n")
+                if end != "left":
+                    go_on.set()
+                    with suppress(aiohttp.ClientPayloadError):
+                        await response.read()
+            del response
+            await asyncio.wait_for(left.wait(), 30)
+            await asyncio.sleep(0)
+
+    assert set() == found
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+async def test_a_stream_of_which_some_was_read_goes_on_from_there(
+    upstream: ScriptedUpstream,
+    encoded: bool,  # noqa: FBT001
+) -> None:
+    """However many of its pieces came in one read."""
+
+    async def rest() -> EventStream:
+        tokens = get_context().models.generate_stream("x", model="default")
+        if not encoded:
+            assert "a" == (await anext(tokens)).delta_content
+        told = openai_stream(tokens, model="m")
+        if encoded:
+            await anext(told)
+        return EventStream(told)
+
+    upstream.script(Scripted(events=streamed(*"abcdefgh")))
+    mounts = {"it": type("It", (Resource,), {"post": staticmethod(rest)})}
+    async with running(provider(upstream.url), resources=mounts) as server:
+        answer = await ask(server, "POST", "/it", json={})
+
+    choices = [one["choices"][0] for one in events(answer.text)[:-1]]
+    assert "bcdefgh" == "".join(one["delta"].get("content", "") for one in choices)
