@@ -151,9 +151,9 @@ async def frames(
             data = framing.item(item)
         tail = framing.end
     except (Exception, asyncio.CancelledError) as error:  # worded as the last item
-        if (tail := _told_last(error, framing, signal)) is None:
+        if (told := _told_last(error, framing, signal)) is None:
             raise
-        tail = (framing.between if written else framing.start) + tail + framing.end
+        tail = (framing.between if written else framing.start) + told + framing.end
     finally:
         await aclose(source)
     if not written and tail == framing.end:
