@@ -87,6 +87,11 @@ class HarperError(Exception):
         """The sentence a caller may read: the error's own below 500, the class's title above."""
         return str(self) if self.status < 500 else self.title
 
+    @property
+    def logged(self) -> str:
+        """What the log says of it."""
+        return str(self)
+
 
 class ClientError(HarperError):
     """The request cannot be answered as it stands."""
@@ -246,6 +251,11 @@ class UpstreamRejected(ClientError):
         super().__init__(message, status=upstream_status, **details)
         self.upstream_status = upstream_status
 
+    @property
+    def logged(self) -> str:
+        """No word of the provider's: they may quote what it was asked."""
+        return f"the provider answered {self.upstream_status}"
+
 
 class ServerError(HarperError):
     """Ours to mend."""
@@ -364,3 +374,9 @@ class ResourceConflict(SetupError):
 
 class RegistrationError(SetupError):
     """A resource, backend or operation that cannot be registered as it is; says how to mend it."""
+
+
+def logged(error: BaseException) -> str:
+    """An error as a line of the log has it: its kind, and what may be said of it there."""
+    text = error.logged if isinstance(error, HarperError) else str(error)
+    return f"{type(error).__name__}: {text}"

@@ -13,7 +13,14 @@ from typing_extensions import Buffer  # its own module knows it since Python 3.1
 from .backend import aclose
 from .content import ResponseError
 from .context import Context
-from .errors import Aborted, ClientError, HarperError, ServerError, ServiceUnavailable
+from .errors import (
+    Aborted,
+    ClientError,
+    HarperError,
+    ServerError,
+    ServiceUnavailable,
+    logged,
+)
 from .negotiation import EVENTS, JSON
 from .resource import Resource
 from .signal import REVOKED, SHUTDOWN, AbortSignal
@@ -66,7 +73,7 @@ def log_error(error: BaseException) -> None:
     else:
         status = as_harper_error(error).status
         level = logging.WARNING if status >= 500 else logging.INFO
-        logger.log(level, "%d %s: %s", status, type(error).__name__, error)
+        logger.log(level, "%d %s", status, logged(error))
 
 
 class Framing(msgspec.Struct):

@@ -12,7 +12,7 @@ from typing import Any
 
 from .backend import aclose
 from .batches import Batched, Divert, EncodedEvents, batches_of
-from .errors import HarperError, ServerError
+from .errors import HarperError, ServerError, logged
 from .messages import Choice, GenerateChunk, TokenUsage, ToolCall, ToolCallDelta, as_json_text
 from .sse import SSE, Encoded, encode_json, encode_text
 
@@ -157,7 +157,7 @@ class _Events(AsyncIterator[Encoded]):
             await self.aclose()
             if not self.encoder.started:
                 raise
-            logger.warning("a stream failed after it had begun: %r", error)
+            logger.warning("a stream failed after it had begun: %s", logged(error))
             return Encoded(b"data: %b\n\n" % encode_json(openai_error(error)))
         except BaseException:
             await self.aclose()

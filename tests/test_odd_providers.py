@@ -1,5 +1,6 @@
 """Providers that speak OpenAI's protocol in their own way, and what clients get of it."""
 
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -212,6 +213,24 @@ async def test_the_words_of_a_plainer_refusal_are_found(
     error = (await make(gateway, "whole")).json["error"]
 
     assert (message, param) == (error["message"], error["param"])
+
+
+@pytest.mark.parametrize("status", [400, 429])
+@pytest.mark.parametrize("call", ["whole", "stream", "in a stream"])
+async def test_what_a_provider_says_of_a_refusal_is_the_callers_alone(
+    upstream: ScriptedUpstream, caplog: pytest.LogCaptureFixture, call: str, status: int
+) -> None:
+    """It may quote what was asked: that is no log's business."""
+    caplog.set_level(logging.DEBUG)
+    error = {"error": {"message": "'my prompt' is not what I want", "code": status}}
+    late = Answer(events=[chunk({"content": "a"}), error])
+    upstream.script(late if call == "in a stream" else Answer(status=status, body=error))
+    async with running(provider(upstream.url)) as server:
+        answer = await make(server, "whole" if call == "whole" else "stream")
+
+    assert call == "in a stream" or "my prompt" in answer.text
+    assert "my prompt" not in caplog.text
+    assert "UpstreamRejected" in caplog.text or call == "in a stream"
 
 
 COMPLETE = [chunk({"content": "hi"}), chunk({}, finish_reason="stop")]
