@@ -302,7 +302,7 @@ class Front(asyncio.Protocol):
         self._unsent = self._head_bytes(reply, "")
 
     def write(self, data: bytes) -> Awaitable[None] | None:
-        """Send a part of a stream; what to await where the client is behind."""
+        """Send a part of a stream; what to await where the client is behind, or has left."""
         self.sent += len(data)
         self.last = self._fronts.loop.time()
         if self._left is not None:
@@ -313,7 +313,19 @@ class Front(asyncio.Protocol):
             self._write_large(data)
         elif data:
             self._send(_CHUNK % (len(data), data) if self._chunked else data)
+        if self._drained is None and self.transport.is_closing():
+            self._await_end()
         return self._drained
+
+    def _await_end(self) -> None:
+        """Let who makes what nobody reads wait until it is cancelled.
+
+        Who waits for nothing would never let the loop say that the connection is lost. Raises
+        `ConnectionResetError` where it has been said.
+        """
+        if self not in self._fronts.all:
+            raise ConnectionResetError
+        self._drained = self._fronts.loop.create_future()
 
     def push(self, data: bytes) -> bool:
         """As `write`, of what was read just now: with what else this turn of the loop sends.
@@ -329,7 +341,7 @@ class Front(asyncio.Protocol):
         if self._unsent:
             data, self._unsent = self._unsent + data, b""
         fronts.outbox.send(self.transport, data)
-        return self._drained is None
+        return self._drained is None and not self.transport.is_closing()
 
     def _write_large(self, data: bytes) -> None:
         """As `write`, without copies of what is large."""

@@ -1,16 +1,25 @@
 """What a connection may cost: time for its heads, and bytes that nobody asked for."""
 
 import asyncio
+import contextlib
 import logging
 import socket
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import uvloop
 
-from harperpy import Body, EventStream, RequestTarget, Resource, Response, Scope, define_backend
+from harperpy import (
+    Body,
+    EventStream,
+    RequestTarget,
+    Resource,
+    Response,
+    Scope,
+    define_backend,
+)
 from harperpy.testing import ECHO, RunningServer, running
 from helpers import ask, ask_raw
 
@@ -43,7 +52,7 @@ def http(**keys: Any) -> str:
     return f"{ECHO}\nhttp: {{{told}}}"
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def connected(
     server: RunningServer,
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
@@ -460,3 +469,72 @@ async def test_a_huge_item_is_not_copied_many_times(make: Callable[[], Any]) -> 
             tracemalloc.stop()
 
     assert HUGE < peaks[-1] < 4.5 * HUGE
+
+
+class Flood:
+    """Items that wait for nothing, and how many were asked for: no end of them is in sight."""
+
+    MOST = 20_000
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.ended = asyncio.Event()
+
+    def raw(self) -> Iterator[str]:
+        """As what is sent as it is."""
+        try:
+            while self.made < self.MOST:
+                self.made += 1
+                yield "x" * 1000
+        finally:
+            self.ended.set()
+
+    async def items(self) -> AsyncIterator[str]:
+        """As events, and what a model says."""
+        for item in self.raw():
+            yield item
+
+    async def stubborn(self) -> AsyncIterator[str]:
+        """As events of what takes no notice when it is cancelled."""
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        for item in self.raw():
+            yield item
+
+    def mount(self, kind: str) -> type[Resource]:
+        """A public resource that streams them."""
+
+        def get() -> Any:
+            if kind == "raw":
+                return Response(200, body=self.raw())
+            return EventStream(self.stubborn() if kind == "stubborn" else self.items())
+
+        return type("Flooding", (Resource,), {"get": staticmethod(get), "public": True})
+
+
+@pytest.mark.parametrize("loops", [asyncio, uvloop], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize("kind", ["events", "stubborn", "raw", "gateway"])
+def test_for_who_asks_and_leaves_next_to_nothing_is_made(kind: str, loops: Any) -> None:
+    """Not even by what never waits, and so never lets the loop say that nobody is there."""
+
+    async def leave() -> int:
+        flood = Flood()
+
+        def apply(scope: Scope) -> None:
+            backend = define_backend("m", generate_stream=flood.items)
+            scope.models.register_backend("generative", "m", backend)
+
+        mounts = {"it": flood.mount(kind)}
+        async with (
+            asyncio.timeout(SECONDS),
+            running(ECHO, resources=mounts, handle_application=apply) as server,
+        ):
+            # From then on nothing is to be waited for to know who asks.
+            assert 200 == (await ask(server, "GET", "/v1/models")).status
+            with socket.create_connection(("127.0.0.1", server.server.http_port)) as made:
+                made.sendall(request(server, kind))
+            await flood.ended.wait()
+        return flood.made
+
+    with asyncio.Runner(loop_factory=loops.new_event_loop) as runner:
+        assert 0 < runner.run(leave()) < 1000
