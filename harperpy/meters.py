@@ -228,7 +228,8 @@ class Memory:
         self._kept: dict[str, tuple[Meter, Reading]] = {}
         self._known: set[str] = set()
         self._loading = Loading(self._load)
-        self._settled = 0
+        # Budgets being read of which no call has ended since.
+        self._quiet: set[str] = set()
         self._tidy_at = _TIDY_AT
 
     async def begin(self, now: float) -> None:
@@ -253,15 +254,15 @@ class Memory:
         written: bool,
     ) -> None:
         """Count what it was in the end, and give back the rest."""
-        self._settled += 1
         for claim, took in zip(granted.claims, actual, strict=True):
+            self._quiet.discard(claim.meter.name)
             give_back(claim, self._reading(claim.meter), took, now)
 
     def forget(self) -> None:
         """Read anew what the ledger says was spent; what is held stays held."""
         self._known.clear()
         # What is being read just now may be old.
-        self._settled += 1
+        self._quiet.clear()
 
     async def close(self) -> None:
         """It goes with the process."""
@@ -275,14 +276,16 @@ class Memory:
     async def _load(self, meter: Meter) -> None:
         if meter.spending is None:
             return
-        while True:
-            settled = self._settled
+        name, quiet = meter.name, self._quiet
+        while name not in self._known:
+            quiet.add(name)
             spent = await self._spent(meter.spending)
-            # A call that ended meanwhile may be in that number or not.
-            if settled == self._settled:
-                break
-        self._reading(meter).used = spent
-        self._known.add(meter.name)
+            # A call of it that ended meanwhile may be in that number or not. They are no more than
+            # ran before: until it is known no other is admitted.
+            if name in quiet:
+                self._reading(meter).used = spent
+                self._known.add(name)
+        quiet.discard(name)
 
     def _tidy(self, now: float) -> None:
         """Let go of meters that stand as new ones do, and of budgets whose time is over."""

@@ -26,7 +26,7 @@ from harperpy.testing import (
     streamed,
     whole,
 )
-from helpers import HELLO, Answered, ask, openai_client, provider
+from helpers import HELLO, Answered, ask, finished_calls, openai_client, provider
 
 CHAT = "/v1/chat/completions"
 # A token costs a thousandth; the upstream counts 3 for what is asked and 1 for the answer.
@@ -730,6 +730,65 @@ async def test_a_place_for_each_answer(upstream: ScriptedUpstream) -> None:
         await chat(server, key, n=4)
 
         assert [25] == [request.body["max_tokens"] for request in upstream.requests[:1]]
+
+
+async def test_a_busy_server_reads_a_budget_once(upstream: ScriptedUpstream) -> None:
+    """Calls under other limits that end while the ledger is read do not make it read again."""
+    rules = ["{per: user, match: bob, requestsPerMinute: 1000, budget: {tokens: 10000}}"]
+    rules += ["{per: user, match: alice, budget: {tokens: 100}}"]
+    async with serving(upstream, *rules) as (server, key):
+        bob = await server.key_for("bob")
+        assert 200 == (await chat(server, bob)).status
+        store: Any = server.server.core.billing.limits.store
+        counted, reads = store._spent, 0
+
+        async def busy(spending: Any) -> int:
+            nonlocal reads
+            reads += 1
+            found: int = await counted(spending)
+            assert 200 == (await chat(server, bob)).status
+            return found
+
+        store._spent = busy
+        async with asyncio.timeout(20):
+            assert 200 == (await chat(server, key, max_tokens=1)).status
+        assert 1 == reads
+
+
+async def test_calls_that_end_while_their_budget_is_read_count_once(
+    upstream: ScriptedUpstream,
+) -> None:
+    """Whether the number held them or not; those that come meanwhile wait, so it is read soon."""
+    rule = "{per: user, match: alice, budget: {tokens: 1000}}"
+    async with serving(upstream, rule) as (server, key), server.session(key) as client:
+        ended = finished_calls(server)
+        upstream.script(*(Answer(events=streamed("one", done=False), hang="end"),) * 2)
+        body = {**HELLO, "stream": True, "max_tokens": 30}
+        running_ones = [await client.post(CHAT, json=body) for _ in range(2)]
+        for one in running_ones:
+            await one.content.readuntil(b"\n\n")
+        store: Any = server.server.core.billing.limits.store
+        counted, reads = store._spent, 0
+
+        async def disturbed(spending: Any) -> int:
+            nonlocal reads
+            reads += 1
+            found: int = await counted(spending)
+            if running_ones:
+                running_ones.pop().close()
+                await ended.get()
+            return found
+
+        store._spent = disturbed
+        store.forget()
+        asking = [chat(server, key, max_tokens=1) for _ in range(4)]
+        async with asyncio.timeout(20):
+            answers = await asyncio.gather(*asking)
+        assert [200] * 4 == [answer.status for answer in answers]
+        assert 3 == reads
+        total = await spent(server)
+        assert 200 == (await chat(server, key, max_tokens=1000)).status
+        assert 1000 - 21 - total == upstream.requests[-1].body["max_tokens"]
 
 
 async def test_a_reprice_is_a_new_reckoning(upstream: ScriptedUpstream, tmp_path: Path) -> None:
