@@ -104,7 +104,9 @@ class ModelCall(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
 
 def clipped(value: object) -> str | None:
     """Text as a row holds it, whoever sent it."""
-    return str(value)[:_LONGEST_TEXT] if value else None
+    # A text that is also something else may call itself by another name.
+    text = value if isinstance(value, str) else str(value or "")
+    return text[:_LONGEST_TEXT] or None
 
 
 CallRow: TypeAlias = tuple[Any, ...]
@@ -215,15 +217,18 @@ class Ledger:
 
     def record(self, call: ModelCall, admission: Admission | None = None) -> None:
         """Note how a call ended, settle it with who admitted it, and tell all subscribers."""
-        if self.price is not None:
-            self.price(call)
-        if admission is not None:
-            call.reserved_tokens = call.reserved_cost = None
-        self._end(call)
-        if admission is not None:
-            admission.settle(call)
-        for subscriber in self._subscribers:
-            subscriber(call)
+        try:
+            if self.price is not None:
+                self.price(call)
+            if admission is not None:
+                call.reserved_tokens = call.reserved_cost = None
+            self._end(call)
+        finally:
+            # What it held would be held for good.
+            if admission is not None:
+                admission.settle(call)
+            for subscriber in self._subscribers:
+                subscriber(call)
 
     def next_id(self) -> int:
         """Microseconds since 1970, always above the last, and no other ledger's: it sorts by time.

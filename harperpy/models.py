@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 import msgspec
 
-from .accounting import Caller, Ledger, Method, current_caller
+from .accounting import Caller, Ledger, Method, clipped, current_caller
 from .backend import (
     Assembly,
     Embeds,
@@ -209,7 +209,7 @@ def _told(call: Call, result: GenerateResult, recorder: Recorder) -> None:
     if result.usage is None:
         told = [result.content, *(other.content for other in result.others)]
         result.usage = recorder.estimate(call.asked, sum(map(estimate_tokens, told)))
-    recorder.call.finish_reason = result.finish_reason
+    recorder.call.finish_reason = clipped(result.finish_reason)
     recorder.count(result.usage)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -20,8 +21,7 @@ from .errors import (
 )
 from .messages import GenerateChunk, Prompt, TokenUsage, estimate_tokens
 
-_MOST_COUNTED = 2**53
-_NUMBERS = (int, float)
+_MOST = 2**53
 # What few providers count.
 _RARER = ("cached_tokens", "reasoning_tokens", "gpu_ms")
 _NOTHING_RARER = (None,) * len(_RARER)
@@ -76,22 +76,37 @@ class Recorder(msgspec.Struct, eq=False):
         source.deltas, source.letters = deltas, letters
 
     def count(self, usage: TokenUsage) -> None:
-        """Note the tokens a provider reported; what no database could hold is left out."""
+        """Note the tokens a provider reported, which are plain numbers from then on.
+
+        What is none, or no database could hold, is left out.
+        """
         call = self.call
         asked, answered = usage.prompt_tokens, usage.completion_tokens
         embedded = usage.embedding_tokens
-        if isinstance(asked, _NUMBERS) and 0 <= asked < _MOST_COUNTED:
+        if asked is not None and (type(asked) is not int or not 0 <= asked < _MOST):
+            asked = usage.prompt_tokens = _whole(asked)
+        if asked is not None:
             call.prompt_tokens = asked
-        if isinstance(answered, _NUMBERS) and 0 <= answered < _MOST_COUNTED:
+        if answered is not None and (type(answered) is not int or not 0 <= answered < _MOST):
+            answered = usage.completion_tokens = _whole(answered)
+        if answered is not None:
             call.completion_tokens = answered
-        if isinstance(embedded, _NUMBERS) and 0 <= embedded < _MOST_COUNTED:
+        if embedded is not None and (type(embedded) is not int or not 0 <= embedded < _MOST):
+            embedded = usage.embedding_tokens = _whole(embedded)
+        if embedded is not None:
             call.embedding_tokens = embedded
         # Spelt out: to read them by `_RARER` takes five times as long.
         rarer = usage.cached_tokens, usage.reasoning_tokens, usage.gpu_ms
         if rarer != _NOTHING_RARER:
-            for field, value in zip(_RARER, rarer, strict=True):
-                if isinstance(value, _NUMBERS) and 0 <= value < _MOST_COUNTED:
-                    setattr(call, field, value)
+            self._count_rarer(usage)
+
+    def _count_rarer(self, usage: TokenUsage) -> None:
+        for field in _RARER:
+            if (value := getattr(usage, field)) is not None:
+                number = _time(value) if field == "gpu_ms" else _whole(value)
+                setattr(usage, field, number)
+                if number is not None:
+                    setattr(self.call, field, number)
 
     def estimate(self, prompt: Prompt, completion_tokens: int | None = None) -> TokenUsage:
         """Tokens for a provider that reported none; the row says so.
@@ -116,7 +131,7 @@ class Recorder(msgspec.Struct, eq=False):
             call.success = True
         else:
             call.error_code = error_code(error)
-            call.upstream_status = getattr(error, "upstream_status", None)
+            call.upstream_status = _whole(getattr(error, "upstream_status", None))
         if prompt is not None and call.completion_tokens is None:
             self._count_begun(prompt)
         self.ledger.record(call, self.admission)
@@ -132,6 +147,24 @@ class Recorder(msgspec.Struct, eq=False):
 def asked_tokens(prompt: Prompt) -> int:
     """About how many tokens a prompt is."""
     return sum(estimate_tokens(message.text) + 4 for message in prompt.messages)
+
+
+def _whole(value: Any) -> int | None:
+    """As a plain number, whatever kind of number a backend reckons in; None for what is none."""
+    try:
+        count = math.ceil(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return count if 0 <= count < _MOST else None
+
+
+def _time(value: Any) -> float | None:
+    """The same of a time in ms."""
+    try:
+        time_ms = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return time_ms if 0 <= time_ms < _MOST else None
 
 
 def error_code(error: BaseException) -> str:

@@ -1,11 +1,13 @@
 """`scope.models`: names, capabilities, fallback, backends of one's own, signals, and the rows."""
 
 import asyncio
+import enum
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, get_args
 
+import msgspec
 import pytest
 
 from harperpy import (
@@ -27,6 +29,7 @@ from harperpy import (
     InvalidBody,
     Message,
     ModelBackend,
+    ModelCall,
     ModelNotFound,
     Models,
     NotImplementedYet,
@@ -1045,6 +1048,77 @@ async def test_a_count_that_is_none_does_not_hold_up_the_rows(count: Any) -> Non
     assert [("mine", None, 2), ("echo", 1, 1)] == columns(
         rows, "backend", "prompt_tokens", "completion_tokens"
     )
+
+
+class Count(int):
+    """A count that is also something else."""
+
+
+class Measure(float):
+    """As the numbers of libraries that reckon with arrays are."""
+
+
+class Reason(str, enum.Enum):  # noqa: UP042  # which has another name than its value
+    """Why an answer ended, as a backend may write it."""
+
+    FULL = "length"
+
+
+ODD_USAGE: Any = TokenUsage(
+    prompt_tokens=Measure(3),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    completion_tokens=Count(2),
+    cached_tokens=1.5,  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    gpu_ms=Measure(7),
+)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_numbers_of_a_backends_own_kind_are_counted(*, stream: bool) -> None:
+    """As plain ones, which the journal can hold; the place of the call is free when it ends."""
+
+    async def chunks() -> AsyncIterator[GenerateChunk]:
+        yield GenerateChunk(delta_content="x", finish_reason=Reason.FULL, usage=ODD_USAGE)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+    def whole() -> GenerateResult:
+        return GenerateResult(content="x", finish_reason=Reason.FULL, usage=ODD_USAGE)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+    backend = define_backend("mine", generate=whole, generate_stream=chunks)
+    one_at_a_time = "\nlimits: {rules: [{per: user, concurrent: 1}]}"
+    async with serving(ECHO + one_at_a_time, backends={"m": backend}) as (server, _):
+        finished = finished_calls(server)
+        key = await server.key_for("ada")
+        body = {**HELLO, "model": "m", "stream": stream}
+        answers = [
+            await ask(server, "POST", "/v1/chat/completions", key=key, json=body) for _ in range(2)
+        ]
+        assert [200, 200] == [answer.status for answer in answers]
+        call = finished.get_nowait()
+
+    assert (3, 2, 2, 7.0, "length") == (
+        *(call.prompt_tokens, call.completion_tokens, call.cached_tokens),
+        *(call.gpu_ms, call.finish_reason),
+    )
+    noted = msgspec.json.encode(call)
+    assert noted == msgspec.json.encode(msgspec.json.decode(noted, type=ModelCall))
+
+
+async def test_a_call_that_cannot_be_noted_gives_back_what_it_held() -> None:
+    """And those who count calls are told of it."""
+
+    def broken(call: ModelCall) -> None:
+        raise ValueError(call)
+
+    one_at_a_time = "\nlimits: {rules: [{per: user, concurrent: 1}]}"
+    async with serving(ECHO + one_at_a_time) as (server, _):
+        finished = finished_calls(server)
+        key, ledger = await server.key_for("ada"), server.server.core.ledger
+        ledger.price = broken
+        body = {**HELLO, "model": "echo"}
+        failed = await ask(server, "POST", "/v1/chat/completions", key=key, json=body)
+        ledger.price = None
+        answer = await ask(server, "POST", "/v1/chat/completions", key=key, json=body)
+
+    assert (500, 200, 2) == (failed.status, answer.status, finished.qsize())
 
 
 @pytest.mark.parametrize(
