@@ -156,10 +156,8 @@ class Call(msgspec.Struct, eq=False):
                     break
                 finally:
                     caller.asking -= 1
-            if recorder.call.completion_tokens is None:
-                usage = recorder.estimate(prompt)
-                recorder.count(usage)
-                yield (GenerateChunk(usage=usage),)
+            if not recorder.counted:
+                yield (GenerateChunk(usage=recorder.estimate(prompt)),)
         except BaseException as error:
             await self._failed(recorder, error, prompt)
             raise

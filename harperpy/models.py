@@ -206,20 +206,24 @@ def _asked(
 
 
 def _told(call: Call, result: GenerateResult, recorder: Recorder) -> None:
-    if result.usage is None:
+    recorder.call.finish_reason = clipped(result.finish_reason)
+    if result.usage is not None:
+        recorder.count(result.usage)
+    if not recorder.counted:
         told = [result.content, *(other.content for other in result.others)]
         result.usage = recorder.estimate(call.asked, sum(map(estimate_tokens, told)))
-    recorder.call.finish_reason = clipped(result.finish_reason)
-    recorder.count(result.usage)
 
 
 def _embedded(call: Call, result: EmbedResult, recorder: Recorder) -> None:
     inputs: EmbedInputs = call.asked
     _check_vectors(result.vectors, len(inputs.texts) + len(inputs.arrays))
-    if result.usage is None:
-        result.usage = TokenUsage(embedding_tokens=inputs.estimate())
-        recorder.call.usage_estimated = True
-    recorder.count(result.usage)
+    if result.usage is not None:
+        recorder.count(result.usage)
+    row = recorder.call
+    # What was asked is what there is to embed, where a backend counts it so.
+    if row.embedding_tokens is None and row.prompt_tokens is None:
+        row.embedding_tokens, row.usage_estimated = inputs.estimate(), True
+        result.usage = TokenUsage(embedding_tokens=row.embedding_tokens)
 
 
 async def _drained(chunks: AsyncIterator[GenerateChunk]) -> GenerateResult:

@@ -108,17 +108,31 @@ class Recorder(msgspec.Struct, eq=False):
                 if number is not None:
                     setattr(self.call, field, number)
 
+    @property
+    def counted(self) -> bool:
+        """Whether it is known what was asked, and what was answered."""
+        return self.call.prompt_tokens is not None and self.call.completion_tokens is not None
+
     def estimate(self, prompt: Prompt, completion_tokens: int | None = None) -> TokenUsage:
-        """Tokens for a provider that reported none; the row says so.
+        """All tokens, those estimated that a provider did not report; the row says so.
 
         A streamed delta is a token for most providers; some send more text at once.
         """
-        self.call.usage_estimated = True
-        if completion_tokens is None:
-            source = self.source
-            completion_tokens = max(source.deltas, source.letters // 5) if source else 0
-        asked = asked_tokens(prompt)
-        return TokenUsage(prompt_tokens=asked, completion_tokens=completion_tokens)
+        call = self.call
+        call.usage_estimated = True
+        if call.prompt_tokens is None:
+            call.prompt_tokens = asked_tokens(prompt)
+        if call.completion_tokens is None:
+            if completion_tokens is None:
+                source = self.source
+                completion_tokens = max(source.deltas, source.letters // 5) if source else 0
+            call.completion_tokens = completion_tokens
+        return TokenUsage(
+            prompt_tokens=call.prompt_tokens,
+            completion_tokens=call.completion_tokens,
+            cached_tokens=call.cached_tokens,
+            reasoning_tokens=call.reasoning_tokens,
+        )
 
     def close(self, error: BaseException | None, prompt: Prompt | None = None) -> None:
         """Write the row. A stream left early is billed for what it had produced."""
@@ -132,13 +146,9 @@ class Recorder(msgspec.Struct, eq=False):
         else:
             call.error_code = error_code(error)
             call.upstream_status = _whole(getattr(error, "upstream_status", None))
-        if prompt is not None and call.completion_tokens is None:
-            self._count_begun(prompt)
+        if prompt is not None and not self.counted and self.source and self.source.deltas:
+            self.estimate(prompt)
         self.ledger.record(call, self.admission)
-
-    def _count_begun(self, prompt: Prompt) -> None:
-        if self.source is not None and self.source.deltas:
-            self.count(self.estimate(prompt))
 
     def _elapsed(self) -> float:
         return (time.perf_counter_ns() - self._started) // 1000 / 1000

@@ -1037,7 +1037,7 @@ async def test_rows_are_numbered_in_order_of_time() -> None:
 
 @pytest.mark.parametrize("count", [10**30, -1, float("nan"), "many"])
 async def test_a_count_that_is_none_does_not_hold_up_the_rows(count: Any) -> None:
-    """What a backend of one's own reports may be nonsense; the call is recorded all the same."""
+    """What a backend of one's own reports may be nonsense: it is estimated, the rest counts."""
     usage = TokenUsage(prompt_tokens=count, completion_tokens=2)
     backend = define_backend("mine", generate=lambda: GenerateResult(content="x", usage=usage))
     async with serving(backends={"m": backend}) as (server, models):
@@ -1045,8 +1045,8 @@ async def test_a_count_that_is_none_does_not_hold_up_the_rows(count: Any) -> Non
         await models.generate("hi")
         rows = await server.rows()
 
-    assert [("mine", None, 2), ("echo", 1, 1)] == columns(
-        rows, "backend", "prompt_tokens", "completion_tokens"
+    assert [("mine", 5, 2, True), ("echo", 1, 1, False)] == columns(
+        rows, "backend", "prompt_tokens", "completion_tokens", "usage_estimated"
     )
 
 

@@ -511,6 +511,43 @@ async def test_tool_calls_without_an_index_are_told_apart(
     assert ["", "{}", "{", "}"] == [call["function"]["arguments"] for call in calls]
 
 
+@pytest.mark.parametrize("call", ["whole", "stream"])
+@pytest.mark.parametrize(
+    ("usage", "counted"),
+    [
+        ({"prompt_tokens": 1000}, (1000, 2, True)),
+        ({"prompt_tokens": 1000, "completion_tokens": -1}, (1000, 2, True)),
+        ({"prompt_tokens": 1000, "completion_tokens": None}, (1000, 2, True)),
+        ({"completion_tokens": 50}, (5, 50, True)),
+        ({"prompt_tokens": -5, "completion_tokens": 50}, (5, 50, True)),
+        ({"prompt_tokens": 1e300, "completion_tokens": 50}, (5, 50, True)),
+        ({"prompt_tokens": 1000, "completion_tokens": 0}, (1000, 0, False)),
+    ],
+)
+async def test_only_the_count_that_is_missing_is_estimated(
+    gateway: RunningServer, upstream: ScriptedUpstream, *, call: str, usage: Any, counted: Any
+) -> None:
+    """What a provider did report is billed, whether an answer is whole or a stream; so it is told.
+
+    Its details are kept.
+    """
+    usage = {**usage, "prompt_tokens_details": {"cached_tokens": 3}}
+    pieces = [chunk({"content": "hi "}), {**chunk({"content": "you"}), "usage": usage}, "[DONE]"]
+    bodies = {
+        "whole": Answer(body={**whole("hi you"), "usage": usage}),
+        "stream": Answer(events=pieces),
+    }
+    upstream.script(bodies[call])
+    more = {"stream": True, "stream_options": {"include_usage": True}} if call == "stream" else {}
+    answer = await ask(gateway, "POST", "/v1/chat/completions", json={**HELLO, **more})
+    row = await only_row(gateway)
+
+    told = events(answer.text)[-2]["usage"] if call == "stream" else answer.json["usage"]
+    assert counted == (row["prompt_tokens"], row["completion_tokens"], row["usage_estimated"])
+    assert counted[:2] == (told["prompt_tokens"], told["completion_tokens"])
+    assert (3, 3) == (row["cached_tokens"], told["prompt_tokens_details"]["cached_tokens"])
+
+
 @every_call
 @pytest.mark.parametrize(
     ("usage", "counted"),
