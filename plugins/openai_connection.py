@@ -132,7 +132,6 @@ class Connection(asyncio.BufferedProtocol):
         """Begin."""
         self._transport = cast("asyncio.Transport", transport)
         self.is_closing = transport.is_closing
-        self._ways.total.add(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where to read to."""

@@ -99,6 +99,8 @@ class Pool:
             raise _unreached(error) from error
         if connection.is_closing():
             raise _unreached(ConnectionResetError())
+        # One that nobody came to have may end unheard of.
+        self._ways.total.add(connection)
         self._open.add(connection)
         return connection
 

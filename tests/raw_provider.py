@@ -43,10 +43,14 @@ async def read_request(reader: asyncio.StreamReader) -> None:
 
 
 class Provider:
-    """Answers what a test says, on as many connections as come; `asked` counts by connection."""
+    """Answers what a test says, on as many connections as come; `asked` counts by connection.
+
+    `open` is how many of them there are.
+    """
 
     def __init__(self) -> None:
         self.url = ""
+        self.open = 0
         self.asked: list[int] = []
         self.answers: list[bytes | Send] = []
 
@@ -54,6 +58,7 @@ class Provider:
         """One connection; an answer of no length ends it."""
         number = len(self.asked)
         self.asked.append(0)
+        self.open += 1
         try:
             while True:
                 await read_request(reader)
@@ -68,6 +73,7 @@ class Provider:
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
+            self.open -= 1
             writer.close()
 
 

@@ -1,6 +1,7 @@
 """What a provider may send, and what of it is understood: HTTP/1.1 read as RFC 9112 says."""
 
 import asyncio
+import gc
 import ssl
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -9,9 +10,11 @@ from typing import Any
 
 import msgspec
 import pytest
+from harperpy.plugins.openai_connection import Connection
 
+from harperpy import Body, Context, RequestTarget, Resource
 from harperpy.testing import RunningServer, running
-from helpers import HELLO, Answered, ask, provider
+from helpers import HELLO, Answered, ask, provider, until
 from raw_provider import OK, Provider, Send, certificate, piece, said, sized
 
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -19,7 +22,7 @@ CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 
 @asynccontextmanager
 async def answering(
-    *answers: bytes | Send, more: str = ""
+    *answers: bytes | Send, more: str = "", **options: Any
 ) -> AsyncGenerator[tuple[RunningServer, Provider]]:
     """A server in front of a provider with these answers; afterwards it answers "again"."""
     them = Provider()
@@ -27,7 +30,7 @@ async def answering(
     listener = await asyncio.start_server(them.serve, "127.0.0.1", 0)
     async with listener:
         port = listener.sockets[0].getsockname()[1]
-        async with running(provider(f"http://127.0.0.1:{port}/v1", more)) as server:
+        async with running(provider(f"http://127.0.0.1:{port}/v1", more), **options) as server:
             yield server, them
 
 
@@ -247,6 +250,46 @@ async def test_who_leaves_ends_what_was_asked_and_nothing_else(before: bytes) ->
         await asyncio.wait_for(ended.wait(), 30)
         assert "again" == text_of(await make(server))
     assert [3, 1] == them.asked
+
+
+class Leaving(Resource):
+    """Asks a model that does not answer, and leaves after ever more turns of the loop."""
+
+    public = True
+
+    @staticmethod
+    async def post(target: RequestTarget, data: Body, context: Context) -> None:
+        """Each time over a connection of its own."""
+        for turns in range(20):
+            call = asyncio.ensure_future(context.models.generate("hi"))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+
+
+def connections() -> int:
+    """How many of ours to a provider there are."""
+    gc.collect()
+    return sum(type(one) is Connection for one in gc.get_objects())
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_who_leaves_while_a_connection_is_made_leaves_none(loop: str) -> None:
+    """Whenever that is, nothing is left of it, here or at the provider."""
+
+    async def hang(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async def leave() -> None:
+        before = connections()
+        async with answering(*[hang] * 20, resources={"leaving": Leaving}) as (server, them):
+            assert 204 == (await ask(server, "POST", "/leaving")).status
+            await until(lambda: not them.open)
+            assert them.asked
+            await until(lambda: connections() == before)
+
+    pytest.importorskip(loop).run(leave())
 
 
 @pytest.mark.parametrize("begin", [b"", OK, b"HTTP/1.1 100 Continue\r\n\r\n"])
