@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import Context
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -40,7 +41,8 @@ class Deadlines:
             loop = self._loop = asyncio.get_running_loop()
         self._running[deadline] = when = loop.time() + self.seconds
         if self._timer is None:
-            self._timer = loop.call_at(when, self._look, loop)
+            # In no request's context, which would live as long as the timer.
+            self._timer = loop.call_at(when, self._look, loop, context=Context())
 
     def remove(self, deadline: Ends) -> None:
         """It has ended."""
@@ -86,7 +88,7 @@ class Waits:
         self._all.add(one)
         if self._timer is None:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._seconds, self._look, loop)
+            self._timer = loop.call_later(self._seconds, self._look, loop, context=Context())
 
     def remove(self, one: Waiter) -> None:
         """It waits no more."""

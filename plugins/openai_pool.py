@@ -13,6 +13,7 @@ from yarl import URL
 from harperpy import BackendError, BackendTimeout, ConfigError, Deadlines, Outbox, Waits
 
 from .openai_answering import ROOM, Answering
+from .openai_apart import apart
 from .openai_connection import Connection, Exchange, Ways
 from .openai_exchange import Timeouts
 from .openai_heads import Heads
@@ -147,7 +148,7 @@ class Anew:
     async def _answer(
         self, connecting: Coroutine[Any, Any, Connection], request: bytes, first: Deadlines | None
     ) -> bytes | Answering:
-        connection = await connecting
+        connection = await apart(connecting)
         self._exchange = exchange = connection.ask(request, first)
         return await exchange.answer
 

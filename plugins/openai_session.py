@@ -12,6 +12,7 @@ import aiohttp
 
 from harperpy import BackendError, BackendTimeout
 
+from .openai_apart import apart
 from .openai_exchange import Timeouts
 
 _STALE = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)
@@ -54,7 +55,7 @@ class Sent:
     ) -> Answered:
         with _as_ours():
             async with asyncio.timeout(first_byte):
-                response = await asking
+                response = await apart(asking)
         self._answered = answered = Answered(response, idle)
         return answered
 

@@ -33,7 +33,7 @@ from harperpy.testing import (
     running,
     streamed,
 )
-from helpers import HELLO, ask, events, provider
+from helpers import HELLO, ask, events, provider, until
 from raw_provider import OK, piece, read_request
 
 HEAD = OK + b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -276,6 +276,30 @@ async def test_what_a_stream_was_made_of_goes_with_it(end: str) -> None:
                 await asyncio.wait_for(feed.left.wait(), 30)
 
     assert set() == found
+
+
+def test_a_connection_that_is_kept_holds_nothing_of_what_it_was_made_for() -> None:
+    """Neither does what looks after it."""
+
+    def held() -> int:
+        gc.collect()
+        known = (one for one in gc.get_objects() if type(one) is Context)
+        return sum(one.request.path == "/v1/chat/completions" for one in known)
+
+    async def keep() -> None:
+        async with feeding() as (server, feed):
+            for _ in range(2):
+                async with asking(server) as answer:
+                    await feed.tell(text("second"))
+                    assert "second" == await answer.text()
+                    assert 1 == held()
+                    feed.end(DONE)
+                    assert "stop" == (await answer.event())["choices"][0]["finish_reason"]
+                await until(lambda: not held())
+            assert [2] == feed.asked
+
+    # The timers of asyncio's own loop keep what they were set for when they are cancelled.
+    pytest.importorskip("uvloop").run(keep())
 
 
 async def test_a_stream_holds_no_body() -> None:
