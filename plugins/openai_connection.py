@@ -22,6 +22,8 @@ from .openai_heads import Heads
 _MOST_HEAD = 64 << 10
 # How many bytes may come for each of a body; a chunk of a single one takes six.
 _MOST_PER_BYTE = 17
+# Of what is left of an answer when nobody needs more of it.
+_MOST_REST = 16 << 10
 _OK = 200
 _VERSIONS = ("1.1", "1.0")
 
@@ -29,14 +31,16 @@ _VERSIONS = ("1.1", "1.0")
 class Ways(msgspec.Struct, eq=False):
     """What the connections to one provider share.
 
-    `heads` is where they read to: it is free again after each read. `free` is told when one may be
-    used again, `gone` when one has ended, and whether that left a request without any answer.
+    `heads` is where they read to: it is free again after each read. `rests` are what is left of
+    answers when nobody needs more of them. `free` is told when one may be used again, `gone` when
+    one has ended, and whether that left a request without any answer.
     """
 
     heads: Heads
     outbox: Outbox
     total: Waits
     idle: Waits
+    rests: Deadlines
     free: Callable[[Connection], None]
     gone: Callable[[Connection, bool], None]
 
@@ -46,6 +50,10 @@ class Exchange(msgspec.Struct, eq=False):
 
     answer: Asked
     connection: Connection
+
+    def finish(self) -> None:
+        """Drop what has not come yet, which is not much."""
+        self.connection.finish(self.answer)
 
     def close(self) -> None:
         """Break off what has not come yet."""
@@ -104,6 +112,18 @@ class Connection(asyncio.BufferedProtocol):
         if self._asked is asked and not self.complete:
             self._transport.abort()
             self._over(None)
+
+    def finish(self, asked: Asked) -> None:
+        """Who asked this needs no more of it: it can be used again if the rest comes soon."""
+        if self._asked is asked and not self.complete:
+            parser = self._parser
+            self._over(None)
+            self._asked = nobody = self.loop.create_future()
+            nobody.cancel()
+            self._answering = Answering(self, nobody, self._ways.idle)
+            self._parser, self._allowed = parser, _MOST_REST
+            self._first = self._ways.rests
+            self._first.add(self)
 
     def hold(self) -> None:
         """There is no room for more."""

@@ -58,6 +58,10 @@ class Exchange(Protocol):
         """
         ...
 
+    def finish(self) -> None:
+        """No more is needed, as its end is near: what comes until then may be dropped."""
+        ...
+
     def close(self) -> None:
         """Nothing more is wanted: an answer that is not at its end is broken off."""
         ...

@@ -20,6 +20,8 @@ from .openai_heads import Heads
 from .openai_kept import Kept
 
 _KEPT_SECONDS = 30.0
+# The end of a body comes right behind its last event; this long it is waited for.
+_REST_SECONDS = 1.0
 _NAMED = b"X-Client-Request-Id: %d\r\n"
 _POST = b"%b" + _NAMED + b"Content-Length: %d\r\n\r\n%b"
 
@@ -46,6 +48,7 @@ class Pool:
             outbox=Outbox(),
             total=Waits(timeouts.total),
             idle=Waits(timeouts.idle),
+            rests=Deadlines(_REST_SECONDS),
             free=self._free.put if kept else Connection.abort,
             gone=self._forget,
         )
@@ -151,6 +154,11 @@ class Anew:
         connection = await apart(connecting)
         self._exchange = exchange = connection.ask(request, first)
         return await exchange.answer
+
+    def finish(self) -> None:
+        """Drop what has not come yet, which is not much."""
+        if self._exchange is not None:
+            self._exchange.finish()
 
     def close(self) -> None:
         """Break off what has not come yet."""

@@ -59,6 +59,10 @@ class Sent:
         self._answered = answered = Answered(response, idle)
         return answered
 
+    def finish(self) -> None:
+        """Break off what has not come yet: nobody reads on for it."""
+        self.close()
+
     def close(self) -> None:
         """Break off what has not come yet."""
         if self._answered is not None:

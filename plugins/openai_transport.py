@@ -103,6 +103,8 @@ class Transport:
                 read = await answer.read()
             while read:
                 chunks.read(read, batch)
+                if reader.ended:
+                    exchange.finish()
                 # The next may take long to come: nothing of this one is kept meanwhile.
                 read = b""
                 if batch:
@@ -175,7 +177,7 @@ class _Chunks:
             if batch:
                 more = self.sink(batch)
         if self.reader.ended and self.exchange is not None:
-            self.exchange.close()
+            self.exchange.finish()
         return more
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
+from harperpy.plugins.openai_connection import Connection
 from harperpy.resources.models.v1.chat_completions import V1ChatCompletions
 
 from harperpy import (
@@ -17,6 +18,7 @@ from harperpy import (
     Body,
     Context,
     EventStream,
+    GenerateChunk,
     RequestTarget,
     Resource,
     Response,
@@ -44,6 +46,12 @@ DONE = b"data: [DONE]\n\n"
 def event(told: Any) -> bytes:
     """One event."""
     return b"data: %b\n\n" % msgspec.json.encode(told)
+
+
+def connections() -> list[Connection]:
+    """Ours to a provider."""
+    gc.collect()
+    return [one for one in gc.get_objects() if type(one) is Connection]
 
 
 def text(content: str) -> bytes:
@@ -174,6 +182,54 @@ async def test_the_providers_last_word_ends_the_answer() -> None:
         await asyncio.wait_for(feed.left.wait(), 30)
         [row] = await server.rows()
     assert (True, 2) == (row["success"], row["completion_tokens"])
+
+
+class Passed(Resource):
+    """A streamed answer, chunk by chunk."""
+
+    @staticmethod
+    async def post(target: RequestTarget, data: Body, context: Context) -> Any:
+        """Whatever is posted."""
+
+        async def each() -> AsyncGenerator[GenerateChunk]:
+            async for one in context.models.generate_stream("hi"):
+                yield one
+
+        return openai_stream(each(), model="m")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/passed"])
+async def test_a_body_that_ends_after_the_last_word_leaves_its_connection(path: str) -> None:
+    """The client has all of its answer before; what comes of the next call is that one's."""
+    async with feeding(resources={"passed": Passed}) as (server, feed):
+        before = {id(one) for one in connections()}
+        for _ in range(3):
+            async with asking(server, path) as answer:
+                await feed.tell(text("second"))
+                assert "second" == await answer.text()
+                [used] = (one for one in connections() if id(one) not in before)
+                kept = used.kept
+                await feed.tell(DONE, b": more\n\n")
+                assert "stop" == (await answer.event())["choices"][0]["finish_reason"]
+                assert ["[DONE]", ""] == [await answer.event(), await answer.event()]
+            assert kept == used.kept
+            feed.end()
+            await until(lambda used=used, kept=kept: used.kept > kept)
+    assert [3] == feed.asked
+
+
+async def test_a_body_that_goes_on_after_the_last_word_is_not_read_on() -> None:
+    """It ends the connection, long before its time is over."""
+    async with feeding() as (server, feed):
+        async with asking(server) as answer:
+            await feed.tell(DONE)
+            assert "stop" == (await answer.event())["choices"][0]["finish_reason"]
+        sent = 0
+        with suppress(ConnectionError):
+            while True:
+                await feed.tell(b"x" * 9999)
+                sent += 1
+    assert sent < 5000
 
 
 BROKEN = {
