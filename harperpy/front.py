@@ -6,14 +6,14 @@ import asyncio
 import logging
 from collections.abc import Awaitable
 from math import inf
-from typing import Any, cast
+from typing import Any
 
 from msgspec.structs import replace
 
 from .content import body_of
 from .context import Context
 from .delivery import BODILESS, Delivery
-from .fronts import Fronts
+from .fronts import Fronts, address, note, refuse
 from .heads import Head, read_head
 from .lines import first_line, told_lines
 from .names import CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, DATE
@@ -71,7 +71,7 @@ class Front(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client has connected."""
         self.transport = transport
-        self._peer = _address(transport.get_extra_info("peername"))
+        self._peer = address(transport)
         self._fronts.came(self)
         self.transport.set_write_buffer_limits(high=UNSENT_BYTES)
 
@@ -219,11 +219,13 @@ class Front(asyncio.Protocol):
             reply = dispatch.serve(context, self._early)
             if not isinstance(reply, Reply):
                 reply = await reply
-            if isinstance(reply.body, bytes) and not reply.committed:
+            if self._delivery is None and isinstance(reply.body, bytes):
                 if port.packs:
                     await port.pack(reply, context)
                 sent = self._whole(reply, reply.body)
                 port.answered(context, reply.status, sent, received)
+            elif self._delivery is not None and not reply.committed:
+                await refuse(reply)
             else:
                 delivery = self._delivery = self._delivery or self._deliver(context)
                 await delivery.send(reply)
@@ -258,7 +260,10 @@ class Front(asyncio.Protocol):
 
     def _early(self, reply: Reply) -> None:
         """Send a stream's head, as its first item is late."""
-        if self._context is not None:
+        if self._delivery is not None:
+            note(reply)
+            self.abort()
+        elif self._context is not None:
             self._delivery = self._deliver(self._context)
             self._delivery.begin(reply)
 
@@ -386,8 +391,3 @@ class Front(asyncio.Protocol):
             return
         headers, body = refusal(500, logging.ERROR, error)
         self._whole(Reply(500, headers), body)
-
-
-def _address(name: Any) -> str:
-    """A client's address; none for a socket in a folder."""
-    return str(cast("tuple[object, ...]", name)[0]) if isinstance(name, tuple) else ""

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import copy_context
 from email.utils import formatdate
 from time import time
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol, cast
 
 from .deadlines import Deadlines, Waiter, Waits
 from .outbox import Outbox
 from .port import SERVER, Port
+from .rendering import Reply
 
 _MOST_BODY_BYTES = 256 * 1024
 # What has to be seen as it arrives is not for who waits until it has arrived.
 _BODY_SECONDS = 1.0
+
+logger = logging.getLogger("harperpy.wire")
 
 
 class Shared(Waiter, Protocol):
@@ -104,3 +108,21 @@ class Fronts:
             date = formatdate(self._second, usegmt=True)
             self._stamp = f"Server: {SERVER}\r\nDate: {date}\r\n\r\n"
         return self._stamp
+
+
+def address(transport: asyncio.BaseTransport) -> str:
+    """A client's address; none for a socket in a folder."""
+    name = transport.get_extra_info("peername")
+    return str(cast("tuple[object, ...]", name)[0]) if isinstance(name, tuple) else ""
+
+
+def note(reply: Reply) -> None:
+    """Say in the log that this answer came when another had begun, which ends its connection."""
+    logger.error("an answer broke off: after its head came another one, of %d", reply.status)
+
+
+async def refuse(reply: Reply) -> NoReturn:
+    """Let go of an answer where another has begun. Raises `ConnectionError`."""
+    note(reply)
+    await reply.close()
+    raise ConnectionError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TypeVar
+from functools import partial
+from typing import NoReturn, TypeVar
 
 from aiohttp.web_protocol import RequestPayloadError
 from aiohttp.web_request import BaseRequest
@@ -15,6 +16,7 @@ from .content import Body, body_of
 from .context import Context
 from .delivery import BODILESS, Delivery
 from .errors import BodyTimeout, ClientError
+from .fronts import note, refuse
 from .incoming import Socket
 from .inflating import inflated
 from .lines import told_lines
@@ -59,7 +61,9 @@ class Wire:
         line = _Line(raw)
         delivery = Delivery(line, context, asyncio.current_task(), port.silences)
         try:
-            reply = await self._dispatch.answer(context, delivery.begin)
+            reply = await self._dispatch.answer(context, partial(line.begin, delivery))
+            if line.begun and not reply.committed:
+                await line.refuse(reply)
             if reply.socket is not None:
                 return await self._converse(raw, reply, reply.socket, context)
             if isinstance(reply.body, bytes) and not reply.committed:
@@ -147,6 +151,27 @@ class _Line:
         self._raw = raw
         self.sent, self.last, self.behind = 0, 0.0, False
         self.response = StreamResponse()
+        self.begun = False
+
+    def begin(self, delivery: Delivery, reply: Reply) -> None:
+        """Send a stream's head, as its first item is late."""
+        if self.begun:
+            note(reply)
+            self._abort()
+        else:
+            self.begun = True
+            delivery.begin(reply)
+
+    async def refuse(self, reply: Reply) -> NoReturn:
+        """End the connection: another answer has begun. Raises `ConnectionError`."""
+        try:
+            await refuse(reply)
+        finally:
+            self._abort()
+
+    def _abort(self) -> None:
+        if self._raw.transport is not None:
+            self._raw.transport.abort()
 
     async def head(self, reply: Reply) -> None:
         self.response = _named(StreamResponse(status=reply.status, headers=reply.headers))

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -757,6 +758,67 @@ async def test_a_head_that_could_not_wait_is_sent_without_it(how: str) -> None:
         assert "x-after" not in response.headers
         gate.set()
         assert "data: a\n\n" == (await response.text()).removeprefix(": keepalive\n\n")
+
+
+async def silent() -> AsyncIterator[str]:
+    """A stream whose first item is never there."""
+    await asyncio.Event().wait()
+    yield "never"
+
+
+async def quick(closed: list[str]) -> AsyncIterator[str]:
+    """One whose first item is there at once."""
+    try:
+        yield "first"
+        yield "second"
+    finally:
+        closed.append("closed")
+
+
+OTHERS: dict[str, Callable[[list[str]], Any]] = {
+    "whole": lambda _: Response(504, body="other"),
+    "error": lambda _: ClientError("other"),
+    "stream": lambda closed: EventStream(quick(closed)),
+    "silent stream": lambda _: EventStream(silent()),
+}
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("other", OTHERS)
+async def test_no_second_answer_comes_after_a_head_that_could_not_wait(
+    other: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a middleware answers when it has waited long enough ends the connection."""
+    seen, closed = asyncio.Event(), list[str]()
+
+    async def limited(context: Context, call_next: Next) -> Any:
+        beneath = asyncio.ensure_future(call_next(context))
+        await seen.wait()
+        beneath.cancel()
+        with suppress(asyncio.CancelledError):
+            await beneath
+        answer = OTHERS[other](closed)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    mounts = {"it": streaming(lambda: EventStream(silent()), first_item_wait=0.0)}
+    async with (
+        asyncio.timeout(SECONDS),
+        running(handle_application=plugin((limited, {})), resources=mounts) as server,
+    ):
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.server.http_port)
+        writer.write(b"GET /it HTTP/1.1\r\nHost: test\r\n\r\n")
+        told = await reader.readuntil(b": keepalive\n\n\r\n")
+        seen.set()
+        told += await reader.read(-1)
+        writer.close()
+
+    assert told.startswith(b"HTTP/1.1 200 ")
+    assert told.endswith(b": keepalive\n\n\r\n")
+    assert 1 == told.count(b"HTTP/1.1")
+    assert "an answer broke off" in caplog.text
+    assert closed == (["closed"] if other == "stream" else [])
 
 
 async def test_it_is_cancelled_when_the_client_leaves() -> None:
