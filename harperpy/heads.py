@@ -101,7 +101,8 @@ def _are_common(headers: CIMultiDict[str]) -> bool:
     if repeats and any(len(headers.getall(name, ())) > 1 for name in _ONCE):
         return False
     stays = headers.get("connection", "keep-alive").lower() == "keep-alive"
-    return stays and headers.get("content-length", "0").isdigit()
+    length = headers.get("content-length", "0")
+    return stays and length.isdigit() and len(length) <= _MOST_DIGITS
 
 
 class _Found:

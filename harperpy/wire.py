@@ -118,7 +118,7 @@ class Wire:
             self._max_body,
             self._dispatch.types.decoders,
             chunks if encoding in ("", "identity") else inflated(chunks, encoding),
-            raw.content_length,
+            _length(raw),
         )
 
     async def _chunks(self, raw: BaseRequest) -> AsyncIterator[bytes]:
@@ -187,6 +187,14 @@ class _Line:
         if self._raw.writer.length and self.response.status not in BODILESS:
             # Who was promised more than came sees it by the connection's end.
             self.response.force_close()
+
+
+def _length(raw: BaseRequest) -> int | None:
+    """How long a body is said to be; None where that has more zeros than Python reads."""
+    try:
+        return raw.content_length
+    except ValueError:
+        return None
 
 
 def _whole(reply: Reply) -> Response:

@@ -703,6 +703,19 @@ async def test_no_byte_is_lost_between_two_requests(server: RunningServer) -> No
         assert [body for _, body in wanted] == await answers
 
 
+async def test_a_length_may_have_any_number_of_zeros(server: RunningServer) -> None:
+    """More of them than Python reads as a number, too, and behind another request."""
+    length = b"0" * 5000 + b"4"
+    sent = ask("GET /last") + head(b"Content-Length: " + length) + b"body" + ask("GET /last")
+    async with connected(server) as connection:
+        connection.writer.write(sent)
+        answers = await _all(connection, 3)
+
+    assert ["last", "last"] == [answers[0], answers[2]]
+    assert ["content-length", length.decode()] in answers[1][3]
+    assert [4, b"body".hex()] == answers[1][4:]
+
+
 async def _all(connection: Reader, count: int) -> list[Any]:
     return [json.loads(await connection.answer()) for _ in range(count)]
 
