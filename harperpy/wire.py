@@ -122,9 +122,10 @@ class Wire:
         )
 
     async def _chunks(self, raw: BaseRequest) -> AsyncIterator[bytes]:
-        if raw.headers.get("expect", "").lower() == "100-continue":
-            await raw.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            raw.writer.output_size = 0
+        expects = raw.headers.get("expect", "").lower() == "100-continue"
+        # What comes after a head would be a part of its body.
+        if expects and not raw.writer.output_size and raw.transport is not None:
+            raw.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         limit = self._body_seconds
         deadline = asyncio.get_running_loop().time() + limit if limit else None
         while True:

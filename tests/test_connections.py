@@ -254,6 +254,35 @@ async def test_a_refused_body_in_a_wrong_encoding_is_no_error_of_ours(
     assert [] == [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
+class Progress(Resource):
+    """Answers before it reads."""
+
+    public = True
+
+    @staticmethod
+    async def post(target: RequestTarget, data: Body) -> AsyncIterator[str]:
+        """Two items."""
+        yield "begun"
+        yield await data.text()
+
+
+async def test_nobody_is_told_to_continue_after_an_answer_has_begun() -> None:
+    """That would be a part of its body; what is sent is read all the same."""
+    head = b"POST /it HTTP/1.1\r\nHost: test\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n"
+    async with (
+        asyncio.timeout(SECONDS),
+        running(resources={"it": Progress}) as server,
+        connected(server) as (reader, writer),
+    ):
+        writer.write(head)
+        await reader.readuntil(b"\r\n\r\n")
+        told = await reader.readuntil(b"begun")
+        writer.write(b"body")
+        told += await reader.readuntil(b"0\r\n\r\n")
+
+    assert b'8\r\n["begun"\r\n7\r\n,"body"\r\n1\r\n]\r\n0\r\n\r\n' == told
+
+
 def unread(server: RunningServer, request: bytes) -> socket.socket:
     """A connection whose client reads nothing."""
     made = socket.socket()
