@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from .content import Body
-from .request import Request
+from .request import Request, Shown
 
 _END = b"\r\n\r\n"
 _MOST_HEADERS = 100
@@ -52,7 +52,9 @@ class Head:
             return None
         headers = CIMultiDict(self.request.headers)
         headers["Content-Length"] = told.decode()
-        request = replace(self.request, headers=CIMultiDictProxy(headers))
+        # Where there is a body, or none any more, who asks may ask for something else.
+        shown = self.request.shown if self.length and int(told) else Shown()
+        request = replace(self.request, headers=CIMultiDictProxy(headers), shown=shown)
         return Head(request, data[: end + len(after)], begin, self.body)
 
 

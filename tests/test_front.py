@@ -31,7 +31,7 @@ from harperpy.meter import Meter
 from harperpy.registry import Resources
 from harperpy.rendering import Reply
 from harperpy.testing import ECHO, RunningServer, running
-from helpers import later
+from helpers import basic, later
 
 SECONDS = 30
 HUGE = 16 * 1024 * 1024
@@ -964,6 +964,26 @@ async def test_who_may_is_asked_for_each_request_of_a_connection() -> None:
         assert ["200"] == await statuses()
         await server.operate("drop_api_key", id=made.id)
         assert ["401"] == await statuses()
+
+
+@pytest.mark.parametrize("front", ["on", "off"])
+async def test_a_page_may_not_ask_by_the_head_of_another_body(front: str) -> None:
+    """What a page of another origin may ask depends on the body: what is known of one is not."""
+    key = f"Authorization: {basic('eve', 'pw')}"
+    mounts = {"it": answering(VALUES["json"], public=False)}
+    async with running(config(front), resources=mounts) as server, connected(server) as connection:
+        await server.key_for("eve", "super_user")
+        statuses: list[int] = []
+        for body in (b"{}", b"", b"{}", b"{ }", b"", b"[]"):
+            length = f"Content-Length: {len(body)}"
+            request = ask("POST /it", "Origin: http://a", key, JSON, length)
+            connection.writer.write(request + body)
+            told = (await connection.reader.readuntil(b"\r\n\r\n")).decode()
+            length = told.partition("Content-Length: ")[2].split()[0]
+            await connection.reader.readexactly(int(length))
+            statuses.append(int(told.split()[1]))
+
+    assert [200, 403, 200, 200, 403, 200] == statuses
 
 
 @pytest.mark.parametrize("size", [10, 150])
