@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from .content import body_of
 from .context import Context
 from .delivery import BODILESS, Delivery
-from .fronts import Fronts, address, note, refuse
+from .fronts import Fronts, address, note, promised, refuse
 from .heads import Head, read_head
 from .lines import first_line, told_lines
 from .names import CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, DATE
@@ -297,13 +297,13 @@ class Front(asyncio.Protocol):
         """Prepare a stream's head, to go out with the first of its bytes."""
         headers, self.sent = reply.headers, 0
         bare = reply.status in BODILESS
-        length = headers.get(CONTENT_LENGTH)
+        length = promised(headers)
         if not bare:
             headers.setdefault(CONTENT_TYPE, OCTETS)
         self._chunked = not bare and length is None
         if self._chunked:
             headers["Transfer-Encoding"] = "chunked"
-        self._left = None if self._chunked else 0 if bare else int(length or 0)
+        self._left = None if self._chunked else 0 if bare else length
         self._unsent = self._head_bytes(reply, "")
 
     def write(self, data: bytes) -> Awaitable[None] | None:

@@ -11,7 +11,10 @@ from email.utils import formatdate
 from time import time
 from typing import Any, NoReturn, Protocol, cast
 
+from multidict import CIMultiDict
+
 from .deadlines import Deadlines, Waiter, Waits
+from .names import CONTENT_LENGTH
 from .outbox import Outbox
 from .port import SERVER, Port
 from .rendering import Reply
@@ -114,6 +117,18 @@ def address(transport: asyncio.BaseTransport) -> str:
     """A client's address; none for a socket in a folder."""
     name = transport.get_extra_info("peername")
     return str(cast("tuple[object, ...]", name)[0]) if isinstance(name, tuple) else ""
+
+
+def promised(headers: CIMultiDict[str]) -> int | None:
+    """How many bytes a stream's headers promise; what of them promises no such number is removed.
+
+    Raises `ValueError` for a number with thousands of digits.
+    """
+    told = headers.getall(CONTENT_LENGTH, ())
+    if len(told) == 1 and told[0].isascii() and told[0].isdigit():
+        return int(told[0])
+    headers.popall(CONTENT_LENGTH, None)
+    return None
 
 
 def note(reply: Reply) -> None:

@@ -16,10 +16,11 @@ from .content import Body, body_of
 from .context import Context
 from .delivery import BODILESS, Delivery
 from .errors import BodyTimeout, ClientError
-from .fronts import note, refuse
+from .fronts import note, promised, refuse
 from .incoming import Socket
 from .inflating import inflated
 from .lines import told_lines
+from .names import CONTENT_LENGTH
 from .port import SERVER, Port
 from .rendering import Reply
 from .request import Request
@@ -68,7 +69,7 @@ class Wire:
                 return await self._converse(raw, reply, reply.socket, context)
             if isinstance(reply.body, bytes) and not reply.committed:
                 await port.pack(reply, context)
-                response = _whole(reply)
+                response = _whole(reply, raw.method)
                 sent = 0 if reply.status in BODILESS else len(reply.body)
                 port.answered(context, reply.status, sent, raw.content.total_bytes)
                 return response
@@ -175,6 +176,7 @@ class _Line:
             self._raw.transport.abort()
 
     async def head(self, reply: Reply) -> None:
+        promised(reply.headers)
         self.response = _named(StreamResponse(status=reply.status, headers=reply.headers))
         await self.response.prepare(self._raw)
 
@@ -198,7 +200,10 @@ def _length(raw: BaseRequest) -> int | None:
         return None
 
 
-def _whole(reply: Reply) -> Response:
+def _whole(reply: Reply, method: str) -> Response:
+    if method != "HEAD":
+        # The length is that of its body.
+        reply.headers.popall(CONTENT_LENGTH, None)
     body = reply.body if isinstance(reply.body, bytes) else b""
     return _named(Response(status=reply.status, headers=reply.headers, body=body or None))
 

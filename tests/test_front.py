@@ -147,6 +147,19 @@ def with_length(body: Any, length: int) -> Callable[[], Response]:
     return lambda: Response(200, {"Content-Length": str(length)}, body=body())
 
 
+def lengths(*told: str) -> Callable[[], Response]:
+    """A stream of five bytes that says these lengths."""
+
+    def get() -> Response:
+        for length in told:
+            get_context().response_headers.add("Content-Length", length)
+        return Response(200, body=later(b"he", b"llo"))
+
+    return get
+
+
+NO_LENGTHS = ("-3", "+5", "5.0", "five", "\N{ARABIC-INDIC DIGIT FIVE}", "\N{SUPERSCRIPT TWO}", "")
+
 VALUES: dict[str, Callable[[], Any]] = {
     "json": lambda: {"a": [1, 2.5, None, "ä"]},
     "nothing": lambda: None,
@@ -187,6 +200,12 @@ VALUES: dict[str, Callable[[], Any]] = {
     "stream-short": with_length(lambda: later(b"he", b"llo"), 3),
     "stream-none": with_length(lambda: later(b"he", b"llo"), 0),
     "stream-long": with_length(lambda: later(b"he", b"llo"), 7),
+    "long-length": with_length(lambda: b"hello", 7),
+    "short-length": with_length(lambda: b"hello", 3),
+    "length-of-none": with_length(lambda: b"", 3),
+    "two-lengths": lengths("5", "3"),
+    "two-lengths-of-one": lengths("5", "5"),
+    **{f"length {told}": lengths(told) for told in NO_LENGTHS},
 }
 
 MOUNTS = {
@@ -205,8 +224,8 @@ CHAT = b'{"model":"default","messages":[{"role":"user","content":"hi"}]}'
 STREAM = b'{"model":"default","stream":true,"messages":[{"role":"user","content":"hi"}]}'
 
 REQUESTS: dict[str, bytes] = {
-    **{name: ask(f"GET /{name}") for name in MOUNTS if name != "huge"},
-    **{f"{name}, HEAD": ask(f"HEAD /{name}") for name in MOUNTS},
+    **{name: ask(f"GET /{quote(name)}") for name in MOUNTS if name != "huge"},
+    **{f"{name}, HEAD": ask(f"HEAD /{quote(name)}") for name in MOUNTS},
     "query": ask("GET /told/a%20b/?a=1&b=%C3%A4#"),
     "empty query": ask("GET /told?"),
     "slashes": ask("GET //told//"),
@@ -903,6 +922,22 @@ async def test_nothing_comes_after_a_streams_end(front: str) -> None:
 
     assert 2 == len(told)
     assert told[0].endswith(b"\r\n\r\nd\r\ndata: first\n\n\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize("name", [n for n in VALUES if "length" in n and "stream" not in n])
+async def test_a_length_that_is_none_is_not_told(server: RunningServer, name: str) -> None:
+    """Nor another than that of what is whole: an answer ends where its client thinks it does."""
+    body = b"" if name == "length-of-none" else b"hello"
+    async with connected(server) as connection:
+        connection.writer.write(ask(f"GET /{quote(name)}"))
+        told = await connection.reader.readuntil(b"\r\n\r\n")
+        assert (b"Content-Length: %d\r\n" % len(body) in told) == (b"chunked" not in told)
+        if b"chunked" in told:
+            assert b"Content-Length" not in told
+            body = b"2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n"
+        assert body == await connection.reader.readexactly(len(body))
+        connection.writer.write(ask("GET /last"))
+        assert (await connection.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 OK")
 
 
 async def spoil(target: RequestTarget) -> list[Any]:
