@@ -231,15 +231,19 @@ class Front(asyncio.Protocol):
                 await delivery.send(reply)
                 port.streamed(context, delivery, received)
         except (asyncio.CancelledError, ConnectionError):
-            if self._delivery is not None:
-                self._delivery.end()
             context.abort(DISCONNECTED)
             port.lost(context)
             self.transport.abort()
         except Exception as error:  # noqa: BLE001  # nobody after us would answer it
             port.lost(context)
             self._failed(error)
+        except BaseException:
+            port.lost(context)
+            self.transport.abort()
+            raise
         finally:
+            if self._delivery is not None:
+                self._delivery.end()
             self._context = self._task = self._delivery = None
         self._after()
 

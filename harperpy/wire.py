@@ -79,7 +79,8 @@ class Wire:
             context.abort(DISCONNECTED)
             port.lost(context)
             raise
-        except Exception:
+        except BaseException:
+            delivery.end()
             port.lost(context)
             raise
         port.streamed(context, delivery, raw.content.total_bytes)

@@ -763,6 +763,43 @@ async def test_a_stream_that_is_never_written_is_closed() -> None:
     assert {asyncio.current_task()} == set(trace.tasks)
 
 
+class Fatal(BaseException):
+    """What no `except Exception` sees."""
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("how", ["verb", "stream", "late stream"])
+async def test_what_no_answer_can_come_of_ends_the_connection(how: str) -> None:
+    """Its client is not left waiting, and the next one is answered."""
+    begun = asyncio.Event()
+
+    async def items() -> AsyncIterator[str]:
+        if how == "stream":
+            yield "a"
+        await begun.wait()
+        raise Fatal
+
+    async def get() -> Any:
+        if how == "verb":
+            raise Fatal
+        return EventStream(items())
+
+    raising = serving(get, public=True, first_item_wait=0.0 if how == "late stream" else 1.0)
+    mounts = {"it": raising, "fine": serving(lambda: "fine")}
+    async with asyncio.timeout(SECONDS), running(resources=mounts) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.server.http_port)
+        writer.write(b"GET /it HTTP/1.1\r\nHost: test\r\n\r\n")
+        if how != "verb":
+            await reader.readuntil(b"\r\n\r\n")
+        begun.set()
+        told = await reader.read(-1)
+        writer.close()
+        assert 200 == (await ask(server, "GET", "/fine")).status
+
+    assert not told.endswith(b"0\r\n\r\n")
+    assert b"HTTP/1.1" not in told
+
+
 async def test_a_plain_generator_is_closed_when_the_client_leaves() -> None:
     """Even one that somebody else still holds runs its `finally` then, in the same task."""
     trace = Trace()
