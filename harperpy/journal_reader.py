@@ -91,6 +91,7 @@ class JournalReader:
             self.commit(step)
             more = self.step()
             more.ended[:0] = step.ended
+            more.spoilt += step.spoilt
             step = more
         for _, line in step.open.values():
             with contextlib.suppress(msgspec.DecodeError):
@@ -111,7 +112,7 @@ class JournalReader:
         at = step.at.setdefault(number, 0)
         try:
             with (self.path / str(number)).open("rb") as file:
-                read = os.pread(file.fileno(), _READ, at)
+                read = _lines_at(file.fileno(), at)
         except FileNotFoundError:
             return False
         # A line that is not whole yet is left for the next time; beyond it there is nothing.
@@ -119,7 +120,7 @@ class JournalReader:
         step.at[number] = at + len(whole)
         for line in _LINES.findall(whole):
             self._understand(line, number, step)
-        return len(read) == _READ and bool(whole)
+        return len(read) % _READ == 0 and bool(whole)
 
     def _understand(self, line: bytes, number: int, step: JournalStep) -> None:
         kind, text = line[:1], line[1:]
@@ -134,6 +135,16 @@ class JournalReader:
                 step.spoilt += 1
         except msgspec.DecodeError:
             step.spoilt += 1
+
+
+def _lines_at(file: int, at: int) -> bytes:
+    """What stands there to a bound, or beyond it to the end of one line."""
+    read = more = os.pread(file, _READ, at)
+    # Behind the last line there are zeros to the segment's end.
+    while len(more) == _READ and more[-1] and b"\n" not in more:
+        more = os.pread(file, _READ, at + len(read))
+        read += more
+    return read
 
 
 def _parts(folder: Path) -> list[Path]:

@@ -25,16 +25,18 @@ from harperpy import (
 from .api_keys import add_key_operations, calling
 
 Text = Annotated[str, Meta(min_length=1)]
+# It stands in each row of the ledger.
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
 class AddUser(msgspec.Struct, forbid_unknown_fields=True):
     """A new user; `role` is a role's name."""
 
-    username: Text
+    username: Name
     password: Text
     role: Text
     active: bool = True
-    tenant: Text | None = None
+    tenant: Name | None = None
 
 
 class AlterUser(msgspec.Struct, forbid_unknown_fields=True):
@@ -44,7 +46,7 @@ class AlterUser(msgspec.Struct, forbid_unknown_fields=True):
     password: Text | UnsetType = UNSET
     role: str | UnsetType = UNSET
     active: bool | UnsetType = UNSET
-    tenant: Text | UnsetType = UNSET
+    tenant: Name | UnsetType = UNSET
 
 
 class DropUser(msgspec.Struct, forbid_unknown_fields=True):

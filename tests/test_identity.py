@@ -14,7 +14,7 @@ import aiohttp
 import jwt
 import pytest
 
-from harperpy import InvalidCredentials, Resource, Scope, User, Verified
+from harperpy import InvalidBody, InvalidCredentials, Resource, Scope, User, Verified
 from harperpy.auth import Bearer, Credential
 from harperpy.testing import ECHO, RunningServer, running
 from helpers import basic, error_of, operation
@@ -307,6 +307,20 @@ async def test_an_inactive_user_is_refused_at_once_and_let_in_again(server: Runn
     for kind in ("key", "basic"):
         assert (200, 200) == await statuses(server, sent[kind])
     assert (401, 401) == await statuses(server, sent["token"])
+
+
+@pytest.mark.parametrize("field", ["username", "tenant"])
+async def test_a_name_that_each_row_would_hold_is_no_longer_than_a_row_takes(
+    server: RunningServer, field: str
+) -> None:
+    """Of a user who is made, and of the tenant that one is moved to."""
+    ada = {"username": "ada", "password": "pw", "role": "model_user", "tenant": "acme"}
+    await server.operate("add_user", **ada)
+    with pytest.raises(InvalidBody, match="256"):
+        await server.operate("add_user", **{**ada, field: "x" * 257})
+    with pytest.raises(InvalidBody, match="256"):
+        await server.operate("alter_user", username="ada", tenant="x" * 257)
+    await server.operate("add_user", **{**ada, "username": "eve", field: "x" * 256})
 
 
 async def test_a_dropped_user_is_refused_at_once(server: RunningServer) -> None:

@@ -207,7 +207,7 @@ async def test_kill_9_loses_no_call(project: Path, upstream: ScriptedUpstream) -
 
 def leave(folder: Path, *calls: ModelCall, begun: tuple[ModelCall, ...] = ()) -> Path:
     """What a process that died left behind; its folder."""
-    journal = Journal(folder, most=1 << 22)
+    journal = Journal(folder, most=1 << 24)
     for one in (*begun, *calls):
         journal.begin(one)
     for one in calls:
@@ -288,6 +288,36 @@ async def test_a_damaged_journal_gives_what_it_holds(tmp_path: Path, damage: Any
 
     assert [2, 1] == [row["id"] for row in rows]
     assert rows[1]["success"]
+
+
+@pytest.mark.parametrize("length", [1 << 18, 600_000])
+async def test_a_long_line_does_not_hide_those_behind_it(tmp_path: Path, length: int) -> None:
+    """However long a name is that stands in a row, all calls of a killed process have theirs."""
+    calls = [call(1), call(2, tenant="t" * length), *map(call, range(3, 1000))]
+    left = leave(tmp_path / "journal", *calls)
+    async with running(root=tmp_path) as server:
+        rows = await server.rows()
+
+    assert [one.id for one in reversed(calls)] == [row["id"] for row in rows]
+    assert length == len(rows[-2]["tenant"])
+    assert not left.exists()
+
+
+async def test_all_lines_that_make_no_sense_are_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those at the beginning of a journal that is read in several steps, too."""
+    calls = [call(number, tenant="t" * 1000) for number in range(1, 201)]
+    left = leave(tmp_path / "journal", *calls)
+    segment = left / "1"
+    text = segment.read_bytes()
+    segment.write_bytes(b"X{}\n" + text.replace(b'\nO{"id":200,', b'\nX{"id":200,'))
+    async with running(root=tmp_path) as server:
+        assert 200 == len(await server.rows())
+
+    assert ["2 lines of the journal make no sense"] == [
+        record.getMessage() for record in caplog.records if "no sense" in record.getMessage()
+    ]
 
 
 async def test_a_segment_goes_when_its_calls_have_rows(
