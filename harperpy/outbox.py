@@ -12,13 +12,14 @@ class Outbox:
 
     For what comes in answer to something that was read: who writes on and on never lets it go out.
     That a transport is behind is learnt when it is written to; so much does not wait for that.
+    `flushes` is how often all of it has been written: while that stays the same nothing has left.
     """
 
-    __slots__ = ("_loop", "_size", "_unsent")
+    __slots__ = ("_loop", "_size", "_unsent", "flushes")
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._size = 0
+        self._size = self.flushes = 0
         self._unsent: list[tuple[asyncio.WriteTransport, bytes]] = []
 
     def send(self, transport: asyncio.WriteTransport, data: bytes) -> None:
@@ -37,6 +38,7 @@ class Outbox:
         if not self._unsent:
             return
         unsent, self._unsent, self._size = self._unsent, [], 0
+        self.flushes += 1
         for transport, data in unsent:
             if not transport.is_closing():
                 transport.write(data)

@@ -68,9 +68,10 @@ class Connection(asyncio.BufferedProtocol):
     """
 
     __slots__ = (
-        *("_allowed", "_answering", "_asked", "_bounded", "_excess", "_first", "_free"),
-        *("_headers", "_heads", "_lasts", "_odd", "_outbox", "_parser", "_transport", "_ways"),
-        *("_whole", "complete", "is_closing", "kept", "loop", "on_body", "paused", "since"),
+        *("_allowed", "_answering", "_asked", "_bounded", "_excess", "_first", "_flushes"),
+        *("_free", "_headers", "_heads", "_lasts", "_odd", "_outbox", "_parser", "_transport"),
+        *("_ways", "_whole", "complete", "is_closing", "kept", "loop", "on_body", "paused"),
+        "since",
     )
 
     is_closing: Callable[[], bool]
@@ -89,7 +90,7 @@ class Connection(asyncio.BufferedProtocol):
         self._answering: Answering | None = None
         self._first: Deadlines | None = None
         self._headers: list[tuple[bytes, bytes]] = []
-        self._allowed = self._whole = 0
+        self._allowed = self._flushes = self._whole = 0
         self._bounded = self.complete = self._excess = False
         self._lasts = self.paused = False
         self.since, self.kept = inf, 0.0
@@ -103,6 +104,7 @@ class Connection(asyncio.BufferedProtocol):
         if first is not None:
             self._first = first
             first.add(self)
+        self._flushes = self._outbox.flushes
         self._outbox.send(self._transport, request)
         return Exchange(asked, self)
 
@@ -161,7 +163,9 @@ class Connection(asyncio.BufferedProtocol):
         """Read on in the answer; what nobody has asked for ends the connection."""
         answering = self._answering
         if begins := answering is None:
-            if (asked := self._asked) is None:
+            asked = self._asked
+            # Before a request has left there is no answer to it.
+            if asked is None or self._flushes == self._outbox.flushes:
                 self._transport.abort()
                 return
             if (body := self._heads.body(nbytes)) is not None:

@@ -219,6 +219,40 @@ async def test_an_answer_that_nobody_asked_for_is_nobodys() -> None:
             assert before + 1 == them.asked[0]
 
 
+def test_an_answer_is_none_to_what_has_not_left_yet() -> None:
+    """That is asked over another connection, and neither it nor what follows gets another's."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def doubled(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(sized(HI))
+        writers.append(writer)
+        await reader.read()
+
+    class Three(Resource):
+        """What three calls are answered, of which the second has just been made."""
+
+        public = True
+
+        @staticmethod
+        async def post(target: RequestTarget, data: Body, context: Context) -> list[str]:
+            first = await context.models.generate("hi")
+            asking = asyncio.ensure_future(context.models.generate("hi"))
+            await asyncio.sleep(0)
+            writers[0].write(sized(said("smuggled")))
+            answers = [first, await asking, await context.models.generate("hi")]
+            return [answer.content for answer in answers]
+
+    async def call() -> None:
+        async with answering(doubled, resources={"three": Three}) as (server, them):
+            async with asyncio.timeout(20):
+                answered = await ask(server, "POST", "/three")
+        assert ["hi", "again", "again"] == answered.json
+        assert [1, 2] == them.asked
+
+    # Another loop sends before it reads.
+    pytest.importorskip("uvloop").run(call())
+
+
 async def test_a_connection_is_used_again() -> None:
     """By one call after the other; what two make at once goes over two."""
     async with answering(*[sized(said("again"))] * 3) as (server, them):
