@@ -76,11 +76,11 @@ class Answering:
                 self._read = True
                 self._idle.add(self)
             self.since = self._loop.time()
-            self._waiter = waiter = self._loop.create_future()
+            self._waiter = self._loop.create_future()
             self._flow = self._sink
-            await waiter
+            await self._waiter
         if not parts and self._error is not None:
-            raise self._error
+            raise self._let_go(self._error)
         if self.held > _MOST_HELD and len(parts) > 1:
             # Each byte will have several shapes at once: not all of them together.
             return self._half()
@@ -90,6 +90,11 @@ class Answering:
         if (line := self._line) is not None and line.paused:
             line.go_on()
         return data
+
+    def _let_go(self, error: BackendError) -> BackendError:
+        """Once it is raised it leads to here, so nothing here may lead to it."""
+        self._error = None
+        return error
 
     def _half(self) -> bytes:
         parts = self.parts

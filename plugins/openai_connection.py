@@ -56,8 +56,10 @@ class Exchange(msgspec.Struct, eq=False):
         self.connection.finish(self.answer)
 
     def close(self) -> None:
-        """Break off what has not come yet."""
+        """Break off what has not come yet; only once."""
         self.connection.leave(self.answer)
+        # What it raised leads back to who has this.
+        del self.answer
 
 
 class Connection(asyncio.BufferedProtocol):

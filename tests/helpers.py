@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import fcntl
+import gc
 import json
 import secrets
 import socket
@@ -141,6 +142,24 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def uncollected() -> Iterator[set[str]]:
+    """The kinds of our own objects that were let go of meanwhile, and wait for the collector."""
+    found: set[str] = set()
+    gc.collect()
+    gc.disable()
+    try:
+        yield found
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        kinds = {type(one) for one in gc.garbage}
+        found |= {kind.__qualname__ for kind in kinds if kind.__module__.startswith("harperpy.")}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
 
 
 def quiet_port() -> int:

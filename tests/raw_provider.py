@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime as dt
+import gc
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+from harperpy.plugins.openai_connection import Connection
 
 from harperpy.testing import whole
 
@@ -33,6 +35,12 @@ def sized(body: bytes, *lines: bytes, status: bytes = OK) -> bytes:
 def piece(data: bytes, extension: bytes = b"") -> bytes:
     """One chunk."""
     return b"%x%b\r\n%b\r\n" % (len(data), extension, data)
+
+
+def connections() -> list[Connection]:
+    """Ours to a provider."""
+    gc.collect()
+    return [one for one in gc.get_objects() if type(one) is Connection]
 
 
 async def read_request(reader: asyncio.StreamReader) -> None:

@@ -3,14 +3,13 @@
 import asyncio
 import gc
 import json
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import aiohttp
 import msgspec
 import pytest
-from harperpy.plugins.openai_connection import Connection
 from harperpy.resources.models.v1.chat_completions import V1ChatCompletions
 
 from harperpy import (
@@ -35,8 +34,8 @@ from harperpy.testing import (
     running,
     streamed,
 )
-from helpers import HELLO, ask, events, provider, until
-from raw_provider import OK, piece, read_request
+from helpers import HELLO, ask, events, provider, uncollected, until
+from raw_provider import OK, connections, piece, read_request
 
 HEAD = OK + b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 END = b"0\r\n\r\n"
@@ -46,12 +45,6 @@ DONE = b"data: [DONE]\n\n"
 def event(told: Any) -> bytes:
     """One event."""
     return b"data: %b\n\n" % msgspec.json.encode(told)
-
-
-def connections() -> list[Connection]:
-    """Ours to a provider."""
-    gc.collect()
-    return [one for one in gc.get_objects() if type(one) is Connection]
 
 
 def text(content: str) -> bytes:
@@ -296,33 +289,25 @@ async def test_a_client_that_leaves_is_not_answered_on() -> None:
     assert (False, "aborted", 2) == (row["success"], row["error_code"], row["completion_tokens"])
 
 
-@contextmanager
-def uncollected() -> Iterator[set[str]]:
-    """The kinds of our own objects that were let go of meanwhile, and wait for the collector."""
-    found: set[str] = set()
-    gc.collect()
-    gc.disable()
-    try:
-        yield found
-        gc.set_debug(gc.DEBUG_SAVEALL)
-        gc.collect()
-        kinds = {type(one) for one in gc.garbage}
-        found |= {kind.__qualname__ for kind in kinds if kind.__module__.startswith("harperpy.")}
-    finally:
-        gc.set_debug(0)
-        gc.garbage.clear()
-        gc.enable()
-
-
-@pytest.mark.parametrize("end", ["read to its end", "left"])
-async def test_what_a_stream_was_made_of_goes_with_it(end: str) -> None:
+@pytest.mark.parametrize("end", ["read to its end", "left", "broken off", "nonsense"])
+async def test_what_a_stream_was_made_of_goes_with_it(
+    caplog: pytest.LogCaptureFixture, end: str
+) -> None:
     """Its buffers are large, and the collector comes seldom."""
+    # What is logged is kept, with its traceback.
+    caplog.set_level("CRITICAL", "harperpy")
     async with feeding() as (server, feed):
         with uncollected() as found:
             async with asking(server) as answer:
                 await feed.tell(text("second"))
                 assert "second" == await answer.text()
-                if end != "left":
+                if end in ("broken off", "nonsense"):
+                    if end == "nonsense":
+                        await feed.tell(b"data: {oops\n\n")
+                    else:
+                        feed.hang_up()
+                    assert "The model provider" in (await answer.event())["error"]["message"]
+                if end == "read to its end":
                     feed.end(DONE)
                     assert "stop" == (await answer.event())["choices"][0]["finish_reason"]
                     assert ["[DONE]", ""] == [await answer.event(), await answer.event()]
