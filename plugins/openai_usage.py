@@ -57,14 +57,21 @@ def understood(decode: Callable[[Any], T], data: bytes | str) -> T:
 def _mended(data: bytes | str) -> bytes:
     """An answer without what is odd of what it says of itself as a whole."""
     given = _decode(data, type=dict[str, msgspec.Raw])
-    for name, kind in (("system_fingerprint", str), ("service_tier", str), ("moderation", dict)):
-        if name in given and not isinstance(_decode(given[name]), kind):
-            del given[name]
-    if told := _decode(given.get("usage", b"null"), type=dict[str, msgspec.Raw] | None):
+    _drop(given, system_fingerprint=str, service_tier=str, moderation=dict, usage=dict)
+    if "usage" in given:
+        told = _decode(given["usage"], type=dict[str, msgspec.Raw])
+        _drop(told, prompt_tokens_details=dict, completion_tokens_details=dict)
         for name in {"prompt_tokens", "completion_tokens"} & told.keys():
             told[name] = msgspec.Raw(_encode(_count(_decode(told[name]))))
         given["usage"] = msgspec.Raw(_encode(told))
     return _encode(given)
+
+
+def _drop(given: dict[str, msgspec.Raw], **kinds: type) -> None:
+    """Leave out what is not of its kind."""
+    for name, kind in kinds.items():
+        if name in given and not isinstance(_decode(given[name]), kind):
+            del given[name]
 
 
 def _counts(details: dict[str, Any], names: tuple[str, ...]) -> dict[str, int] | None:

@@ -557,6 +557,15 @@ async def test_only_the_count_that_is_missing_is_estimated(
         ({"prompt_tokens": -1, "completion_tokens": 1.5}, None),
         ({"prompt_tokens": 10**30, "completion_tokens": True}, None),
         ({}, None),
+        # An empty object, as PHP writes it.
+        ({"prompt_tokens": 3, "completion_tokens": 2, "prompt_tokens_details": []}, (3, 2, False)),
+        (
+            {"prompt_tokens": 3, "completion_tokens": 2, "completion_tokens_details": ""},
+            (3, 2, False),
+        ),
+        ([], None),
+        ("", None),
+        (False, None),
     ],
 )
 async def test_usage_that_counts_nothing_is_estimated(
