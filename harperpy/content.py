@@ -26,12 +26,15 @@ _NO_DECODERS: Mapping[str, Callable[[bytes], Any]] = MappingProxyType({})
 class Body(msgspec.Struct, eq=False):
     """A request's body, read when a handler asks for it, and once.
 
+    What `stream()` or `parts()` have begun to read is not kept: whoever reads it again gets a
+    `RuntimeError`. In the other ways it can be read again and again, before that.
+
     `await body` decodes by Content-Type, `multipart/form-data` into its `parts()`; `decode(T)`
     reads JSON into the type you name. The limit counts what a compressed body becomes.
     """
 
     whole: builtins.bytes | None = b""
-    """All of it, once it is here: before, `await body.bytes()`."""
+    """All of it, while it is here: else `await body.bytes()`."""
     content_type: str = ""
     """Its type, without parameters and in small letters; empty if none is said."""
     _told: str = ""
@@ -64,7 +67,7 @@ class Body(msgspec.Struct, eq=False):
             raise PayloadTooLarge(self._limit)
         chunks, self._chunks = self._chunks, None
         if chunks is None:
-            yield self.whole or b""
+            yield self._taken()
             return
         taken = 0
         self.arriving = True
@@ -74,6 +77,17 @@ class Body(msgspec.Struct, eq=False):
                 raise PayloadTooLarge(self._limit)
             yield chunk
         self.arriving = False
+
+    def _taken(self) -> builtins.bytes:
+        """What is here by now, for one reader alone, however short it is and however it came."""
+        whole = self.whole
+        if whole is None:
+            message = "stream() or parts() have read this body, and nobody has kept it"
+            raise RuntimeError(message)
+        # All requests of a connection that have none may have the same.
+        if whole:
+            self.whole = None
+        return whole
 
     async def text(self) -> str:
         """The whole body as UTF-8. Raises `InvalidBody` where it is not."""

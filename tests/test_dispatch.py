@@ -1,9 +1,10 @@
 """The way of a request: what a verb is handed, which refusal comes first, what pages may call."""
 
+import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -148,6 +149,68 @@ async def test_a_body_is_read_when_a_verb_asks_for_it(
 
     assert {"it": whole} == sent.json
     assert (none == absent.status) if none == 400 else ({"it": none} == absent.json)
+
+
+async def first_piece(data: Body) -> None:
+    """Of what comes no more than that."""
+    async with contextlib.aclosing(cast("AsyncGenerator[bytes]", data.stream())) as parts:
+        await anext(parts)
+
+
+async def pieces_at_last(data: Body) -> None:
+    """After it was read as a whole, and twice."""
+    assert await data.bytes() == await data.bytes()
+    await pieces(data)
+
+
+TAKES: dict[str, Callable[[Body], Any]] = {
+    "as it comes": pieces,
+    "its first piece": first_piece,
+    "whole before": pieces_at_last,
+}
+AGAIN: dict[str, Callable[[Body], Any]] = {
+    "awaited": lambda data: data,
+    "as bytes": lambda data: data.bytes(),
+    "as text": lambda data: data.text(),
+    "as a type": lambda data: data.decode(str),
+    "as it comes": pieces,
+}
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("take", TAKES.values(), ids=TAKES)
+async def test_what_was_read_as_it_came_is_not_there_again(take: Callable[[Body], Any]) -> None:
+    """A body that seems to be empty by then would be lost in silence: of a short one, too."""
+
+    async def verb(target: RequestTarget, data: Body) -> list[str]:
+        del target
+        await take(data)
+        for read in AGAIN.values():
+            with pytest.raises(RuntimeError, match="have read this body"):
+                await read(data)
+        return [*AGAIN]
+
+    resource = type("Takes", (Resource,), {"post": staticmethod(verb), "public": True})
+    async with running(resources={"it": resource}) as server, server.session("") as client:
+        for size in (2, 100_000, 400_000, 2):
+            body = f'"{"x" * (size - 2)}"'
+            async with client.post("/it", data=body, headers=JSON) as answer:
+                assert [*AGAIN] == await answer.json()
+
+
+@pytest.mark.usefixtures("way")
+async def test_no_body_is_there_as_often_as_one_asks() -> None:
+    """And for the next request of the connection, which has none, too."""
+
+    async def verb(target: RequestTarget, data: Body) -> list[Any]:
+        del target
+        return [await pieces(data), await twice(data), await pieces(data)]
+
+    resource = type("Takes", (Resource,), {"post": staticmethod(verb), "public": True})
+    async with running(resources={"it": resource}) as server, server.session("") as client:
+        for _ in range(3):
+            async with client.post("/it") as answer:
+                assert [[], [None, None, "", ""], []] == await answer.json()
 
 
 # --- which refusal comes first
