@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from .batches import Batched, Divert, batches_of
 from .errors import (
     Aborted,
     BackendError,
+    BackendTimeout,
     CapabilityError,
     HarperError,
     TransactionError,
@@ -33,6 +35,8 @@ from .recorder import Recorder, Source, asked_tokens
 from .routing import Candidate, Planned, blank_row
 from .signal import AbortSignal, Guard
 from .vocabulary import EmbedInputs
+
+logger = logging.getLogger("harperpy.models")
 
 T = TypeVar("T")
 Opts: TypeAlias = GenerateOpts | EmbedOpts
@@ -66,6 +70,7 @@ class Call(msgspec.Struct, eq=False):
     # Of each of thousands of streams: a closure would take several times as much memory.
     _recorder: Recorder | None = None
     _sink: Callable[[_Pieces], bool] | None = None
+    _passing: Exception | None = None
 
     def refuse(self, method: Method, error: HarperError) -> None:
         """Record that there is nobody to ask."""
@@ -116,7 +121,11 @@ class Call(msgspec.Struct, eq=False):
                     with guard:
                         if synced is not None:
                             await synced()
-                        answer = await ask(self, candidate, own, recorder)
+                        try:
+                            answer = await ask(self, candidate, own, recorder)
+                        except Exception as error:
+                            self._blame(error)
+                            raise
                     if told is None:
                         return answer
                     told(self, answer, recorder)
@@ -154,6 +163,9 @@ class Call(msgspec.Struct, eq=False):
                         batch = await anext(batches)
                 except StopAsyncIteration:
                     break
+                except Exception as error:
+                    self._blame(error)
+                    raise
                 finally:
                     caller.asking -= 1
             if not recorder.counted:
@@ -166,8 +178,8 @@ class Call(msgspec.Struct, eq=False):
             if (synced := self.ledger.synced) is not None:
                 await synced()
         finally:
-            # It leads back to here.
-            self._sink = None
+            # They lead back to here.
+            self._sink = self._passing = None
             await aclose(batches)
 
     def divert(self, sink: Callable[[_Pieces], bool]) -> None:
@@ -182,7 +194,12 @@ class Call(msgspec.Struct, eq=False):
         if self.caller.writing:
             _refuse()
         self._recorder.observe(batch)
-        return self._sink(batch)
+        try:
+            return self._sink(batch)
+        except Exception as error:
+            # It passes through the backend, whose own it is not.
+            self._passing = error
+            raise
 
     async def _opened(
         self, candidate: Candidate, opts: GenerateOpts, recorder: Recorder
@@ -197,6 +214,19 @@ class Call(msgspec.Struct, eq=False):
         if isinstance(stream, Batched) and stream.divert is not None:
             self._flowing, self._recorder = stream.divert, recorder
         return await anext(batches, None), batches, recorder
+
+    def _blame(self, error: Exception) -> None:
+        """Raise, in the place of what a backend did not foresee, what a provider's failure is.
+
+        Whatever status and words it has are of another call than the caller's.
+        """
+        if isinstance(error, HarperError) or error is self._passing:
+            return
+        name, kind = self.plan[self._at].registration.name, type(error).__name__
+        logger.error("the backend of model %r raised %s", name, kind, exc_info=error)
+        failure = BackendTimeout if isinstance(error, TimeoutError) else BackendError
+        message = f"the backend of model {name!r} raised {kind}"
+        raise failure(message) from error
 
     def _pause(self, error: BaseException) -> float | None:
         """Seconds before the next attempt, None where there is none."""

@@ -262,7 +262,7 @@ OURS: dict[str, tuple[Told, dict[str, Any]]] = {
         {"fields": {"model": "limited"}},
     ),
     "what nobody foresaw": (
-        Told(500, SERVER, None, None, "The server had an error while processing the request."),
+        Told(502, SERVER, None, None, "The model provider failed to answer."),
         {"fields": {"model": "broken"}},
     ),
 }

@@ -238,12 +238,12 @@ def broken(scope: Scope) -> None:
     ],
 )
 async def test_an_exception_never_tells_its_text(path: str, body: dict[str, Any]) -> None:
-    """What nobody foresaw is a 500 that says no more than that; its row says `backend_error`."""
+    """What a backend did not foresee is a 502 that says no more; its row says `backend_error`."""
     async with running(handle_application=broken) as server:
         answer = await ask(server, "POST", path, json={**HELLO, **body})
         rows = await server.rows()
 
-    assert (500, "server_error", None, None) == kind(answer)
+    assert (502, "server_error", None, None) == kind(answer)
     assert SECRET not in answer.text
     assert [("backend_error", False)] == [(row["error_code"], row["success"]) for row in rows]
 

@@ -50,7 +50,7 @@ from harperpy import (
     get_context,
 )
 from harperpy.testing import ECHO, RunningServer, ScriptedUpstream, running
-from harperpy.upstream import Answer
+from harperpy.upstream import Answer, streamed
 from helpers import HELLO, ask, finished_calls, openai_client, provider
 
 TOOL = ToolDef(name="look_up")
@@ -1050,6 +1050,73 @@ async def test_a_count_that_is_none_does_not_hold_up_the_rows(count: Any) -> Non
     )
 
 
+BAD_KEY = "invalid key sk-1"
+
+
+class LibraryError(Exception):
+    """As a provider's library raises them."""
+
+    status_code = 401
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [(LibraryError, 502, "backend_error"), (TimeoutError, 504, "timeout")],
+)
+async def test_what_a_backend_did_not_foresee_is_a_failure_of_its_own(
+    caplog: pytest.LogCaptureFixture, error: type[Exception], status: int, code: str
+) -> None:
+    """Its status and words are in the log, never in our answer; what it falls back to is tried."""
+
+    def whole() -> GenerateResult:
+        raise error(BAD_KEY)
+
+    async def begun() -> AsyncIterator[str]:
+        yield "a"
+        raise error(BAD_KEY)
+
+    backends = {
+        "w": define_backend("w", generate=whole),
+        "s": define_backend("s", generate_stream=begun),
+        "f": define_backend("f", generate=whole),
+    }
+    async with serving(backends=backends, f=["default"]) as (server, models):
+        asked = [{"model": "w"}, {"model": "s"}, {"model": "s", "stream": True}, {"model": "f"}]
+        answers = [
+            await ask(server, "POST", "/v1/chat/completions", json={**HELLO, **body})
+            for body in asked
+        ]
+        with pytest.raises(BackendError) as caught:
+            await models.generate("hi", model="w")
+        rows = await server.rows()
+
+    assert [status, status, 200, 200] == [answer.status for answer in answers]
+    assert BAD_KEY not in "".join(answer.text for answer in answers)
+    assert '"error"' in answers[2].text
+    assert isinstance(caught.value.__cause__, error)
+    assert [code] * 5 == [row["error_code"] for row in rows if not row["success"]]
+    logged = [record.exc_info for record in caplog.records if record.name == "harperpy.models"]
+    assert [error] * 5 == [info[0] for info in logged if info]
+
+
+async def test_what_a_reader_of_a_stream_raises_is_no_failure_of_the_backend(
+    upstream: ScriptedUpstream,
+) -> None:
+    """It goes through the backend's own hands where pieces come, and comes out as it was."""
+
+    def broken(batch: Any) -> bool:
+        raise LibraryError(batch)
+
+    upstream.script(Answer(events=streamed("a", "b"), pause=0.05))
+    async with running(provider(upstream.url)) as server:
+        chunks: Any = server.server.core.models.generate_stream("hi")
+        batches = chunks.batches()
+        await anext(batches)
+        chunks.divert(broken)
+        with pytest.raises(LibraryError):
+            await anext(batches)
+
+
 class Count(int):
     """A count that is also something else."""
 
@@ -1321,7 +1388,7 @@ async def test_one_of_n_that_ends_in_any_way_keeps_nobody_waiting(
 
     backend = define_backend("m", generate_stream=Stream)
     async with serving(backends={"m": backend}) as (_, models), asyncio.timeout(30):
-        with pytest.raises(kind):
+        with pytest.raises(BackendError if kind is RuntimeError else kind):
             _ = [chunk async for chunk in models.generate_stream("hi", model="m", n=2)]
 
 
