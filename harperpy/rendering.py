@@ -39,7 +39,6 @@ logger = logging.getLogger("harperpy.dispatch")
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 NO_HEADERS = cast("CIMultiDict[str]", CIMultiDictProxy(CIMultiDict[str]()))
 """Those of a brief reply, and of one whose head is sent: who gave it any would raise."""
-_LAST = 999
 _PLAIN = (str, bytes, bytearray, memoryview)
 # Bytes of these are not what they seem: no comment is to come among them.
 _COUNTED = ("content-length", "content-encoding")
@@ -210,7 +209,7 @@ def _render_response(response: Response, context: Context) -> Reply | Flow:
         # It says its type alone.
         media = own.get(CONTENT_TYPE)
         told = response.data is not msgspec.UNSET or context.own_headers
-        plain = 200 <= status <= _LAST and type(media) is str and media.isprintable()
+        plain = type(media) is str and media.isprintable() and 200 <= status <= 999
         if media and plain and not told:
             return Reply(status, NO_HEADERS, body, lines=media)
     headers, status = merged(context, own), _final(status)
@@ -258,8 +257,8 @@ def _whole(
 
 def _final(status: int) -> int:
     """The status, if it is one that an answer can have. Raises `ServerError`."""
-    if not 200 <= status <= _LAST:
-        message = f"{status} is not the status of an answer; expected 200 to {_LAST}"
+    if not 200 <= status <= 999:
+        message = f"{status} is not the status of an answer; expected 200 to 999"
         raise ServerError(message)
     return status
 
