@@ -136,6 +136,11 @@ class Journal:
         self._let_go()
 
     def _let_go(self) -> None:
+        if self.synced is not None:
+            try:
+                os.fdatasync(self._file)
+            except OSError as error:
+                logger.warning("the last model calls may not outlive a power cut: %s", error)
         os.close(self._file)
         os.close(self._lock)
         self._lock = self._file = -1
@@ -197,13 +202,19 @@ class Journal:
         return self._number, os.lseek(self._file, 0, os.SEEK_CUR)
 
     async def _synced(self) -> None:
+        if self._file < 0:
+            # What is closed was synced then.
+            return
         noted = self._noted()
-        while self._safe < noted:
+        while self._file >= 0 and self._safe < noted:
             if self._syncing is None:
                 self._syncing = asyncio.ensure_future(self._sync())
             await asyncio.shield(self._syncing)
 
     async def _sync(self) -> None:
+        if self._file < 0:
+            self._syncing = None
+            return
         noted = self._noted()
         file = os.dup(self._file)
         try:

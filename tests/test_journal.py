@@ -247,6 +247,24 @@ def test_what_was_written_in_part_is_written_over(tmp_path: Path) -> None:
     assert [1, 3] == [one["id"] for one in noted(tmp_path, "O")]
 
 
+async def test_the_last_call_of_a_journal_that_closes_is_synced(tmp_path: Path) -> None:
+    """Who ends it waits for the disk as ever, and so do those who began to wait before."""
+    journal = Journal(tmp_path / "journal", most=1 << 22, fsync=True)
+    assert journal.synced is not None
+    for number in (1, 2):
+        journal.begin(call(number))
+    await journal.synced()
+    journal.close(empty=False)
+    journal.end(call(1))
+    waiting = [asyncio.ensure_future(journal.synced()) for _ in range(2)]
+    await asyncio.sleep(0)
+    journal.end(call(2))
+    async with asyncio.timeout(20):
+        await asyncio.gather(*waiting, journal.synced())
+
+    assert [1, 2] == [one["id"] for one in noted(tmp_path, "O")]
+
+
 async def test_what_is_left_behind_becomes_rows_once(tmp_path: Path) -> None:
     """A journal that is found twice, as after a kill in the midst of moving it, counts once."""
     async with running(root=tmp_path) as server:
