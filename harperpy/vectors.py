@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from array import array
 from base64 import b64decode, b64encode
@@ -14,6 +15,7 @@ import msgspec
 # A text, an object, and true, false or null have at least one of these; no number has. As numbers:
 # whether a byte is in bytes is asked much faster than whether bytes are.
 _NO_NUMBERS = tuple(b'"{lu')
+_begins = re.compile(rb"\[\s*[-\d]").match
 _MINUS, _RAISED = ord("-"), ord("E")
 # A vector has few numbers so small that they are written with an exponent.
 _FEW = 100
@@ -36,7 +38,7 @@ class Vector(Sequence[float]):
     @classmethod
     def from_json(cls, text: bytes) -> Vector:
         """Of valid JSON. Raises `ValueError` where it is no array of finite numbers, or empty."""
-        flat = text[:1] == b"[" and text.find(b"[", 1) < 0 and len(text) > len("[]")
+        flat = _begins(text) is not None and text.find(b"[", 1) < 0
         vector = cls()
         vector._json = text
         if not flat or any(map(text.__contains__, _NO_NUMBERS)):

@@ -69,6 +69,7 @@ AS_IT_CAME = b"[0.10, -2e-05 ,\n3]"
         ("base64", packed(0.1, 2.0), f'"{packed(0.1, 2.0)}"'),
         ("base64", b"[0.1, 2]", f'"{packed(0.1, 2.0)}"'),
         ("float", b"[1e2, 1E-2]", "[1e2, 1E-2]"),
+        ("float", b"[\n -1 ]", "[\n -1 ]"),
     ],
 )
 async def test_an_embedding_goes_out_as_it_came(
@@ -90,6 +91,7 @@ async def test_an_embedding_goes_out_as_it_came(
 
 NAN, INFINITE = packed(float("nan")), packed(float("inf"))
 ODD = [
+    *(b"[ ]", b"[\n  ]"),
     *(b"[]", b'""', b"{}", b"null", b"7", b"[[1]]", b'["1"]', b"[null]", b"[true]", b"[1,false]"),
     *(b"[1e999]", b"[-1E400]", b"[1e40,1e-2]", b'"AAA"', b'"AAAAAAA="', b'"not base64!"'),
     *(f'"{one}"'.encode() for one in (NAN, INFINITE)),
