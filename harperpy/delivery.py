@@ -15,6 +15,8 @@ from .rendering import NO_HEADERS, Reply
 from .signal import REVOKED
 
 _CLOSE_SECONDS = 5.0
+# So long one stream may keep all others waiting.
+_TURN_SECONDS = 0.01
 _KEEPALIVE = b": keepalive\n\n"
 # Whatever a resource gives for these, it would be read as the next answer.
 BODILESS = frozenset({204, 304})
@@ -107,11 +109,16 @@ class Delivery:
             elif reply.status not in BODILESS:
                 if reply.divert is not None:
                     self._push, line.behind = line.push, True
+                turn = self._loop.time() + _TURN_SECONDS
                 async for data in body:
                     if (drained := self._put(data)) is not None:
                         await self._wait(drained)
                     # The next may take long to come: nothing of this one is kept meanwhile.
                     del data, drained
+                    if line.last > turn:
+                        # Who makes it may wait for nothing, and its reader keep up.
+                        await asyncio.sleep(0)
+                        turn = line.last + _TURN_SECONDS
                     if line.behind and self._push is not None and reply.divert is not None:
                         line.behind = False
                         reply.divert(self._push)

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import re
+import sys
+import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, Self
@@ -352,6 +354,42 @@ async def test_bytes_that_are_sent_as_they_are_know_no_comments(
 
     text = answer.text.removeprefix(": keepalive\n\n") if length is None else answer.text
     assert f"data: {'hello' if length is None else 'helo'}\n\n" == text
+
+
+READS_ON = """
+import socket, sys
+reader = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+reader.sendall(b"GET /it HTTP/1.1\\r\\nHost: t\\r\\nConnection: close\\r\\n\\r\\n")
+while reader.recv(1 << 20):
+    pass
+"""
+
+
+@pytest.mark.parametrize("front", ["on", "off"])
+async def test_a_source_that_never_waits_lets_others_have_their_turn(front: str) -> None:
+    """Although its reader keeps up with it."""
+    begun, enough = asyncio.Event(), threading.Event()
+    ended: list[str] = []
+
+    def items() -> Iterator[bytes]:
+        loop = asyncio.get_running_loop()
+        late = loop.time() + 5
+        begun.set()
+        while not enough.is_set() and loop.time() < late:
+            yield bytes(1000)
+        ended.append("enough" if enough.is_set() else "late")
+
+    configured = f"{ECHO}\nhttp: {{front: {front}}}"
+    mounts = {"it": serving(lambda: Response(200, body=items()), public=True)}
+    async with asyncio.timeout(SECONDS), running(configured, resources=mounts) as server:
+        port = str(server.server.http_port)
+        reader = await asyncio.create_subprocess_exec(sys.executable, "-c", READS_ON, port)
+        await begun.wait()
+        assert 200 == (await ask(server, "GET", "/health")).status
+        enough.set()
+        await reader.wait()
+
+    assert ["enough"] == ended
 
 
 @pytest.mark.parametrize("front", ["on", "off"])
