@@ -47,6 +47,9 @@ class ModelBackend:
     else it can do; a call that needs what is not there is refused before the backend sees it.
     `token_input` says that `embed` takes arrays of token numbers as they are; others get text.
 
+    What it raises and is no `HarperError` is a `BackendError` to the caller (502; a `TimeoutError`
+    504): status and words of another call's are not the answer's, and its trace is in the log.
+
     `provider_model` and what it can do may be settled in `open`, and stay as they are from then on.
     """
 
