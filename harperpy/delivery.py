@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from math import inf
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 from .context import Context
 from .deadlines import AllWaits, Waits
@@ -21,6 +22,7 @@ _KEEPALIVE = b": keepalive\n\n"
 # Whatever a resource gives for these, it would be read as the next answer.
 BODILESS = frozenset({204, 304})
 
+logger = logging.getLogger("harperpy.wire")
 
 Push: TypeAlias = Callable[[bytes], bool]
 
@@ -54,6 +56,10 @@ class Line(Protocol):
 
     async def end(self) -> None:
         """Nothing more comes."""
+        ...
+
+    def abort(self) -> None:
+        """End the connection at once."""
         ...
 
 
@@ -95,12 +101,26 @@ class Delivery:
         """How many bytes of the body."""
         return self._line.sent
 
+    @property
+    def early(self) -> bool:
+        """Whether a head went out before there was a first item."""
+        return self._beginning is not None
+
     def begin(self, reply: Reply) -> None:
-        """Send the head now, although the first item is not there yet."""
-        self._beginning = self._spawn(self._begin(reply))
+        """Send the head now, although the first item is not there yet; after another, none can."""
+        if self.early:
+            _note(reply)
+            self._line.abort()
+        else:
+            self._beginning = self._spawn(self._begin(reply))
 
     async def send(self, reply: Reply) -> None:
-        """Write the body to its end; whatever happens, its iterator is closed here."""
+        """Write the body to its end; whatever happens, its iterator is closed here.
+
+        Raises `ConnectionError`, and ends the connection, where the head of another went out.
+        """
+        if self.early and not reply.committed:
+            await self._refuse(reply)
         body, line, ended = reply.body, self._line, False
         try:
             await (self._beginning or self._prepare(reply))
@@ -153,6 +173,14 @@ class Delivery:
             self._line.last = self._loop.time()
             self._silence.add(self)
             self._spawn(self._remind())
+
+    async def _refuse(self, reply: Reply) -> NoReturn:
+        _note(reply)
+        try:
+            await reply.close()
+        finally:
+            self._line.abort()
+        raise ConnectionError
 
     async def _begin(self, reply: Reply) -> None:
         await self._prepare(reply)
@@ -219,3 +247,7 @@ class Delivery:
         # A lost connection is the writer's to see.
         if not task.cancelled():
             task.exception()
+
+
+def _note(reply: Reply) -> None:
+    logger.error("an answer broke off: after its head came another one, of %d", reply.status)

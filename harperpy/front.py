@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from .content import body_of
 from .context import Context
 from .delivery import BODILESS, Delivery
-from .fronts import Fronts, address, note, promised, refuse
+from .fronts import Fronts, address, promised
 from .heads import Head, read_head
 from .lines import first_line, told_lines
 from .names import CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, DATE
@@ -224,8 +224,6 @@ class Front(asyncio.Protocol):
                     await port.pack(reply, context)
                 sent = self._whole(reply, reply.body)
                 port.answered(context, reply.status, sent, received)
-            elif self._delivery is not None and not reply.committed:
-                await refuse(reply)
             else:
                 delivery = self._delivery = self._delivery or self._deliver(context)
                 await delivery.send(reply)
@@ -264,11 +262,8 @@ class Front(asyncio.Protocol):
 
     def _early(self, reply: Reply) -> None:
         """Send a stream's head, as its first item is late."""
-        if self._delivery is not None:
-            note(reply)
-            self.abort()
-        elif self._context is not None:
-            self._delivery = self._deliver(self._context)
+        if self._context is not None:
+            self._delivery = self._delivery or self._deliver(self._context)
             self._delivery.begin(reply)
 
     def _deliver(self, context: Context) -> Delivery:

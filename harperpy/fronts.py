@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import copy_context
 from email.utils import formatdate
 from time import time
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, Protocol, cast
 
 from multidict import CIMultiDict
 
@@ -17,13 +16,10 @@ from .deadlines import Deadlines, Waiter, Waits
 from .names import CONTENT_LENGTH
 from .outbox import Outbox
 from .port import SERVER, Port
-from .rendering import Reply
 
 _MOST_BODY_BYTES = 256 * 1024
 # What has to be seen as it arrives is not for who waits until it has arrived.
 _BODY_SECONDS = 1.0
-
-logger = logging.getLogger("harperpy.wire")
 
 
 class Shared(Waiter, Protocol):
@@ -129,15 +125,3 @@ def promised(headers: CIMultiDict[str]) -> int | None:
         return int(told[0])
     headers.popall(CONTENT_LENGTH, None)
     return None
-
-
-def note(reply: Reply) -> None:
-    """Say in the log that this answer came when another had begun, which ends its connection."""
-    logger.error("an answer broke off: after its head came another one, of %d", reply.status)
-
-
-async def refuse(reply: Reply) -> NoReturn:
-    """Let go of an answer where another has begun. Raises `ConnectionError`."""
-    note(reply)
-    await reply.close()
-    raise ConnectionError

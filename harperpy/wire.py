@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import partial
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from aiohttp.web_protocol import RequestPayloadError
 from aiohttp.web_request import BaseRequest
@@ -16,7 +15,7 @@ from .content import Body, body_of
 from .context import Context
 from .delivery import BODILESS, Delivery
 from .errors import BodyTimeout, ClientError
-from .fronts import note, promised, refuse
+from .fronts import promised
 from .incoming import Socket
 from .inflating import inflated
 from .lines import told_lines
@@ -62,12 +61,10 @@ class Wire:
         line = _Line(raw)
         delivery = Delivery(line, context, asyncio.current_task(), port.silences)
         try:
-            reply = await self._dispatch.answer(context, partial(line.begin, delivery))
-            if line.begun and not reply.committed:
-                await line.refuse(reply)
-            if reply.socket is not None:
+            reply = await self._dispatch.answer(context, delivery.begin)
+            if reply.socket is not None and not delivery.early:
                 return await self._converse(raw, reply, reply.socket, context)
-            if isinstance(reply.body, bytes) and not reply.committed:
+            if isinstance(reply.body, bytes) and not delivery.early:
                 await port.pack(reply, context)
                 response = _whole(reply, raw.method)
                 sent = 0 if reply.status in BODILESS else len(reply.body)
@@ -154,27 +151,6 @@ class _Line:
         self._raw = raw
         self.sent, self.last, self.behind = 0, 0.0, False
         self.response = StreamResponse()
-        self.begun = False
-
-    def begin(self, delivery: Delivery, reply: Reply) -> None:
-        """Send a stream's head, as its first item is late."""
-        if self.begun:
-            note(reply)
-            self._abort()
-        else:
-            self.begun = True
-            delivery.begin(reply)
-
-    async def refuse(self, reply: Reply) -> NoReturn:
-        """End the connection: another answer has begun. Raises `ConnectionError`."""
-        try:
-            await refuse(reply)
-        finally:
-            self._abort()
-
-    def _abort(self) -> None:
-        if self._raw.transport is not None:
-            self._raw.transport.abort()
 
     async def head(self, reply: Reply) -> None:
         promised(reply.headers)
@@ -191,6 +167,10 @@ class _Line:
         if self._raw.writer.length and self.response.status not in BODILESS:
             # Who was promised more than came sees it by the connection's end.
             self.response.force_close()
+
+    def abort(self) -> None:
+        if self._raw.transport is not None:
+            self._raw.transport.abort()
 
 
 def _length(raw: BaseRequest) -> int | None:
