@@ -8,12 +8,12 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from math import inf
-from typing import Any, NoReturn, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from .context import Context
 from .deadlines import AllWaits, Waits
 from .rendering import NO_HEADERS, Reply
-from .signal import REVOKED
+from .signal import DISCONNECTED, REVOKED
 
 _CLOSE_SECONDS = 5.0
 # So long one stream may keep all others waiting.
@@ -109,8 +109,7 @@ class Delivery:
     def begin(self, reply: Reply) -> None:
         """Send the head now, although the first item is not there yet; after another, none can."""
         if self.early:
-            _note(reply)
-            self._line.abort()
+            self._refuse(reply)
         else:
             self._beginning = self._spawn(self._begin(reply))
 
@@ -119,11 +118,9 @@ class Delivery:
 
         Raises `ConnectionError`, and ends the connection, where the head of another went out.
         """
-        if self.early and not reply.committed:
-            await self._refuse(reply)
         body, line, ended = reply.body, self._line, False
         try:
-            await (self._beginning or self._prepare(reply))
+            await self._headed(reply)
             if isinstance(body, bytes):
                 await self._write(body)
             elif reply.status not in BODILESS:
@@ -143,6 +140,10 @@ class Delivery:
                         line.behind = False
                         reply.divert(self._push)
                 ended = True
+        except ConnectionError:
+            # What is closed now may want to know why.
+            self._context.abort(DISCONNECTED)
+            raise
         finally:
             self.end()
             # At its end it has closed what it is made from.
@@ -174,13 +175,19 @@ class Delivery:
             self._silence.add(self)
             self._spawn(self._remind())
 
-    async def _refuse(self, reply: Reply) -> NoReturn:
-        _note(reply)
-        try:
-            await reply.close()
-        finally:
-            self._line.abort()
-        raise ConnectionError
+    async def _headed(self, reply: Reply) -> None:
+        if self._beginning is None:
+            await self._prepare(reply)
+        elif reply.committed:
+            await self._beginning
+        else:
+            self._refuse(reply)
+            raise ConnectionError
+
+    def _refuse(self, reply: Reply) -> None:
+        status = reply.status
+        logger.error("an answer broke off: after its head came another one, of %d", status)
+        self._line.abort()
 
     async def _begin(self, reply: Reply) -> None:
         await self._prepare(reply)
@@ -247,7 +254,3 @@ class Delivery:
         # A lost connection is the writer's to see.
         if not task.cancelled():
             task.exception()
-
-
-def _note(reply: Reply) -> None:
-    logger.error("an answer broke off: after its head came another one, of %d", reply.status)

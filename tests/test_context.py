@@ -415,6 +415,33 @@ async def test_the_signal_fires_although_the_client_never_reads() -> None:
     assert ["client_disconnected"] == [signal.reason for signal in watch.signals]
 
 
+@pytest.mark.usefixtures("way")
+async def test_a_stream_that_is_closed_as_its_reader_left_knows_it() -> None:
+    """It never waits, so that it is a write that finds the client gone."""
+    seen = asyncio.get_running_loop().create_future()
+
+    class Floods(Resource):
+        @staticmethod
+        async def get() -> EventStream:
+            async def events() -> AsyncIterator[str]:
+                signal = get_context().signal
+                try:
+                    while True:
+                        yield "piece"
+                finally:
+                    seen.set_result(signal and signal.reason)
+
+            return EventStream(events())
+
+    async with asyncio.timeout(SECONDS), running(resources={"it": Floods}) as server:
+        async with server.session() as client:
+            response = await client.get("/it")
+            response.close()
+        reason = await seen
+
+    assert "client_disconnected" == reason
+
+
 async def test_a_callback_that_fails_is_its_own_business(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
