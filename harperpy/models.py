@@ -32,11 +32,10 @@ from .messages import (
     GenerateResult,
     Prompt,
     TokenUsage,
-    estimate_tokens,
 )
 from .permission import Permission
 from .prompts import options_in, to_prompt
-from .recorder import Recorder
+from .recorder import Recorder, answered_tokens
 from .routing import Candidate, Kind, ModelInfo, Registration, Routes
 from .signal import AbortSignal
 from .vectors import Vector
@@ -210,8 +209,7 @@ def _told(call: Call, result: GenerateResult, recorder: Recorder) -> None:
     if result.usage is not None:
         recorder.count(result.usage)
     if not recorder.counted:
-        told = [result.content, *(other.content for other in result.others)]
-        result.usage = recorder.estimate(call.asked, sum(map(estimate_tokens, told)))
+        result.usage = recorder.estimate(call.asked, answered_tokens(result))
 
 
 def _embedded(call: Call, result: EmbedResult, recorder: Recorder) -> None:

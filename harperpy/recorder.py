@@ -19,7 +19,15 @@ from .errors import (
     ModelNotFound,
     TransactionError,
 )
-from .messages import GenerateChunk, Prompt, TokenUsage, estimate_tokens
+from .messages import (
+    Choice,
+    GenerateChunk,
+    GenerateResult,
+    Message,
+    Prompt,
+    TokenUsage,
+    estimate_tokens,
+)
 
 _MOST = 2**53
 # What few providers count.
@@ -67,7 +75,10 @@ class Recorder(msgspec.Struct, eq=False):
             if text := chunk.delta_content:
                 deltas += 1
                 letters += len(text)
-            elif chunk.delta_tool_calls:
+            elif thought := chunk.delta_reasoning_content:
+                deltas += 1
+                letters += len(thought)
+            elif chunk.delta_tool_calls or chunk.delta_refusal:
                 deltas += 1
             if chunk.finish_reason:
                 call.finish_reason = clipped(chunk.finish_reason)
@@ -156,7 +167,24 @@ class Recorder(msgspec.Struct, eq=False):
 
 def asked_tokens(prompt: Prompt) -> int:
     """About how many tokens a prompt is."""
-    return sum(estimate_tokens(message.text) + 4 for message in prompt.messages)
+    tools = estimate_tokens(msgspec.json.encode(prompt.tools).decode()) if prompt.tools else 0
+    return tools + sum(_written(message, message.text) + 4 for message in prompt.messages)
+
+
+def answered_tokens(result: GenerateResult) -> int:
+    """About how many tokens a whole answer is."""
+    return sum(_written(choice, choice.content) for choice in (result, *result.others))
+
+
+def _written(told: Message | Choice, text: str) -> int:
+    """About how many tokens somebody said, thought or refused, and called with."""
+    tokens = estimate_tokens(text)
+    for more in (told.reasoning_content, told.refusal):
+        if more:
+            tokens += estimate_tokens(more)
+    for call in told.tool_calls or ():
+        tokens += estimate_tokens(call.name) + estimate_tokens(call.arguments_text())
+    return tokens
 
 
 def _whole(value: Any) -> int | None:

@@ -165,6 +165,54 @@ async def test_odd_words_on_an_answer_are_left_out(
         )
 
 
+CALL = {"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize("call", ["whole", "stream"])
+@pytest.mark.parametrize(
+    "said",
+    [{"content": "hi"}, {"reasoning_content": "hm"}, {"refusal": "no"}, {"tool_calls": [CALL]}],
+    ids=lambda said: str(*said),
+)
+async def test_whatever_was_written_is_estimated(
+    gateway: RunningServer, upstream: ScriptedUpstream, call: str, said: Any
+) -> None:
+    """A provider that counts nothing is billed for thoughts and calls as it is for text."""
+    upstream.script(
+        Answer(body={"choices": [{"index": 0, "message": said, "finish_reason": "stop"}]})
+        if call == "whole"
+        else Answer(events=[chunk(said), chunk({}, "stop"), "[DONE]"])
+    )
+    await make(gateway, call)
+    (row,) = await gateway.rows("success = 1")
+
+    assert row["usage_estimated"]
+    assert 0 < row["completion_tokens"] < 10
+
+
+async def test_a_thought_that_is_broken_off_is_billed(
+    gateway: RunningServer, upstream: ScriptedUpstream
+) -> None:
+    """A stream that ends before its first word has produced something."""
+    upstream.script(Answer(events=[chunk({"reasoning_content": "hm"}), {"error": "no"}]))
+    await make(gateway, "stream")
+    (row,) = await gateway.rows("success = 0")
+
+    assert (True, 1) == (row["usage_estimated"], row["completion_tokens"])
+
+
+async def test_tools_are_a_part_of_what_is_asked(
+    gateway: RunningServer, upstream: ScriptedUpstream
+) -> None:
+    """Also where nobody has counted it: their names and schemas are read by the model."""
+    for more in ({}, {"tools": [TOOL]}):
+        upstream.script(Answer(body={"choices": [{"index": 0, "message": {"content": "hi"}}]}))
+        await ask(gateway, "POST", "/v1/chat/completions", json={**HELLO, **more})
+    having, without = await gateway.rows("usage_estimated = 1")
+
+    assert without["prompt_tokens"] < having["prompt_tokens"]
+
+
 async def test_a_call_in_the_old_protocols_form_is_a_call(
     gateway: RunningServer, upstream: ScriptedUpstream
 ) -> None:
