@@ -7,7 +7,7 @@ import importlib.metadata
 import logging
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -193,7 +193,7 @@ def user() -> None:
 @_targeted
 def user_add(username: str, role: str, tenant: str | None, password: str, **where: Any) -> None:
     """Add a user."""
-    Target(**where).operate(
+    _aimed(where).operate(
         "add_user", username=username, password=password, role=role, tenant=tenant
     )
 
@@ -202,7 +202,7 @@ def user_add(username: str, role: str, tenant: str | None, password: str, **wher
 @_targeted
 def user_list(**where: Any) -> None:
     """List all users."""
-    Target(**where).operate("list_users")
+    _aimed(where).operate("list_users")
 
 
 @user.command("drop")
@@ -210,7 +210,7 @@ def user_list(**where: Any) -> None:
 @_targeted
 def user_drop(username: str, **where: Any) -> None:
     """Remove a user with its keys and tokens."""
-    Target(**where).operate("drop_user", username=username)
+    _aimed(where).operate("drop_user", username=username)
 
 
 @main.group()
@@ -238,14 +238,14 @@ def key_add(
     """Make an API key; it is shown this once."""
     limits = parameters([f"grants={grants}"] if grants else [])
     limits |= {"tenant": tenant, "expires_in": expires_in}
-    Target(**where).operate("add_api_key", name=name, username=username, **limits)
+    _aimed(where).operate("add_api_key", name=name, username=username, **limits)
 
 
 @key.command("list")
 @_targeted
 def key_list(**where: Any) -> None:
     """List API keys by their first letters."""
-    Target(**where).operate("list_api_keys")
+    _aimed(where).operate("list_api_keys")
 
 
 @key.command("drop")
@@ -253,7 +253,7 @@ def key_list(**where: Any) -> None:
 @_targeted
 def key_drop(id: str, **where: Any) -> None:  # noqa: A002
     """End an API key at once."""
-    Target(**where).operate("drop_api_key", id=id)
+    _aimed(where).operate("drop_api_key", id=id)
 
 
 @main.group()
@@ -287,7 +287,7 @@ def models_rm(name: str | None) -> None:
 @_targeted
 def sql(select: str, **where: Any) -> None:
     """Run one SELECT over the system tables, e.g. "SELECT * FROM system.hdb_model_calls"."""
-    Target(**where).operate("sql", sql=select)
+    _aimed(where).operate("sql", sql=select)
 
 
 @main.command(short_help="List what the project's plugins add to these commands.")
@@ -297,7 +297,7 @@ def commands(**where: Any) -> None:
 
     Run one as 'harperpy NAME key=value ...', like any operation.
     """
-    Target(**where).operate("list_commands")
+    _aimed(where).operate("list_commands")
 
 
 def _operation(name: str) -> click.Command:
@@ -315,16 +315,24 @@ def _operation(name: str) -> click.Command:
         """
         try:
             given = parameters(words)
-            where["as_json"] |= given.pop("json", False) is True
-            target = Target(**where, seconds=None).aimed(given)
         except ValueError as error:
             ctx.fail(str(error))
+        where["as_json"] |= given.pop("json", False) is True
+        target = _aimed({**where, "seconds": None}, given)
         if not target.is_project:
             near = nearest(name, main.commands, "commands")
             ctx.fail(f"no such command '{name}', and no project here that may add it; {near}")
         target.operate(name.replace("-", "_"), **given)
 
     return command
+
+
+def _aimed(where: Mapping[str, Any], given: dict[str, Any] | None = None) -> Target:
+    """The server that the options name, or else a command's words. Raises `UsageError`."""
+    try:
+        return Target(**where).aimed({} if given is None else given)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
 
 
 def _serve(what: Serving, inherited: str | None) -> None:

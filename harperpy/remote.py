@@ -22,7 +22,8 @@ class Remote:
 
     Who asks is known by a name and a password, or else by an API key.
 
-    An answer may take `seconds`, or any time if that is None.
+    An answer may take `seconds`, or any time if that is None. Raises `ClientError` for what can be
+    no key.
     """
 
     def __init__(
@@ -42,6 +43,9 @@ class Remote:
             pair = base64.b64encode(":".join(login).encode()).decode()
             self._headers["Authorization"] = f"Basic {pair}"
         elif api_key:
+            if not (api_key.isascii() and api_key.isprintable()):
+                message = "the API key has a character that no key has: is it a newline?"
+                raise ClientError(message)
             self._headers["Authorization"] = f"Bearer {api_key}"
 
     async def operate(self, body: Mapping[str, Any]) -> Any:

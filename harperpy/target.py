@@ -64,8 +64,10 @@ class Target(msgspec.Struct):
             message = "auth_username: expected a target=URL too"
             raise ValueError(message)
         parts = urlsplit(str(url or self.url or ""))
-        if url is not None and (parts.scheme not in ("http", "https") or not parts.hostname):
-            message = "target: expected an http:// or https:// URL"
+        option = "--url" if url is None else "target"
+        aimed = url is not None or self.url
+        if aimed and (parts.scheme not in ("http", "https") or not parts.hostname):
+            message = f"{option}: expected an http:// or https:// URL"
             raise ValueError(message)
         if name is None and parts.username:
             name, password = unquote(parts.username), unquote(parts.password or "")

@@ -31,6 +31,9 @@ async def test_an_operation_goes_to_the_server_that_it_names(
     for words in ([target, *login], [within]):
         users = await said(tmp_path, "list_users", *words)
         assert ["HDB_ADMIN", "boss"] == [user["username"] for user in users]
+    url = within.removeprefix("target=")
+    users = await said(tmp_path, "user", "list", "--url", url, HARPERPY_API_KEY="not-asked-for")
+    assert ["HDB_ADMIN", "boss"] == [user["username"] for user in users]
     own = await said(tmp_path, "user_info", target, HARPERPY_API_KEY=remote.api_key)
     assert "HDB_ADMIN" == own["username"]
     own = await said(tmp_path, "user_info", target, *login, HARPERPY_API_KEY=remote.api_key)
@@ -60,6 +63,7 @@ async def test_what_fails_names_the_operation(
         await refusal(tmp_path, "drop_user", "username=x", target, HARPERPY_API_KEY=remote.api_key),
         await refusal(tmp_path, "add_user", "username=x", target, HARPERPY_API_KEY=remote.api_key),
         await refusal(tmp_path, "list_users", f"target=http://127.0.0.1:{deaf_port}", *wrong),
+        await refusal(tmp_path, "list_users", target, HARPERPY_API_KEY="wrong-one\n"),
     }
 
     assert all(one.startswith(("list_users: ", "drop_user: ", "add_user: ")) for one in told)
@@ -67,11 +71,13 @@ async def test_what_fails_names_the_operation(
     assert any("drop_user: User x does not exist" in one for one in told)
     assert any("missing required field `password`" in one for one in told)
     assert any("no harperpy answers at" in one for one in told)
+    assert any("has a character that no key has" in one for one in told)
 
 
 USAGE = {
     "target=localhost:9925": "target: expected an http:// or https:// URL",
     "target=ftp://localhost": "target: expected an http:// or https:// URL",
+    "--url localhost:9925": "--url: expected an http:// or https:// URL",
     "auth_username=boss": "auth_username and auth_password: expected both, or neither",
     "auth_username=boss auth_password=x": "auth_username: expected a target=URL too",
 }
@@ -84,3 +90,11 @@ async def test_a_target_that_is_none(tmp_path: Path, words: str) -> None:
 
     assert (2, "") == (done.code, done.out)
     assert USAGE[words] in done.err
+
+
+async def test_a_url_that_is_none(tmp_path: Path) -> None:
+    """So it is for the commands that have a page of their own."""
+    done = await harperpy(tmp_path, "user", "list", "--url", "localhost:9925")
+
+    assert (2, "") == (done.code, done.out)
+    assert "--url: expected an http:// or https:// URL" in done.err
