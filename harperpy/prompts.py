@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar
 
 import msgspec
 
@@ -30,14 +30,15 @@ def to_prompt(given: GenerateInput) -> Prompt:
     if isinstance(given, str):
         return Prompt(messages=[Message(role="user", content=given)])
     if isinstance(given, Mapping):
-        messages = [_message(item, at) for at, item in enumerate(given.get("messages") or ())]
+        messages = [_message(item, at) for at, item in _numbered(given.get("messages"), "messages")]
         if system := given.get("system"):
-            messages.insert(0, Message(role="system", content=system))
-        tools = [_tool(item, f"tools[{at}]") for at, item in enumerate(given.get("tools") or ())]
-        for at, item in enumerate(given.get("functions") or ()):
+            said = {"role": "system", "content": system}
+            messages.insert(0, _convert(said, Message, "system"))
+        tools = [_tool(item, f"tools[{at}]") for at, item in _numbered(given.get("tools"), "tools")]
+        for at, item in _numbered(given.get("functions"), "functions"):
             tools.append(_tool(item, f"functions[{at}]"))
     else:
-        messages, tools = [_message(item, at) for at, item in enumerate(given)], []
+        messages, tools = [_message(item, at) for at, item in _numbered(given, "messages")], []
     if not messages:
         message = "messages: expected at least one message"
         raise InvalidBody(message, param="messages")
@@ -60,6 +61,13 @@ def paired(messages: Iterable[Message]) -> list[Message]:
     return found
 
 
+def _numbered(items: Any, path: str) -> Iterable[tuple[int, Any]]:
+    if isinstance(items, str | Mapping) or not isinstance(items or (), Iterable):
+        message = f"{path}: expected an array"
+        raise InvalidBody(message, param=path)
+    return enumerate(items or ())
+
+
 def _message(item: Any, at: int) -> Message:
     if isinstance(item, Message):
         return item
@@ -68,7 +76,8 @@ def _message(item: Any, at: int) -> Message:
         raise InvalidBody(message, param=f"messages[{at}]")
     fields: dict[str, Any] = {key: value for key, value in item.items() if value is not None}
     if calls := fields.get("tool_calls"):
-        fields["tool_calls"] = [_call(call) for call in calls]
+        path = f"messages[{at}].tool_calls"
+        fields["tool_calls"] = [_call(call) for _, call in _numbered(calls, path)]
     elif _is_object(call := fields.get("function_call")):
         fields["tool_calls"] = [{"id": "", **call}]
     return _convert(fields, Message, f"messages[{at}]")
@@ -106,6 +115,23 @@ def _convert(value: Any, kind: type[T], path: str) -> T:
         path = (path + where.rstrip("`")).lstrip(".")
         message = f"{path}: {text}"
         raise InvalidBody(message, param=path) from error
+    except UnicodeEncodeError as error:
+        # It is looked up among the words that may stand there.
+        message = f"{path}: half of a surrogate pair is no text".lstrip(": ")
+        raise InvalidBody(message, param=path or None) from error
+
+
+class _Named(msgspec.Struct):
+    """A tool by its name."""
+
+    name: str
+
+
+class _Allowed(msgspec.Struct):
+    """Some of the tools, and whether one of them has to be called."""
+
+    mode: str
+    tools: list[dict[str, Any]]
 
 
 class _BodyOptions(msgspec.Struct, omit_defaults=True):
@@ -159,12 +185,19 @@ def _choice_in(choice: dict[str, Any] | str) -> dict[str, Any]:
     """The choice as a word or a tool's name, and the tools that it leaves."""
     if isinstance(choice, str):
         return {"tool_choice": choice}
-    inner: Any = choice.get(choice.get("type", ""), choice)
     if choice.get("type") != "allowed_tools":
-        return {"tool_choice": inner.get("name")}
-    allowed = cast("list[dict[str, Any]]", inner.get("tools", []))
-    names = [one.get(one.get("type", ""), {}).get("name", "") for one in allowed]
-    return {"tool_choice": inner.get("mode"), "allowed_tools": names}
+        return {"tool_choice": _name_in(choice, "tool_choice")}
+    path = "tool_choice.allowed_tools"
+    allowed = _convert(choice.get("allowed_tools"), _Allowed, path)
+    names = [_name_in(one, f"{path}.tools[{at}]") for at, one in enumerate(allowed.tools)]
+    return {"tool_choice": allowed.mode, "allowed_tools": names}
+
+
+def _name_in(choice: Mapping[str, Any], path: str) -> str:
+    """The name of a tool, which stands under its kind, or in the old protocol alone."""
+    kind = choice.get("type")
+    inner = choice.get(kind, choice) if isinstance(kind, str) else choice
+    return _convert(inner, _Named, path).name
 
 
 def _format_in(wanted: dict[str, Any]) -> ResponseFormat | None:

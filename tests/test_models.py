@@ -526,6 +526,9 @@ async def test_input_has_several_forms(given: Any, expected: Prompt) -> None:
     assert [expected] == seen
 
 
+ODD = {"mode": "auto", "tools": [{"type": "function", "function": "f"}]}
+
+
 @pytest.mark.parametrize(
     ("given", "param"),
     [
@@ -535,6 +538,24 @@ async def test_input_has_several_forms(given: Any, expected: Prompt) -> None:
         (["hi"], "messages[0]"),
         ([USER, {"role": "robot", "content": "x"}], "messages[1].role"),
         ({"messages": [USER], "tools": [{"name": 5}]}, "tools[0].name"),
+        (5, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": {"a": 1}}, "messages"),
+        ({"messages": [USER], "system": 5}, "system.content"),
+        ({"messages": [USER], "tools": 5}, "tools"),
+        ({"messages": [USER], "functions": "f"}, "functions"),
+        ([{"role": "assistant", "tool_calls": 5}], "messages[0].tool_calls"),
+        ([{"role": "\ud800", "content": "x"}], "messages[0]"),
+        ({"messages": [USER], "tool_choice": {"type": []}}, "tool_choice"),
+        ({"messages": [USER], "tool_choice": {"type": "function", "function": 5}}, "tool_choice"),
+        (
+            {"messages": [USER], "tool_choice": {"type": "allowed_tools", "allowed_tools": 5}},
+            "tool_choice.allowed_tools",
+        ),
+        (
+            {"messages": [USER], "tool_choice": {"type": "allowed_tools", "allowed_tools": ODD}},
+            "tool_choice.allowed_tools.tools[0]",
+        ),
     ],
 )
 async def test_input_that_does_not_fit_names_the_place(given: Any, param: str) -> None:
