@@ -20,7 +20,7 @@ from .backend import (
 )
 from .batches import Batched
 from .calls import Call, with_allowed_tools
-from .errors import BackendError, HarperError, NotImplementedYet
+from .errors import BackendError, HarperError, InvalidBody, NotImplementedYet
 from .fanout import all_of, interleaved, joined, topped_up
 from .messages import (
     EmbedInput,
@@ -43,6 +43,9 @@ from .vocabulary import EmbedInputs, Vocabulary, embed_inputs
 
 OptsType = TypeVar("OptsType", GenerateOpts, EmbedOpts)
 Vectors: TypeAlias = list[Sequence[float]]
+
+# As OpenAI's own: a body that somebody passes on may ask for any number.
+_MOST_ANSWERS = 128
 
 
 class Models:
@@ -110,6 +113,7 @@ class Models:
         call = self._call("generate", prompt, settings)
         if (count := settings.n or 1) == 1:
             return await call.first(_asked, _told)
+        _check_count(count)
         results: list[GenerateResult] = []
         begun = 0
         if call.gives_many:
@@ -131,6 +135,7 @@ class Models:
         call = self._call("generateStream", prompt, settings)
         if (count := settings.n or 1) == 1:
             return Batched(call.batches(), call.divert)
+        _check_count(count)
 
         def one(index: int) -> AsyncIterator[GenerateChunk]:
             call = self._one_call("generateStream", prompt, settings, index)
@@ -255,6 +260,12 @@ def _settings(kind: type[OptsType], opts: OptsType | None, options: dict[str, An
         message = f"give either opts= or keyword options, not both ({', '.join(options)})"
         raise TypeError(message)
     return opts
+
+
+def _check_count(answers: int) -> None:
+    if not 1 <= answers <= _MOST_ANSWERS:
+        message = f"n: expected 1 to {_MOST_ANSWERS}"
+        raise InvalidBody(message, param="n")
 
 
 def _check_vectors(vectors: Vectors, count: int) -> None:

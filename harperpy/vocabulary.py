@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import threading
 from base64 import b64decode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from .errors import CapabilityError, InvalidBody
-from .messages import EmbedInput, estimate_tokens, text_bytes
+from .messages import estimate_tokens, text_bytes
 
 # As OpenAI's own library publishes it.
 SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
@@ -56,10 +56,12 @@ class EmbedInputs(msgspec.Struct, frozen=True):
         return "input" if self.flat else f"input[{at}]"
 
 
-def embed_inputs(given: EmbedInput) -> EmbedInputs:
+def embed_inputs(given: Any) -> EmbedInputs:
     """Read what is to be embedded. Raises `InvalidBody` with the path of what does not fit."""
     if isinstance(given, str):
         return EmbedInputs(texts=[_text(given, "input")])
+    if isinstance(given, bytes | Mapping) or not isinstance(given, Iterable):
+        _refuse("input", "a text, a list of them, or token numbers")
     items: list[Any] = [*given]
     if not items:
         _refuse("input", "at least one text or token number")

@@ -567,6 +567,17 @@ async def test_input_that_does_not_fit_names_the_place(given: Any, param: str) -
     assert param == caught.value.param
 
 
+@pytest.mark.parametrize("n", [-5, 129, 10**9])
+async def test_so_many_answers_are_none(n: int) -> None:
+    """A body that a plugin passes on keeps nobody busy, whatever it asks for."""
+    async with serving() as (server, models):
+        with pytest.raises(InvalidBody, match=r"^n: expected 1 to 128$"):
+            await models.generate({"messages": [USER], "n": n})
+        with pytest.raises(InvalidBody, match=r"^n: expected 1 to 128$"):
+            models.generate_stream({"messages": [USER], "n": n})
+        assert [] == await server.rows()
+
+
 async def test_options_are_keywords_or_a_struct() -> None:
     """Either form reaches the backend, whose `model` is never the logical name."""
     seen: list[GenerateOpts] = []
