@@ -34,17 +34,18 @@ _CELL_BYTES = 64  # roughly what a value costs in Python besides its text
 _STEPS_BETWEEN_CHECKS = 1000
 _ALLOWED_ACTIONS = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_RECURSIVE})
 # Not here: functions that load code, open files, make large values out of nothing (printf) or take
-# the square of a value's length (instr, replace, trim): no time limit counts within one call.
+# the square of a value's length (instr, replace, trim): no time limit counts within one call; nor
+# those that gather without an end (json_group_array): a value's limit counts when it is whole.
 _ALLOWED_FUNCTIONS = frozenset(
     """
     -> ->>
     abs avg ceil ceiling char coalesce concat concat_ws count cume_dist current_date current_time
     current_timestamp date datetime dense_rank exp first_value floor glob group_concat hex ifnull
-    iif json json_array json_array_length json_extract json_group_array json_group_object
-    json_object json_quote json_type json_valid julianday lag last_value lead length like likelihood
-    likely ln log log10 log2 lower max min mod nth_value ntile nullif octet_length percent_rank pow
-    power quote random rank round row_number sign sqlite_version sqrt strftime string_agg substr
-    substring sum time timediff total trunc typeof unicode unixepoch unlikely upper
+    iif json json_array json_array_length json_extract json_object json_quote json_type json_valid
+    julianday lag last_value lead length like likelihood likely ln log log10 log2 lower max min mod
+    nth_value ntile nullif octet_length percent_rank pow power quote random rank round row_number
+    sign sqlite_version sqrt strftime string_agg substr substring sum time timediff total trunc
+    typeof unicode unixepoch unlikely upper
     """.split()  # noqa: SIM905
 )
 _CALLERS_FAULTS = frozenset(
