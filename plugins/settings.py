@@ -45,6 +45,7 @@ class Settings:
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
         self._path = scope.config_file_path
+        self._turn = asyncio.Lock()
 
     async def set(self, request: SetConfiguration) -> str:
         """Write these keys to config.yaml, if a server could start with it."""
@@ -55,17 +56,22 @@ class Settings:
         for key, path in paths.items():
             _check(key, path, request.keys[key])
         changes = [(paths[key], value) for key, value in request.keys.items()]
-        deed = Deed("config.yaml")
-        with await asyncio.to_thread(self._lock):
-            change = await asyncio.to_thread(self._prepare, changes)
-            try:
-                # First of all the audit's row: there is never a change without one.
-                await self._scope.database.run(partial(change.note, deed))
-                change.file.replace(self._path.resolve())
-            finally:
-                change.file.unlink(missing_ok=True)
+        # Who waits for the file has a thread: more of them would leave none to who holds it.
+        async with self._turn:
+            with await asyncio.to_thread(self._lock):
+                await self._change(changes)
         self._scope.request_restart("config.yaml has changed")
         return _DONE
+
+    async def _change(self, changes: list[tuple[tuple[str, ...], Any]]) -> None:
+        deed = Deed("config.yaml")
+        change = await asyncio.to_thread(self._prepare, changes)
+        try:
+            # First of all the audit's row: there is never a change without one.
+            await self._scope.database.run(partial(change.note, deed))
+            change.file.replace(self._path.resolve())
+        finally:
+            change.file.unlink(missing_ok=True)
 
     def _lock(self) -> TextIO:
         """One change at a time, whichever worker makes it; closing it lets the next one in."""

@@ -350,6 +350,18 @@ async def test_changes_at_once_are_all_there(configured: RunningServer) -> None:
     assert [77, 77, 77, 77] == [http[name.partition(".")[2]] for name in names]
 
 
+async def test_however_many_changes_come_at_once_each_has_its_turn(
+    configured: RunningServer,
+) -> None:
+    """They leave a thread to the one whose turn it is: there are 32 of them at most."""
+    async with asyncio.timeout(30):
+        told = await asyncio.gather(
+            *(got(configured, "set_configuration", **{"http.timeout": 77}) for _ in range(40))
+        )
+
+    assert 40 == len(told)
+
+
 EDITS: dict[str, tuple[str, str, Any, str]] = {
     "empty": ("", "a.b", 1, 'a: {"b": 1}\n'),
     "a comment alone": ("# x", "a", "y", '# x\na: "y"\n'),
