@@ -252,8 +252,11 @@ def _both(own: list[str] | None, granted: list[str] | None) -> list[str] | None:
 def _holds(other: Permission, mine: Permission, database: str) -> bool:
     """Whether another may do with a database's tables all that this one may."""
     actions: tuple[Action, ...] = ("read", "insert", "update", "delete")
-    for name, table in mine.databases[database].items():
-        theirs = other.table(database, name)
+    named = mine.databases[database]
+    # A table that another names is none of those that '*' stands for there.
+    apart = other.databases.get(database, {}) if _ANY in named else {}
+    for name in {**named, **apart}:
+        table, theirs = mine.table(database, name), other.table(database, name)
         for action in actions:
             wanted, had = table.attributes(action), theirs.attributes(action)
             if not getattr(table, action):

@@ -264,6 +264,23 @@ async def test_who_is_lent_the_operations_on_users_has_a_tenants(server: Running
     assert 200 == await runs(server, key, "drop_user", username="x")
 
 
+async def test_a_table_that_is_kept_from_a_role_is_kept_from_those_it_makes(
+    server: RunningServer,
+) -> None:
+    """`*` stands for all tables but those that are named beside it."""
+    all_but_one: dict[str, Any] = {"*": {"read": True}, "hidden": {}}
+    lent = {"operations": ["add_role"], "data": {"tables": all_but_one}}
+    await server.operate("add_role", role="keeper", permission=lent)
+    key = f"Bearer {await server.key_for('kim', 'keeper')}"
+
+    def role(**tables: Any) -> dict[str, Any]:
+        return {"role": "new", "permission": {"operations": [], "data": {"tables": tables}}}
+
+    assert 403 == await runs(server, key, "add_role", **role(**{"*": {"read": True}}))
+    assert 403 == await runs(server, key, "add_role", **role(hidden={"read": True}))
+    assert 200 == await runs(server, key, "add_role", **role(**all_but_one))
+
+
 async def test_user_info_of_a_key_is_what_its_grants_leave(server: RunningServer, ada: str) -> None:
     """Not what its owner may besides."""
     grants = {"resources": {"v1/models": ["read"]}, "models": ["gpt-4*"]}
