@@ -1,7 +1,8 @@
-"""What all parts of a server share, put together from its configuration."""
+"""What all parts of a server share, put together from its configuration; its first super user."""
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from .attempts import Attempts
 from .auth import Authenticators
 from .billing import Billing
 from .database import Database
+from .errors import ConfigError
 from .health import Health
 from .held import Worker
 from .keys import Keys
@@ -18,7 +20,7 @@ from .middleware import Middlewares
 from .models import Models
 from .negotiation import ContentTypes
 from .operations import Operations
-from .people import People
+from .people import SUPER_USER, People
 from .ports import Operate
 from .registry import Resources
 from .routing import Routes
@@ -80,6 +82,31 @@ def put_together(
             refresh_seconds=authentication.refresh_token_seconds,
         ),
     )
+
+
+async def first_start(people: People, environ: Mapping[str, str], *, dev: bool) -> str | None:
+    """Make the first super user, once. Returns its password if it was made up here.
+
+    Raises `ConfigError` when there is none and the environment names none either.
+    """
+    name, password = (environ.get(f"HDB_ADMIN_{what}") for what in ("USERNAME", "PASSWORD"))
+    if bool(name) != bool(password):
+        message = "set HDB_ADMIN_USERNAME and HDB_ADMIN_PASSWORD both, or neither"
+        raise ConfigError(message)
+    if await people.first_super_user() is not None:
+        return None
+    if name and password:
+        await people.add_user(name, password, SUPER_USER.role)
+        return None
+    if not dev:
+        message = (
+            "no super user exists yet: set HDB_ADMIN_USERNAME and HDB_ADMIN_PASSWORD "
+            "for the first start, or use 'harperpy dev'"
+        )
+        raise ConfigError(message)
+    made_up = secrets.token_urlsafe(15)
+    await people.add_user("HDB_ADMIN", made_up, SUPER_USER.role)
+    return made_up
 
 
 def _database(config: Config, root: Path, worker: Worker) -> Database:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import argon2
 import sqlalchemy as sa
@@ -14,7 +14,7 @@ from .attempts import Attempts
 from .audit import Deed
 from .auth import Role, User
 from .database import Database
-from .errors import ClientError, ConfigError, Conflict, InvalidCredentials, NotFound
+from .errors import ClientError, Conflict, InvalidCredentials, NotFound
 from .permission import Permission, document_of, stored_permission
 from .system import CREATED, UPDATED, hdb_role, hdb_token, hdb_user, now_ms
 
@@ -25,9 +25,16 @@ MODEL_USER = Role("model_user", "model_user", Permission(resources={"v1/*": ["re
 _HASHER = argon2.PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
 _AT_ONCE = 2
 
+May: TypeAlias = Callable[[User | Role], None]
+"""Raises what refuses someone to change this user, or to give or change this role."""
+
 
 class People:
-    """Users and roles. `changed` is called after each change that may take a right away."""
+    """Users and roles. `changed` is called after each change that may take a right away.
+
+    Where a change takes `may`, it is asked in the same transaction about each user and role that it
+    touches, as they are then.
+    """
 
     def __init__(self, database: Database, changed: Any, attempts: Attempts) -> None:
         self._database = database
@@ -51,30 +58,6 @@ class People:
 
         await self._database.run(work)
 
-    async def first_start(self, environ: Mapping[str, str], *, dev: bool) -> str | None:
-        """Make the first super user, once. Returns its password if it was made up here.
-
-        Raises `ConfigError` when there is none and the environment names none either.
-        """
-        name, password = (environ.get(f"HDB_ADMIN_{what}") for what in ("USERNAME", "PASSWORD"))
-        if bool(name) != bool(password):
-            message = "set HDB_ADMIN_USERNAME and HDB_ADMIN_PASSWORD both, or neither"
-            raise ConfigError(message)
-        if await self.first_super_user() is not None:
-            return None
-        if name and password:
-            await self.add_user(name, password, SUPER_USER.role)
-            return None
-        if not dev:
-            message = (
-                "no super user exists yet: set HDB_ADMIN_USERNAME and HDB_ADMIN_PASSWORD "
-                "for the first start, or use 'harperpy dev'"
-            )
-            raise ConfigError(message)
-        made_up = secrets.token_urlsafe(15)
-        await self.add_user("HDB_ADMIN", made_up, SUPER_USER.role)
-        return made_up
-
     async def first_super_user(self) -> User | None:
         """The longest-standing active super user."""
         users = await self._users(sa.select(*_JOINED).order_by(hdb_user.c[CREATED]))
@@ -97,6 +80,7 @@ class People:
         *,
         active: bool = True,
         tenant: str = "default",
+        may: May | None = None,
     ) -> None:
         """Add a user. Raises `Conflict` for a taken name, `NotFound` for an unknown role."""
         hashed = await self._hash(password)
@@ -107,7 +91,11 @@ class People:
                 message = f"User {username} already exists"
                 raise Conflict(message)
             now = now_ms()
-            row = {"username": username, "password": hashed, "role": _role_id(connection, role)}
+            row = {
+                "username": username,
+                "password": hashed,
+                "role": _role_id(connection, role, may),
+            }
             times = {CREATED: now, UPDATED: now}
             values = {**row, "active": active, "tenant": tenant, **times}
             connection.execute(sa.insert(hdb_user).values(values))
@@ -116,7 +104,9 @@ class People:
         await self._database.run(work)
         self._changed()
 
-    async def alter_user(self, username: str, changes: Mapping[str, Any]) -> None:
+    async def alter_user(
+        self, username: str, changes: Mapping[str, Any], may: May | None = None
+    ) -> None:
         """Change `password`, `role` (a name), `active` or `tenant`.
 
         A new password or an inactive user ends the user's tokens. Raises `NotFound`, and
@@ -130,8 +120,9 @@ class People:
         def work(connection: sa.Connection) -> None:
             before = _super_users(connection)
             known = _known(connection, username)
+            _ask(connection, may, hdb_user.c.username == username)
             if "role" in values:
-                values["role"] = _role_id(connection, values["role"])
+                values["role"] = _role_id(connection, values["role"], may)
             connection.execute(
                 sa.update(hdb_user)
                 .where(hdb_user.c.username == username)
@@ -147,13 +138,14 @@ class People:
         await self._database.run(work)
         self._changed()
 
-    async def drop_user(self, username: str) -> None:
+    async def drop_user(self, username: str, may: May | None = None) -> None:
         """Remove a user with its keys and tokens. Raises as `alter_user`."""
         deed, of_tokens = Deed(hdb_user), Deed(hdb_token)
 
         def work(connection: sa.Connection) -> None:
             before = _super_users(connection)
             known = _known(connection, username)
+            _ask(connection, may, hdb_user.c.username == username)
             _end_tokens(connection, of_tokens, username)
             connection.execute(sa.delete(hdb_user).where(hdb_user.c.username == username))
             deed.note(connection, "delete", username, before=known)
@@ -185,7 +177,7 @@ class People:
         await self._database.run(work)
 
     async def alter_role(
-        self, role_id: str, permission: Permission, name: str | None = None
+        self, role_id: str, permission: Permission, name: str | None = None, may: May | None = None
     ) -> Role:
         """Change a role's permission, and its name if one is given.
 
@@ -199,6 +191,7 @@ class People:
             if (known := _role(connection, role_id)) is None:
                 message = "Invalid role id"
                 raise ClientError(message, param="id")
+            _ask(connection, may, hdb_user.c.role == role_id, known)
             role = Role(role_id, name or known.role, permission)
             _check_free(connection, hdb_role.c.role, role.role, but=role_id)
             changed = {"role": role.role, "permission": document_of(permission), UPDATED: now_ms()}
@@ -212,7 +205,7 @@ class People:
         self._changed()
         return role
 
-    async def drop_role(self, role_id: str) -> Role:
+    async def drop_role(self, role_id: str, may: May | None = None) -> Role:
         """Remove a role that nobody has. Raises `NotFound`, or `Conflict` where someone has it."""
         deed = Deed(hdb_role)
 
@@ -220,6 +213,7 @@ class People:
             if (known := _role(connection, role_id)) is None:
                 message = "Role not found"
                 raise NotFound(message, param="id")
+            _ask(connection, may, hdb_user.c.role == role_id, known)
             held = sa.select(hdb_user.c.active).where(hdb_user.c.role == role_id)
             if holders := set(connection.scalars(held)):
                 state = "active" if True in holders else "inactive"
@@ -235,10 +229,6 @@ class People:
         role = await self._database.run(work)
         self._changed()
         return role
-
-    async def role(self, *, name: str | None = None, role_id: str | None = None) -> Role | None:
-        """The role of that name, or of that id."""
-        return await self._database.read(lambda one: _role(one, role_id, name))
 
     async def active_user(self, username: str) -> User:
         """The user of that name. Raises `InvalidCredentials` if there is none, or not any more."""
@@ -287,12 +277,7 @@ class People:
             return await asyncio.to_thread(_HASHER.hash, password)
 
     async def _users(self, select: sa.Select[*tuple[Any, ...]]) -> list[User]:
-        joined = select.join_from(hdb_user, hdb_role, hdb_user.c.role == hdb_role.c.id)
-
-        def work(connection: sa.Connection) -> list[User]:
-            return [_user(row) for row in connection.execute(joined)]
-
-        return await self._database.read(work)
+        return await self._database.read(lambda connection: _read(connection, select))
 
 
 _JOINED = (
@@ -303,6 +288,21 @@ _JOINED = (
     hdb_role.c.role.label("role_name"),
     hdb_role.c.permission,
 )
+
+
+def _read(connection: sa.Connection, select: sa.Select[*tuple[Any, ...]]) -> list[User]:
+    joined = select.join_from(hdb_user, hdb_role)
+    return [_user(row) for row in connection.execute(joined)]
+
+
+def _ask(
+    connection: sa.Connection, may: May | None, where: sa.ColumnElement[bool], *roles: Role
+) -> None:
+    """Ask about these roles, and about the users of whom this is true."""
+    if may is not None:
+        touched: list[User | Role] = [*roles, *_read(connection, sa.select(*_JOINED).where(where))]
+        for one in touched:
+            may(one)
 
 
 def _user(row: sa.Row[*tuple[Any, ...]]) -> User:
@@ -333,12 +333,13 @@ def _check_free(
         raise Conflict(message)
 
 
-def _role_id(connection: sa.Connection, role: str) -> str:
-    found: str | None = connection.scalar(sa.select(hdb_role.c.id).where(hdb_role.c.role == role))
-    if found is None:
-        message = f"{role} role not found"
+def _role_id(connection: sa.Connection, name: str, may: May | None) -> str:
+    if (role := _role(connection, None, name)) is None:
+        message = f"{name} role not found"
         raise NotFound(message, param="role")
-    return found
+    if may is not None:
+        may(role)
+    return role.id
 
 
 def _super_users(connection: sa.Connection) -> int:

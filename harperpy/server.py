@@ -21,7 +21,7 @@ from .cors import Cors
 from .database import read_secret
 from .dispatch import Dispatch
 from .doors import AuthLog
-from .founding import put_together
+from .founding import first_start, put_together
 from .health import Health
 from .held import (
     LOCAL,
@@ -229,7 +229,7 @@ class Server:
     async def _meet_the_first(self) -> None:
         """On the very first start, make the administrator."""
         core = self.core
-        password = await core.people.first_start(self._environ, dev=self.dev)
+        password = await first_start(core.people, self._environ, dev=self.dev)
         if password is not None:
             _, key = await core.keys.add("HDB_ADMIN", "first")
             self.first_start = FirstStart("HDB_ADMIN", password, key)

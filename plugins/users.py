@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
@@ -118,13 +119,13 @@ class PeopleOperations:
         caller = calling(context)
         tenant = request.tenant or ("default" if caller.is_super_user else caller.tenant)
         self._check_tenant(tenant, caller)
-        self._check_role(await self._people.role(name=request.role), caller)
         await self._people.add_user(
             request.username,
             request.password,
             request.role,
             active=request.active,
             tenant=tenant,
+            may=self._may(caller),
         )
         return f"{request.username} successfully added"
 
@@ -142,17 +143,13 @@ class PeopleOperations:
             message = "If role is specified, it cannot be empty."
             raise InvalidBody(message, param="role", errors=[{"path": "/role", "message": message}])
         caller = calling(context)
-        await self._check_user(request.username, caller)
         self._check_tenant(changes.get("tenant", caller.tenant), caller)
-        if "role" in changes:
-            self._check_role(await self._people.role(name=changes["role"]), caller)
-        await self._people.alter_user(request.username, changes)
+        await self._people.alter_user(request.username, changes, self._may(caller))
         return {"message": "updated 1 of 1 records", "update_hashes": [request.username]}
 
     async def drop_user(self, request: DropUser, context: Context) -> str:
         """Remove a user with its keys and tokens."""
-        await self._check_user(request.username, calling(context))
-        await self._people.drop_user(request.username)
+        await self._people.drop_user(request.username, self._may(calling(context)))
         return f"{request.username} successfully deleted"
 
     async def list_users(self, _: NoParameters, context: Context) -> list[dict[str, Any]]:
@@ -172,14 +169,13 @@ class PeopleOperations:
     async def alter_role(self, request: AlterRole, context: Context) -> dict[str, Any]:
         """Change a role's permission, or its name too; it counts at once."""
         caller, permission = calling(context), self._read(request.permission)
-        self._check_role(await self._people.role(role_id=request.id), caller)
         self._check_role(Role(request.id, request.id, permission), caller)
-        return _role(await self._people.alter_role(request.id, permission, request.role))
+        may = self._may(caller)
+        return _role(await self._people.alter_role(request.id, permission, request.role, may))
 
     async def drop_role(self, request: DropRole, context: Context) -> str:
         """Remove a role that nobody has."""
-        self._check_role(await self._people.role(role_id=request.id), calling(context))
-        role = await self._people.drop_role(request.id)
+        role = await self._people.drop_role(request.id, self._may(calling(context)))
         return f"{role.role} successfully deleted"
 
     async def list_roles(self) -> list[dict[str, Any]]:
@@ -192,11 +188,22 @@ class PeopleOperations:
             raise PermissionErrors(wrong, {})
         return permission
 
-    def _check_role(self, role: Role | None, caller: User) -> None:
+    def _may(self, caller: User) -> Callable[[User | Role], None] | None:
+        """Refuses what has more than the caller or is of another tenant; None: nothing."""
+        if caller.is_super_user:
+            return None
+
+        def may(one: User | Role) -> None:
+            if isinstance(one, User):
+                self._check_tenant(one.tenant, caller)
+                one = one.role
+            self._check_role(one, caller)
+
+        return may
+
+    def _check_role(self, role: Role, caller: User) -> None:
         """Raises `AccessViolation` for a role that has more than the caller."""
         own = caller.role.permission
-        if role is None or own.super_user:
-            return
         if role.permission.exceeds(own) or self._operations.exceeds(role.permission, own):
             message = "role: it has more than the role or the key of whoever asks"
             raise AccessViolation(caller, message)
@@ -205,12 +212,6 @@ class PeopleOperations:
         if tenant != caller.tenant and not caller.is_super_user:
             message = "tenant: only super users have to do with another tenant"
             raise AccessViolation(caller, message)
-
-    async def _check_user(self, username: str, caller: User) -> None:
-        """Raises `AccessViolation` for a user who has more than the caller, or another tenant."""
-        if (user := await self._people.user(username)) is not None:
-            self._check_tenant(user.tenant, caller)
-            self._check_role(user.role, caller)
 
 
 def _shown(user: User) -> dict[str, Any]:

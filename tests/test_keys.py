@@ -1,9 +1,12 @@
 """API keys: what they may, never more than their owner, for whom and until when."""
 
 import datetime as dt
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import argon2
 import pytest
 
 from databases import busy
@@ -262,6 +265,45 @@ async def test_who_is_lent_the_operations_on_users_has_a_tenants(server: Running
     assert 403 == await runs(server, key, "drop_user", username="eve")
     assert 403 == await runs(server, key, "drop_user", username="ada")
     assert 200 == await runs(server, key, "drop_user", username="x")
+
+
+async def test_what_is_lent_is_judged_when_it_is_done(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when it was asked for: meanwhile someone else makes the user a super user."""
+    await server.operate("add_role", role="keeper", permission={"operations": ["alter_user"]})
+    await server.operate("add_role", role="nothing", permission={"operations": []})
+    await server.operate("add_user", username="eve", password="pw", role="nothing")
+    key = f"Bearer {await server.key_for('kim', 'keeper')}"
+    hashed = argon2.PasswordHasher.hash
+
+    def meanwhile(hasher: argon2.PasswordHasher, password: str) -> str:
+        with closing(sqlite3.connect(server.server.root / "system.db")) as other, other:
+            other.execute("UPDATE hdb_user SET role = 'super_user' WHERE username = 'eve'")
+        return hashed(hasher, password)
+
+    monkeypatch.setattr(argon2.PasswordHasher, "hash", meanwhile)
+
+    assert 403 == await runs(server, key, "alter_user", username="eve", password="mine")
+    assert 401 == await runs(server, basic("eve", "mine"), "user_info")
+
+
+async def test_a_role_of_another_tenants_users_is_not_among_what_is_lent(
+    server: RunningServer,
+) -> None:
+    """Although it has no more than whoever would change it."""
+    lent = {"operations": ["alter_role", "drop_role"]}
+    await server.operate("add_role", role="keeper", permission=lent)
+    key = f"Bearer {await server.key_for('kim', 'keeper', tenant='acme')}"
+    for tenant in ("acme", "other"):
+        await server.operate("add_role", role=tenant, permission={"operations": []})
+        user = {"username": tenant, "password": "pw", "role": tenant, "tenant": tenant}
+        await server.operate("add_user", **user)
+    nothing = {"operations": [], "resources": {}}
+
+    assert 200 == await runs(server, key, "alter_role", id="acme", permission=nothing)
+    assert 403 == await runs(server, key, "alter_role", id="other", permission=nothing)
+    assert 403 == await runs(server, key, "drop_role", id="other")
 
 
 async def test_a_table_that_is_kept_from_a_role_is_kept_from_those_it_makes(
