@@ -12,6 +12,8 @@ import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -147,10 +149,13 @@ class Database:
             await asyncio.sleep(_LOOK_SECONDS)
         self.path.stat()
 
-    async def run(self, work: Callable[[sa.Connection], T]) -> T:
+    async def run(
+        self, work: Callable[[sa.Connection], T], then: Callable[[T], object] | None = None
+    ) -> T:
         """`work(connection)` in one transaction: committed on return, rolled back on raise.
 
-        What it reads stays so until its end: no other process writes meanwhile.
+        What it reads stays so until its end: no other process writes meanwhile. Once it is
+        committed the loop calls `then(result)`, also if nobody waits for it any more.
         Raises `ServiceUnavailable` while the file is locked by someone else or the disk is full,
         `Conflict` for a key that is there already, and `TransactionError` in a request whose own
         transaction this would wait for.
@@ -162,7 +167,11 @@ class Database:
                 "its end: do it before the first write, or after `await tx.commit()`"
             )
             raise TransactionError(message)
-        return await asyncio.wrap_future(self.submit(work))
+        future = self.submit(work)
+        if then is not None:
+            # Before who waits is told: what it does next finds that done.
+            future.add_done_callback(partial(_tell, asyncio.get_running_loop(), then))
+        return await asyncio.wrap_future(future)
 
     def submit(self, work: Callable[[sa.Connection], T]) -> Future[T]:
         """As `run`, for callers that do not wait; work is done in the order it is given."""
@@ -215,6 +224,12 @@ class Database:
             if (refusal := plain_refusal(error)) is not None:
                 raise refusal from error
             raise
+
+
+def _tell(loop: asyncio.AbstractEventLoop, then: Callable[[T], object], done: Future[T]) -> None:
+    if not done.cancelled() and done.exception() is None:
+        with suppress(RuntimeError):  # it is closed
+            loop.call_soon_threadsafe(then, done.result())
 
 
 def plain_refusal(error: BaseException) -> ServiceUnavailable | Conflict | None:

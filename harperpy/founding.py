@@ -48,7 +48,11 @@ def put_together(
     authenticators = Authenticators(authentication.cache_seconds, epoch)
     database = _database(config, root, worker)
     attempts = Attempts(authenticators.forget, slow=authentication.slow_guesses)
-    people = People(database, authenticators.revoke, attempts)
+
+    def changed(_: object) -> None:
+        authenticators.revoke()
+
+    people = People(database, changed, attempts)
     ledger = Ledger(worker.index, worker.of)
     return Core(
         config=config,
@@ -72,12 +76,12 @@ def put_together(
         analytics=_analytics(config, worker),
         database=database,
         people=people,
-        keys=Keys(database, people, secret, authenticators.revoke),
+        keys=Keys(database, people, secret, changed),
         tokens=Tokens(
             database,
             people,
             secret,
-            authenticators.revoke,
+            changed,
             operation_seconds=authentication.operation_token_seconds,
             refresh_seconds=authentication.refresh_token_seconds,
         ),

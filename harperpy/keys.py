@@ -54,7 +54,7 @@ class Keys:
     """
 
     def __init__(
-        self, database: Database, people: People, secret: bytes, changed: Callable[[], None]
+        self, database: Database, people: People, secret: bytes, changed: Callable[[object], None]
     ) -> None:
         self._database = database
         self._people = people
@@ -131,8 +131,7 @@ class Keys:
             before = {"user": row.user, "kind": row.kind, "name": row.name}
             deed.note(connection, "delete", key_id, before=before)
 
-        await self._database.run(work)
-        self._changed()
+        await self._database.run(work, self._changed)
 
     async def authenticate(self, credential: Credential) -> Verified | None:
         """Vouches for `Bearer hk_…`, for a minute at most, so that its last use is known."""

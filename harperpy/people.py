@@ -30,13 +30,15 @@ May: TypeAlias = Callable[[User | Role], None]
 
 
 class People:
-    """Users and roles. `changed` is called after each change that may take a right away.
+    """Users and roles. `changed` is called with what each change that may take a right away gives.
 
     Where a change takes `may`, it is asked in the same transaction about each user and role that it
     touches, as they are then.
     """
 
-    def __init__(self, database: Database, changed: Any, attempts: Attempts) -> None:
+    def __init__(
+        self, database: Database, changed: Callable[[object], None], attempts: Attempts
+    ) -> None:
         self._database = database
         self._changed = changed
         self._attempts = attempts
@@ -101,8 +103,7 @@ class People:
             connection.execute(sa.insert(hdb_user).values(values))
             deed.note(connection, "insert", username, after=_told(values))
 
-        await self._database.run(work)
-        self._changed()
+        await self._database.run(work, self._changed)
 
     async def alter_user(
         self, username: str, changes: Mapping[str, Any], may: May | None = None
@@ -135,8 +136,7 @@ class People:
                 _end_tokens(connection, of_tokens, username, refresh)
             _keep_a_super_user(connection, before)
 
-        await self._database.run(work)
-        self._changed()
+        await self._database.run(work, self._changed)
 
     async def drop_user(self, username: str, may: May | None = None) -> None:
         """Remove a user with its keys and tokens. Raises as `alter_user`."""
@@ -151,8 +151,7 @@ class People:
             deed.note(connection, "delete", username, before=known)
             _keep_a_super_user(connection, before)
 
-        await self._database.run(work)
-        self._changed()
+        await self._database.run(work, self._changed)
 
     async def list_roles(self) -> list[Role]:
         """All roles, by name."""
@@ -201,9 +200,7 @@ class People:
             _keep_a_super_user(connection, before)
             return role
 
-        role = await self._database.run(work)
-        self._changed()
-        return role
+        return await self._database.run(work, self._changed)
 
     async def drop_role(self, role_id: str, may: May | None = None) -> Role:
         """Remove a role that nobody has. Raises `NotFound`, or `Conflict` where someone has it."""
@@ -226,9 +223,7 @@ class People:
             deed.note(connection, "delete", role_id, before=old)
             return known
 
-        role = await self._database.run(work)
-        self._changed()
-        return role
+        return await self._database.run(work, self._changed)
 
     async def active_user(self, username: str) -> User:
         """The user of that name. Raises `InvalidCredentials` if there is none, or not any more."""

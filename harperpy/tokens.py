@@ -38,7 +38,7 @@ class Tokens:
         database: Database,
         people: People,
         secret: bytes,
-        changed: Callable[[], None],
+        changed: Callable[[object], None],
         *,
         operation_seconds: float,
         refresh_seconds: float,
@@ -107,10 +107,11 @@ class Tokens:
             deed.note(connection, "refresh", known.id, row["id"], after=told)
             return "good"
 
-        found = await self._database.run(work)
-        if found != "good":
+        def ended(found: str) -> None:
             if found == "spent":
-                self._changed()
+                self._changed(found)
+
+        if await self._database.run(work, ended) != "good":
             message = "invalid token"
             raise InvalidCredentials(message)
         return self._sign(user, "operation", family, self._operation_seconds), following

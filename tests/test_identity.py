@@ -6,7 +6,8 @@ import sqlite3
 import stat
 import time
 from collections.abc import Callable
-from contextlib import closing
+from concurrent.futures import Future
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import aiohttp
 import jwt
 import pytest
 
+from databases import busy
 from harperpy import InvalidBody, InvalidCredentials, Resource, Scope, User, Verified
 from harperpy.auth import Bearer, Credential
+from harperpy.database import Database
 from harperpy.testing import ECHO, RunningServer, running
-from helpers import basic, error_of, operation
+from helpers import basic, error_of, operation, until
 
 TABLES = {"hdb_role", "hdb_user", "hdb_token", "hdb_audit"}
 TABLES |= {"hdb_analytics", "hdb_model_calls", "hdb_model_calls_daily"}
@@ -359,6 +362,47 @@ async def test_a_new_password_ends_what_the_old_one_made(server: RunningServer) 
     body = {"operation": "refresh_operation_token"}
     status, _ = await operation(server, body, sent["refresh"])
     assert 401 == status
+
+
+INFO = {"operation": "user_info"}
+TAKEN: dict[str, dict[str, Any]] = {
+    "drop_api_key": {},
+    "drop_user": {"username": "ada"},
+    "alter_user": {"username": "ada", "active": False},
+    "alter_role": {"id": "asker", "permission": {"operations": []}},
+}
+
+
+@pytest.mark.parametrize(("name", "parameters"), TAKEN.items(), ids=TAKEN)
+async def test_a_right_is_taken_away_although_who_asked_for_it_has_left(
+    server: RunningServer,
+    name: str,
+    parameters: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While the database was busy: the change is made, and what was remembered is forgotten."""
+    await server.operate("add_role", role="asker", permission={})
+    await server.operate("add_user", username="ada", password="pw", role="asker")
+    made = await server.operate("add_api_key", name="k", username="ada")
+    assert 200 == (await operation(server, INFO, f"Bearer {made['api_key']}"))[0]
+    submit, given = Database.submit, list[Future[Any]]()
+
+    def watched(database: Database, work: Any) -> Future[Any]:
+        given.append(submit(database, work))
+        return given[-1]
+
+    await server.operate("list_api_keys")  # When the key was used last is written then.
+    monkeypatch.setattr(Database, "submit", watched)
+    with busy(server.server.root):
+        key = {"id": made["id"]} if name == "drop_api_key" else {}
+        asked = asyncio.create_task(server.operate(name, **parameters, **key))
+        await until(lambda: bool(given) and given[0].running())
+        asked.cancel()
+        with suppress(asyncio.CancelledError):
+            await asked
+    await asyncio.wrap_future(given[0])
+
+    assert 200 != (await operation(server, INFO, f"Bearer {made['api_key']}"))[0]
 
 
 async def test_a_new_role_counts_at_once(server: RunningServer) -> None:
