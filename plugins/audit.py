@@ -13,6 +13,8 @@ import sqlalchemy as sa
 
 from harperpy import Deed, HarperError, InvalidBody, Scope
 
+from .places import Int64
+
 _CLEANING_SECONDS = 3600.0
 _SYSTEM = "system"
 # Who may do what, and since when, is asked for long after.
@@ -40,7 +42,7 @@ class ReadAuditLog(msgspec.Struct, forbid_unknown_fields=True):
     database: str | None = None
     table: str | None = None
     search_type: Literal["hash_value", "timestamp", "username"] | None = None
-    search_values: list[str | int | float] = []
+    search_values: list[str | Int64 | float] = []
     limit: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1000
 
 

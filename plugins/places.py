@@ -7,7 +7,7 @@ right to at all is to them as if it were not there.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 import sqlalchemy as sa
@@ -27,6 +27,8 @@ from harperpy import (
 DATA, SYSTEM = "data", "system"
 ACTIONS: tuple[Action, ...] = ("read", "insert", "update", "delete")
 
+Int64: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""What a column of numbers takes."""
 Action: TypeAlias = Literal["read", "insert", "update", "delete"]
 Wanted: TypeAlias = Mapping[Action, Collection[str]]
 """What is to be done, and the attributes that it touches."""
@@ -63,7 +65,8 @@ class Place(msgspec.Struct, frozen=True):
             if self.table is not None:
                 kind = self.table.fields[attribute].type
                 return self.table.kept(attribute, msgspec.convert(value, kind, strict=False))
-            return msgspec.convert(value, column.type.python_type)
+            kind = column.type.python_type
+            return msgspec.convert(value, Int64 if kind is int else kind)
         except (msgspec.ValidationError, InvalidBody) as error:
             message = f"{param}: {attribute}: {error}"
             raise InvalidBody(message, param=param) from error

@@ -9,11 +9,13 @@ from sqlalchemy import Connection, select
 
 from harperpy import AccessViolation, Context, NotFound, Scope
 
+from .places import Int64
+
 
 class GetModelCall(msgspec.Struct, forbid_unknown_fields=True):
     """One call by the id that its answer's `x-harper-call-id` names."""
 
-    id: int
+    id: Int64
 
 
 class Receipts:

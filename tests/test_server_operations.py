@@ -137,6 +137,7 @@ async def test_a_user_sees_its_own_usage_alone(
         assert [] == (await asked(server, keys["bob"], "get_usage", group_by="user", **other))[1]
 
 
+CALLS = {"database": "system", "table": "hdb_model_calls"}
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("get_usage", {"group_by": "colour"}, "group_by"),
     ("get_usage", {"from": "yesterday"}, "from"),
@@ -159,6 +160,14 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("clear_status", {}, "id"),
     ("get_status", {"id": "mood"}, "id"),
     ("delete_audit_logs_before", {}, "timestamp"),
+    ("get_model_call", {"id": 2**63}, "int"),
+    ("read_audit_log", {"search_type": "username", "search_values": [2**64]}, "int"),
+    ("search_by_id", {**CALLS, "ids": [2**63]}, "ids[0]: id"),
+    (
+        "search_by_value",
+        {**CALLS, "attribute": "prompt_tokens", "value": -(2**70)},
+        "value: prompt",
+    ),
     ("delete_audit_logs_before", {"timestamp": 1, "database": "system"}, "database"),
     ("set_configuration", {}, "keys"),
     ("set_configuration", {"logging_levl": "warn"}, "logging_levl"),
