@@ -25,6 +25,7 @@ Kind: TypeAlias = Callable[[Any], Any]
 
 # One file by two names: plugins' tables and the server's own.
 _ATTACHED = {"system": "ATTACH ? AS system", "data": "ATTACH ? AS data"}
+_ALL_TABLES = "SELECT name FROM data.sqlite_master"
 # What a thread has taken once stays with the process.
 _LITTLE_MEMORY = "PRAGMA system.cache_size = -512; PRAGMA data.cache_size = -512"
 _MAX_VALUE_BYTES = 1_000_000
@@ -90,6 +91,7 @@ def run_select(
     gate = _Gate(hidden_columns, readable)
     try:
         with closing(_open_read_only(path, seconds)) as connection:
+            gate.tables = _tables(connection)
             connection.set_authorizer(gate)
             deadline = time.monotonic() + seconds
             connection.set_progress_handler(
@@ -131,8 +133,8 @@ def _refuse_unseen(sql: str, hidden_columns: Iterable[tuple[str, str]], readable
 class _Gate:
     """SQLite's authorizer: says for each access OK, IGNORE (read as NULL) or DENY.
 
-    `refusal` is the sentence for the first access that was denied, `unreadable` the table and
-    column if it is one that others may read.
+    `tables` are the file's, in lower case. `refusal` is the sentence for the first access that was
+    denied, `unreadable` the table and column if it is one that others may read.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class _Gate:
     ) -> None:
         self._hidden = {(table.lower(), column.lower()) for table, column in hidden_columns}
         self._readable = readable
+        self.tables = frozenset[str]()
         self.refusal: str | None = None
         self.unreadable: tuple[str, str] | None = None
 
@@ -160,6 +163,9 @@ class _Gate:
         if table.startswith("sqlite_") or database not in {*_ATTACHED, None}:
             return self._deny(f"the table {table!r}")
         if self._readable is not None:
+            if not column and database is None and table not in self.tables:
+                # A name that WITH gives: what stands behind it is asked for as well.
+                return sqlite3.SQLITE_OK
             if table not in self._readable:
                 return self._deny(f"the table {table!r}")
             columns = self._readable[table]
@@ -188,6 +194,10 @@ def _open_read_only(path: Path, seconds: float) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _tables(connection: sqlite3.Connection) -> frozenset[str]:
+    return frozenset(name.lower() for (name,) in connection.execute(_ALL_TABLES))
 
 
 def _decode(raw: bytes) -> str:
@@ -233,10 +243,10 @@ def _flag(value: Any) -> Any:
 
 
 def _decoded(value: Any) -> Any:
-    """What a text of JSON says; text that is none as it is."""
+    """What a text of JSON says; text that is none, or nested too deeply, as it is."""
     try:
         return msgspec.json.decode(value) if isinstance(value, str) else _plain(value)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return value
 
 

@@ -381,6 +381,20 @@ def test_the_wall_alone_lets_nothing_but_reading_pass(database: Path, sql: str) 
     assert bytes_of(database) == before
 
 
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT count(*) FROM journal",
+        "SELECT count(*) FROM hdb_role, system.journal",
+        "WITH journal AS (SELECT role FROM hdb_role GROUP BY role) SELECT count(*) FROM journal",
+    ],
+)
+def test_the_wall_alone_does_not_count_what_is_closed(database: Path, sql: str) -> None:
+    """A name that WITH gives is taken for the table's, where there is such a table."""
+    with pytest.raises(ClientError, match="Not allowed in SQL here: the table 'journal'"):
+        run(database, sql, readable={"hdb_role": None})
+
+
 HIDDEN_READS = [
     "SELECT * FROM hdb_user",
     "SELECT * FROM system.hdb_user",

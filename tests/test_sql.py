@@ -114,6 +114,18 @@ ANSWERED: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "WITH c AS (SELECT chip FROM dog) SELECT count(*) AS n FROM c GROUP BY chip LIMIT 1",
         [{"n": 1}],
     ),
+    "what WITH gives, by no column": (
+        "WITH c AS (SELECT name FROM dog GROUP BY name) SELECT count(*) AS n FROM c",
+        [{"n": 2}],
+    ),
+    "what WITH RECURSIVE gives, by no column": (
+        "WITH RECURSIVE c(x) AS (SELECT 1 UNION SELECT 2 FROM c) SELECT count(*) AS n FROM c",
+        [{"n": 2}],
+    ),
+    "JSON that nests too deeply": (
+        f"SELECT '{'[' * 9000}' AS tags FROM dog WHERE id = 1",  # noqa: S608
+        [{"tags": "[" * 9000}],
+    ),
 }  # fmt: skip
 
 
