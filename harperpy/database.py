@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 _READERS = 4
 _LOOK_SECONDS = 0.1
+_SECRET_BYTES = 32
 _PASSING = frozenset(
     {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
 )
@@ -311,11 +312,17 @@ def _read_only(connection: sqlite3.Connection, _: object) -> None:
 
 
 def read_secret(root: Path) -> bytes:
-    """The server's own 32 random bytes in `ROOT/secret.key`, made on first use, mode 0600."""
+    """The server's own 32 random bytes in `ROOT/secret.key`, made on first use, mode 0600.
+
+    Raises `ConfigError` for a file that holds fewer: anybody could sign with what is in none.
+    """
     path = root / "secret.key"
     root.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "wb") as file:
-            file.write(os.urandom(32))
-    return path.read_bytes()
+            file.write(os.urandom(_SECRET_BYTES))
+    if len(secret := path.read_bytes()) < _SECRET_BYTES:
+        message = f"{path}: expected {_SECRET_BYTES} bytes, got {len(secret)}: restore or remove it"
+        raise ConfigError(message)
+    return secret

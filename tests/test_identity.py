@@ -16,7 +16,7 @@ import jwt
 import pytest
 
 from databases import busy
-from harperpy import InvalidBody, InvalidCredentials, Resource, Scope, User, Verified
+from harperpy import ConfigError, InvalidBody, InvalidCredentials, Resource, Scope, User, Verified
 from harperpy.auth import Bearer, Credential
 from harperpy.database import Database
 from harperpy.testing import ECHO, RunningServer, running
@@ -128,6 +128,16 @@ async def test_no_secret_is_stored_as_it_is(tmp_path: Path) -> None:
 
     assert b"ada" in stored
     assert [] == [secret for secret in secrets if secret.encode() in stored]
+
+
+@pytest.mark.parametrize("left", [b"", b"x" * 31])
+async def test_a_secret_that_is_not_whole_signs_nothing(tmp_path: Path, left: bytes) -> None:
+    """What a full disk has left of it: anybody knows what is in an empty file."""
+    (tmp_path / "secret.key").write_bytes(left)
+
+    with pytest.raises(ConfigError, match=rf"secret\.key: expected 32 bytes, got {len(left)}"):
+        async with running(root=tmp_path):
+            pass
 
 
 async def test_only_the_owner_may_open_the_data_folder(tmp_path: Path) -> None:
