@@ -182,15 +182,15 @@ class Journal:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             _allocate(file, size)
+            if self.synced is not None:
+                # From now on only the new one is synced.
+                _sync_folder(self.path)
+                if self._file >= 0:
+                    os.fdatasync(self._file)
         except OSError:
             os.close(file)
             path.unlink()
             raise
-        if self.synced is not None:
-            # From now on only the new one is synced.
-            _sync_folder(self.path)
-            if self._file >= 0:
-                os.fdatasync(self._file)
         if self._file >= 0:
             os.close(self._file)
         self._file, self._size, self._room = file, size, size - promised
@@ -239,10 +239,15 @@ def remove(path: Path) -> None:
 def _own(path: Path) -> int:
     """Make the folder, locked before anyone can see it; the lock ends with the process."""
     made = path.with_name(f".{path.name}")
-    made.mkdir(mode=0o700, parents=True)
+    # An earlier try may have come this far.
+    made.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(made / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    made.rename(path)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        made.rename(path)
+    except OSError:
+        os.close(lock)
+        raise
     return lock
 
 

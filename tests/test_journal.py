@@ -513,3 +513,22 @@ async def test_no_call_is_made_that_cannot_be_noted(
         async with session.post(CHAT, json={**HELLO, "stream": True}) as answer:
             assert 200 == answer.status
             assert "[DONE]" == events(await answer.text())[-1]
+
+
+async def test_a_journal_that_could_not_begin_begins_later(tmp_path: Path) -> None:
+    """Where the first call finds no descriptor left it is 503, and the next is answered."""
+    asked = {**HELLO, "model": "default"}
+    async with running(root=tmp_path) as server, server.session() as session:
+        async with session.get("/v1/models") as answer:
+            await answer.read()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            async with session.post(CHAT, json=asked) as answer:
+                assert 503 == answer.status
+                await answer.read()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        async with session.post(CHAT, json=asked) as answer:
+            assert 200 == answer.status, await answer.text()
+        assert [True] == [row["success"] for row in await server.rows()]
