@@ -16,6 +16,7 @@ from harperpy import (
     HarperError,
     Journal,
     JournalReader,
+    JournalStep,
     ModelCall,
     Scope,
     Waiting,
@@ -80,7 +81,12 @@ class Mover:
         Raises `ServiceUnavailable` where the database does not take them.
         """
         await self._move_own()
-        await self._database.run(self._move_others)
+        left = True
+        while left:
+            steps = await self._database.run(self._move_others)
+            for reader, step in steps:
+                reader.commit(step)
+            left = any(step.left for _, step in steps)
         await self.adopt()
 
     async def adopt(self) -> None:
@@ -185,16 +191,15 @@ class Mover:
         if self._timer is None and not self._closed:
             self._timer = self._loop.call_later(seconds, self._submit)
 
-    def _move_others(self, connection: Connection) -> None:
-        """What other processes that live have noted; they move it themselves soon."""
+    def _move_others(self, connection: Connection) -> list[tuple[JournalReader, JournalStep]]:
+        """The next step of each other process that lives; they move it themselves soon."""
         found = {one.path: one for one in JournalReader.all(self._folder)}
         found.pop(self.journal.path, None)
         self._others = {path: self._others.get(path, one) for path, one in found.items()}
-        for reader in self._others.values():
-            step = reader.step()
+        steps = [(reader, reader.step()) for reader in self._others.values()]
+        for _, step in steps:
             self._book(connection, step.ended)
-            if not step.spoilt:
-                reader.commit(step)
+        return [(reader, step) for reader, step in steps if not step.spoilt]
 
     def _bury(self, orphan: JournalReader, connection: Connection) -> None:
         step = orphan.everything()

@@ -436,6 +436,20 @@ async def test_a_segment_that_fills_while_its_calls_are_moved_is_read_to_its_end
     assert [(15_000,)] == told(tmp_path / "system.db", "SELECT count(*) FROM hdb_model_calls")
 
 
+async def test_who_asks_sees_all_that_other_processes_noted(tmp_path: Path) -> None:
+    """However much another process noted a moment ago, the next question is answered with it."""
+    async with running(root=tmp_path) as server:
+        other = Journal(tmp_path / "journal", most=1 << 26)
+        for number in range(1, 3001):
+            other.begin(call(number))
+            other.end(call(number))
+        assert 3000 == len(await server.rows())
+        other.begin(call(3001))
+        other.end(call(3001))
+        assert 3001 == len(await server.rows())
+        other.close(empty=True)
+
+
 async def test_a_call_that_makes_no_row_keeps_no_other_from_its_own(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
