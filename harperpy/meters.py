@@ -65,6 +65,9 @@ class Reading(msgspec.Struct):
     def flow(self, meter: Meter, now: float) -> None:
         """Let what was used of a rate flow off until now."""
         if meter.kind in ("requests", "tokens"):
+            if self.at > now + MINUTE:
+                # The clock was set back: nobody waits until it is as late again.
+                self.used, self.at = 0.0, now
             off = max(0.0, now - self.at) * meter.limit / MINUTE
             self.used = max(0.0, self.used - off)
             # What is given back late is given back for then.

@@ -10,14 +10,16 @@ from msgspec import Meta
 from harperpy import BudgetConfig, InvalidBody, LimitConfig, NoParameters, Scope
 
 Text = Annotated[str, Meta(min_length=1)]
-Some = Annotated[int, Meta(ge=1)]
+# More no store could count.
+_MOST = 2**53
+Some = Annotated[int, Meta(ge=1, le=_MOST)]
 Scoped = Literal["key", "user", "tenant", "model", "backend"]
 
 
 class Budget(msgspec.Struct, forbid_unknown_fields=True):
     """Tokens, or money, for each day or month in UTC."""
 
-    tokens: Annotated[int, Meta(ge=0)] | None = None
+    tokens: Annotated[int, Meta(ge=0, le=_MOST)] | None = None
     cost: Annotated[float, Meta(ge=0, le=1e9)] | None = None
     period: Literal["day", "month"] = "month"
     unknown_price: Literal["refuse", "allow"] = "refuse"

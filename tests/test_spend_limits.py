@@ -112,6 +112,24 @@ async def test_a_refused_caller_who_comes_again_in_time_is_answered(
         assert 200 == (await chat(server, key)).status
 
 
+@pytest.mark.parametrize("store", ["memory", "database"])
+async def test_a_clock_that_is_set_back_lets_nobody_wait_for_its_old_time(
+    upstream: ScriptedUpstream, store: str
+) -> None:
+    """A rate that was used up an hour later by the clock of before is used up no more."""
+    rule = "{per: user, requestsPerMinute: 1}"
+    async with serving(upstream, rule, store=store) as (server, key):
+        limits = server.server.core.billing.limits
+        now = limits.clock()
+        limits.clock = lambda: now
+        assert 200 == (await chat(server, key)).status
+        now -= 3600
+        assert 200 == (await chat(server, key)).status
+        assert "60000" == (await chat(server, key)).headers["retry-after-ms"]
+        now += 60
+        assert 200 == (await chat(server, key)).status
+
+
 @STORES
 async def test_a_rate_of_tokens_is_settled(upstream: ScriptedUpstream, store: str) -> None:
     """What is set aside is a guess; what counts in the end is what the call took."""
@@ -694,6 +712,8 @@ async def test_limits_are_set_listed_and_dropped(upstream: ScriptedUpstream) -> 
         ({"scope": "planet", "name": "a", "concurrent": 1}, "Invalid enum value 'planet'"),
         ({"scope": "user", "name": "a", "concurrent": 0}, "concurrent"),
         ({"scope": "user", "name": "a", "rpm": 1}, "rpm"),
+        ({"scope": "user", "name": "a", "tokens_per_minute": 10**310}, "tokens_per_minute"),
+        ({"scope": "user", "name": "a", "budget": {"tokens": 2**63}}, "budget.tokens"),
     ],
 )
 async def test_limits_that_cannot_be_are_refused(
