@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, date, datetime, time
 from typing import Any
 
 import msgspec
@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from .accounting import ModelCall
 from .audit import Deed
-from .daily import day_of
+from .daily import DAY_MS, day_of
 from .database import Database
 from .pricing import UNIT, Prices
 from .rules import about
@@ -47,7 +47,7 @@ class Repricing:
         self._model = model
         self._span = {"from": first.isoformat(), "to": last.isoformat(), "model": model}
         self._since = _ms(first)
-        self._until = _ms(last + timedelta(days=1))
+        self._until = _ms(last) + DAY_MS
         self._deed = Deed(hdb_model_calls)
         self._done = 0
         self._rows = self._changed = self._before = self._after = 0

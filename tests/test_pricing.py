@@ -272,3 +272,10 @@ async def test_days_the_wrong_way_round_are_refused(server: RunningServer) -> No
     """The last day is not before the first."""
     with pytest.raises(Exception, match="to: expected a day that is not before 'from'"):
         await server.operate("reprice", **{"from": "2026-02-01", "to": "2026-01-01"})
+
+
+async def test_all_days_may_be_repriced(server: RunningServer) -> None:
+    """From the first day there is to the last."""
+    await ask(server, "POST", CHAT, json={**HELLO, "model": "default"})
+    done = await server.operate("reprice", **{"from": "0001-01-01", "to": "9999-12-31"})
+    assert 1 == done.rows
