@@ -76,7 +76,8 @@ class Document:
             return [self._value(child, (*path, at)) for at, child in enumerate(node.value)]
         try:
             value: Tree = self._loader.construct_object(node)
-        except (yaml.YAMLError, ValueError):
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError):
+            # What is no value of a tag that is written out ends in any of them.
             tag = node.tag.rpartition(":")[2]
             self._report.add(path, f"the value on {_line(node)} cannot be read as {tag}")
             return UNSET

@@ -48,6 +48,14 @@ _SIZE_TEXT = "a size such as '10MB', or a number of bytes above 0"
 
 Flag = Annotated[bool, Meta(description="true or false")]
 Text = Annotated[str, Meta(min_length=1, description="a string that is not empty")]
+Host = Annotated[
+    str,
+    # What is between two dots has a length, or no resolver takes it.
+    Meta(
+        pattern=r"^[^\s\x00./]{1,63}(\.[^\s\x00./]{1,63})*\.?$",
+        description="the name of a host or its address",
+    ),
+]
 ApiKey = Annotated[Secret, Meta(description="a string that is not empty")]
 Kind = Annotated[str, Meta(min_length=1, description="a kind of backend, such as echo or openai")]
 Port = Annotated[int, Meta(ge=0, le=65535, description="an integer between 0 and 65535")]
@@ -81,7 +89,7 @@ HttpUrl = Annotated[str, Meta(pattern="^https?://.", description="an http:// or 
 SqliteUrl = Annotated[
     str,
     Meta(
-        pattern="^sqlite://",
+        pattern=r"^sqlite:///(?!:memory:$).",
         description="an SQLite URL such as sqlite:///data/system.db (no other database works yet)",
     ),
 ]

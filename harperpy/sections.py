@@ -15,6 +15,7 @@ from .leaves import (
     DurationOrOff,
     Flag,
     HashFunction,
+    Host,
     HttpUrl,
     Kind,
     Level,
@@ -63,7 +64,7 @@ class HttpConfig(Section, frozen=True, kw_only=True):
     """
 
     port: Port = 9926
-    host: Text | None = None
+    host: Host | None = None
     workers: WorkerCount = 1
     pin_workers: Flag = True
     max_body_size: Size = 10_000_000
@@ -98,7 +99,7 @@ class NetworkConfig(Section, frozen=True, kw_only=True):
     """The operations port, on loopback unless it says otherwise. `cors` of None: by mode."""
 
     port: Port = 9925
-    host: Text = "localhost"
+    host: Host = "localhost"
     cors: Flag | None = None
     cors_access_list: tuple[Text, ...] = ("*",)
 

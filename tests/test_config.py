@@ -276,6 +276,7 @@ PORT = "expected an integer between 0 and 65535"
 PERIOD = "expected a number of seconds from 0.1 to 86400 (0, less or false is off)"
 DURATION = "expected a duration such as '30m', '12h' or '1d', or a number of milliseconds"
 SIZE = "expected a size such as '10MB', or a number of bytes above 0"
+HOST = "expected the name of a host or its address"
 SQLITE = "expected an SQLite URL such as sqlite:///data/system.db (no other database works yet)"
 
 
@@ -294,7 +295,13 @@ SQLITE = "expected an SQLite URL such as sqlite:///data/system.db (no other data
         ("http: {port: [1]}", f"http.port: {PORT}, got a list"),
         ("http: {port: {a: 1}}", f"http.port: {PORT}, got a map"),
         ("http: {port: 2024-01-31}", f'http.port: {PORT}, got "2024-01-31"'),
-        ("http: {host: ''}", 'http.host: expected a string that is not empty, got ""'),
+        ("http: {host: ''}", f'http.host: {HOST}, got ""'),
+        ("http: {host: .local}", f'http.host: {HOST}, got ".local"'),
+        ("http: {host: 'a b'}", f'http.host: {HOST}, got "a b"'),
+        (
+            "operationsApi: {network: {host: a..b}}",
+            f'operationsApi.network.host: {HOST}, got "a..b"',
+        ),
         ("http: {workers: 0}", "http.workers: expected an integer above 0, or auto, got 0"),
         (
             "http: {workers: many}",
@@ -348,6 +355,11 @@ SQLITE = "expected an SQLite URL such as sqlite:///data/system.db (no other data
         (
             "database: {url: 'postgresql://me:hunter2@db/x'}",
             f'database.url: {SQLITE}, got "postgresql://me:[redacted]@db/x"',
+        ),
+        ("database: {url: 'sqlite://'}", f'database.url: {SQLITE}, got "sqlite://"'),
+        (
+            "database: {url: 'sqlite:///:memory:'}",
+            f'database.url: {SQLITE}, got "sqlite:///:memory:"',
         ),
         ("models: {generative: [a]}", "models.generative: expected a map of names, got a list"),
         (
@@ -468,6 +480,9 @@ models: {generative: {a: {fallback: [5, nobody]}, b: {backend: echo, fallback: '
         ("? [a]\n: 1", "the key on line 1 is not a plain name"),
         ("http: {<<: 5}", "http: '<<' on line 1 takes a map or a list of maps"),
         ("http: !env HOST", "http: the value on line 1 cannot be read as !env"),
+        ("http: !!bool maybe", "http: the value on line 1 cannot be read as bool"),
+        ("http: !!int ''", "http: the value on line 1 cannot be read as int"),
+        ("http: !!timestamp x", "http: the value on line 1 cannot be read as timestamp"),
         ("plugins: {a: 2024-13-45}", "plugins.a: the value on line 1 cannot be read as timestamp"),
         ("plugins: &a [*a]", "it is nested too deeply, or an alias holds itself"),
         ("\n# é\nhttp: \x01", "line 3, column 7: a character that YAML does not allow"),
