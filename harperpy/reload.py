@@ -47,7 +47,8 @@ def _is_project(folder: Path, data: Path) -> bool:
 def _note(file: Path, found: Files) -> None:
     try:
         stat = file.stat()
-    except FileNotFoundError:
+    except OSError:
+        # It has just gone, or it points nowhere.
         return
     found[file] = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
 

@@ -141,6 +141,15 @@ async def test_only_the_projects_own_files_matter(project: Path) -> None:
         assert (await restarted(server)).startswith("restarted: lib/own.py changed (")
 
 
+async def test_a_link_that_leads_to_itself_is_no_file(project: Path) -> None:
+    """What looks like a file of the project and is none ends nothing: the next change is taken."""
+    async with serving(project) as server:
+        (project / "loop.py").symlink_to("loop.py")
+        say(project, "two")
+        assert "resources.py changed" in await restarted(server)
+        assert (200, "two") == await get(f"{server.url}/Word")
+
+
 async def test_a_stream_is_told_that_the_server_restarts(slow: Path) -> None:
     """One that does not end by itself ends in its own words, and is not waited for."""
     async with serving(slow) as server, streaming(server) as response:
