@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection
+from typing import TypeVar
 
 import msgspec
 import sqlalchemy as sa
@@ -18,6 +19,8 @@ from .rules import about
 from .secret import encode_hook
 from .sections import LimitConfig
 from .system import CREATED, UPDATED, hdb_limit, hdb_model_calls, hdb_model_calls_daily, now_ms
+
+T = TypeVar("T")
 
 
 class Quotas:
@@ -83,15 +86,26 @@ class Quotas:
 
         Raises `ServiceUnavailable` where nobody knows.
         """
-        return (await self.counted(spending, ()))[0]
+        return await self._read(lambda connection: spent(connection, spending))
 
-    async def counted(self, spending: Spending, calls: Collection[int]) -> tuple[int, set[int]]:
-        """The same, and which of these calls it counts."""
-        rows = sa.select(hdb_model_calls.c.id).where(hdb_model_calls.c.id.in_(calls))
+    async def counted(
+        self, spending: Spending, calls: Collection[int], first: int
+    ) -> tuple[int, set[int]]:
+        """The same, and which it counts: of these calls, and of all whose id is not below `first`.
+
+        Others' calls may be among the latter.
+        """
+        known = hdb_model_calls.c.id
+        rows = sa.select(known).where(known.in_(calls) | (known >= first))
 
         def work(connection: sa.Connection) -> tuple[int, set[int]]:
-            return spent(connection, spending), {*connection.scalars(rows)} if calls else set()
+            # As of one moment.
+            connection.exec_driver_sql("BEGIN")
+            return spent(connection, spending), {*connection.scalars(rows)}
 
+        return await self._read(work)
+
+    async def _read(self, work: Callable[[sa.Connection], T]) -> T:
         await self._drain()
         try:
             return await self._database.read(work)

@@ -9,7 +9,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from .errors import HarperError, ServiceUnavailable
-from .meters import Claim, Granted, Loading, Meter, Reading, grant, take
+from .meters import Claim, Granted, Loading, Meter, Reading, Spending, grant, take
 from .quotas import Quotas
 from .valkey_line import ANSWER_SECONDS, ValkeyLine
 from .valkey_scripts import BEAT, LOOK, PUBLISH, SETTLE, TAKE
@@ -19,6 +19,8 @@ logger = logging.getLogger("harperpy.limits")
 _BEAT_SECONDS = 5.0
 _LEASE_SECONDS = 30
 _AGAIN_SECONDS = 1.0
+# How long what ends is noted for who reads the ledger, and how long before a call may have begun.
+_NOTED_SECONDS, _BEFORE_SECONDS = 60, 10
 _DAY = 86_400
 _KINDS = {"requests": "rate", "tokens": "rate", "concurrent": "place", "budget": "budget"}
 
@@ -190,21 +192,33 @@ class ValkeyMeters:
         """Say what our ledger has spent, and let go of what is held for calls in that number."""
         if meter.spending is None or meter.spending.until + _DAY < time.time():
             return
-        keys = _keys(meter)
-        while True:
+        forgotten = -1
+        while forgotten != self._forgotten:
             forgotten = self._forgotten
-            version, *rest = await self._line.run(LOOK, [*keys, self._lives], [self._ledger])
-            lives = {
-                int(call): bool(alive) for call, alive in zip(rest[::2], rest[1::2], strict=True)
-            }
-            spent, written = await self._quotas.counted(meter.spending, lives)
-            # Who was killed before its call was noted holds what nobody settles.
-            over = [call for call, alive in lives.items() if call in written or not alive]
-            keep = _keep_seconds(meter, time.time())
-            given = (self._ledger, version, spent, keep, *over)
-            if await self._line.run(PUBLISH, keys, given) and forgotten == self._forgotten:
-                break
+            while not await self._say(meter, meter.spending):
+                pass
         self._known[meter.name] = meter
+
+    async def _say(self, meter: Meter, spending: Spending) -> bool:
+        """Say what the rows are, and what has ended since; False where others came between."""
+        keys, looked = _keys(meter), [self._ledger, _NOTED_SECONDS]
+        version, since, *rest = await self._line.run(LOOK, [*keys, self._lives], looked)
+        lives = {int(call): bool(alive) for call, alive in zip(rest[::2], rest[1::2], strict=True)}
+        # What ends from now on has mostly begun not long ago.
+        first = int((time.time() - _BEFORE_SECONDS) * 1e6)
+        spent, written = await self._quotas.counted(spending, lives, first)
+        # Who was killed before its call was noted holds what nobody settles.
+        over = [call for call, alive in lives.items() if call in written or not alive]
+        keep, ended = _keep_seconds(meter, time.time()), dict[int, int]()
+        while all(call >= first or call in lives for call in ended):
+            total = spent + sum(took for call, took in ended.items() if call not in written)
+            given = (self._ledger, version, since, len(ended), total, keep, *over)
+            word, *row = await self._line.run(PUBLISH, keys, given)
+            if word != "ended":
+                return bool(word == "told")
+            noted = zip(row[::2], row[1::2], strict=True)
+            ended = {int(call): int(took) for call, took in noted if call != "since"}
+        return False
 
     async def _beat_on(self) -> None:
         while True:

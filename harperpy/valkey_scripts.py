@@ -3,7 +3,8 @@
 A meter has two keys. `stands` is a hash: a rate's `used` and `at`; of places and budgets what is
 `held` in all, and for each ledger what it has `spent:` and how often that changed (`version:`).
 `holds` is a hash of those who hold: from `ledger/call` to `amount life`. A life is one run of one
-process; as long as it lasts, it has a key.
+process; as long as it lasts, it has a key. While a process of a ledger reads what that has spent,
+there is a third key: `ended` has what the calls were that end meanwhile, and since when.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ end
 local function keep_rate(stands, limit, used, seen)
     redis.call('HSET', stands, 'used', exact(used), 'at', exact(seen))
     redis.call('EXPIRE', stands, math.ceil(used / limit * 60) + 1)
+end
+local function ended_of(holds, ledger)
+    return 'harperpy:ended:' .. ledger .. string.sub(holds, #'harperpy:holds:')
 end
 local function let_go(stands, holds, field)
     local value = redis.call('HGET', holds, field)
@@ -127,8 +131,11 @@ for i = 1, #KEYS / 2 do
     else
         local held = let_go(stands, KEYS[2 * i], ledger .. '/' .. call)
         if not held then lost[#lost + 1] = i end
-        if kind == 'budget' then
-            if held then redis.call('HINCRBY', stands, 'spent:' .. ledger, actual) end
+        if kind == 'budget' and held then
+            local ended = ended_of(KEYS[2 * i], ledger)
+            redis.call('HINCRBY', stands, 'spent:' .. ledger, actual)
+            if redis.call('EXISTS', ended) == 1 then redis.call('HSET', ended, call, actual) end
+        elseif kind == 'budget' then
             redis.call('HINCRBY', stands, 'version:' .. ledger, 1)
         end
     end
@@ -138,18 +145,29 @@ return lost
 )
 
 LOOK = Script(
-    """
--- KEYS: stands, holds, lives; ARGV: ledger. The version of what the ledger has spent, and its calls
--- that hold, each with 1 if a process lives that may end it.
-local lives = {}
+    _WORDS
+    + """
+-- KEYS: stands, holds, lives; ARGV: ledger, and how long to note what ends from now on. The version
+-- of what the ledger has spent, since when it is noted, and its calls that hold, each with 1 if a
+-- process lives that may end it, and those that are noted already.
+local lives, ended, time = {}, ended_of(KEYS[2], ARGV[1]), redis.call('TIME')
 for _, life in ipairs(redis.call('HVALS', KEYS[3])) do lives[life] = true end
-local answer = {redis.call('HGET', KEYS[1], 'version:' .. ARGV[1]) or '0'}
+redis.call('HSETNX', ended, 'since', time[1] .. '.' .. time[2])
+redis.call('EXPIRE', ended, ARGV[2])
+local version = redis.call('HGET', KEYS[1], 'version:' .. ARGV[1]) or '0'
+local answer = {version, redis.call('HGET', ended, 'since')}
 local row = redis.call('HGETALL', KEYS[2])
 for i = 1, #row, 2 do
     local ledger, call = string.match(row[i], '^(.*)/(%d+)$')
     if ledger == ARGV[1] then
         answer[#answer + 1] = call
         answer[#answer + 1] = lives[string.match(row[i + 1], ' (.*)$')] and 1 or 0
+    end
+end
+for _, call in ipairs(redis.call('HKEYS', ended)) do
+    if call ~= 'since' then
+        answer[#answer + 1] = call
+        answer[#answer + 1] = 1
     end
 end
 return answer
@@ -159,16 +177,25 @@ return answer
 PUBLISH = Script(
     _WORDS
     + """
--- KEYS: stands, holds; ARGV: ledger, the version that was seen, what the ledger has spent, how long
--- to keep it, and the calls that are in that number.
-local ledger = ARGV[1]
-if (redis.call('HGET', KEYS[1], 'version:' .. ledger) or '0') ~= ARGV[2] then return 0 end
-for i = 5, #ARGV do let_go(KEYS[1], KEYS[2], ledger .. '/' .. ARGV[i]) end
-redis.call('HSET', KEYS[1], 'spent:' .. ledger, ARGV[3])
+-- KEYS: stands, holds; ARGV: ledger, the version that was seen, since when it was noted what ended,
+-- of how many such calls is known whether they are in the number, what the ledger has spent, how
+-- long to keep it, and the calls that hold and are in that number. Answers 'told'; or 'old' where
+-- others came between; or 'ended' and all that is noted, if that is another number of calls.
+local ledger, ended = ARGV[1], ended_of(KEYS[2], ARGV[1])
+local version = redis.call('HGET', KEYS[1], 'version:' .. ledger) or '0'
+if version ~= ARGV[2] or redis.call('HGET', ended, 'since') ~= ARGV[3] then return {'old'} end
+if redis.call('HLEN', ended) - 1 ~= tonumber(ARGV[4]) then
+    local answer = redis.call('HGETALL', ended)
+    table.insert(answer, 1, 'ended')
+    return answer
+end
+for i = 7, #ARGV do let_go(KEYS[1], KEYS[2], ledger .. '/' .. ARGV[i]) end
+redis.call('DEL', ended)
+redis.call('HSET', KEYS[1], 'spent:' .. ledger, ARGV[5])
 redis.call('HINCRBY', KEYS[1], 'version:' .. ledger, 1)
-redis.call('EXPIRE', KEYS[1], ARGV[4])
-redis.call('EXPIRE', KEYS[2], ARGV[4])
-return 1
+redis.call('EXPIRE', KEYS[1], ARGV[6])
+redis.call('EXPIRE', KEYS[2], ARGV[6])
+return {'told'}
 """
 )
 

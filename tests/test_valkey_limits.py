@@ -14,7 +14,7 @@ import pytest
 from commands import refusal
 from harperpy import ConfigError
 from harperpy.testing import Answer, RunningServer, ScriptedUpstream, running, streamed, whole
-from helpers import HELLO, Answered, ask, provider
+from helpers import HELLO, Answered, ask, finished_calls, provider
 from valkeys import PASSWORD, ValkeyServer
 
 CHAT = "/v1/chat/completions"
@@ -292,6 +292,46 @@ async def test_what_ends_while_the_ledger_is_read_counts(
         assert 200 == (await asking).status
         await recorded(server, 2)
         await told(valkey, server)
+
+
+async def test_a_ledger_is_read_once_however_many_calls_end_meanwhile(
+    upstream: ScriptedUpstream, valkey: ValkeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the number has them or not, each counts once; nobody waits until none ends."""
+    rule = "{per: user, match: alice, budget: {tokens: 1000}}"
+    config = limited(upstream.url, valkey.url, rule)
+    async with machines(config) as ((server, key),), server.session(key) as client:
+        ended, counted, reads = finished_calls(server), meters(server)._quotas.counted, 0
+        upstream.script(*(Answer(events=streamed("one", done=False), hang="end"),) * 6)
+        body = {**HELLO, "stream": True, "max_tokens": 30}
+        running_ones = [await client.post(CHAT, json=body) for _ in range(6)]
+        for one in running_ones:
+            await one.content.readuntil(b"\n\n")
+
+        async def end_one() -> None:
+            if running_ones:
+                running_ones.pop().close()
+                await ended.get()
+
+        async def busy(*given: Any) -> Any:
+            nonlocal reads
+            reads += 1
+            await end_one()
+            found = await counted(*given)
+            await end_one()
+            return found
+
+        monkeypatch.setattr(meters(server)._quotas, "counted", busy)
+        meters(server).forget()
+        async with asyncio.timeout(20):
+            assert 200 == (await chat(server, key, max_tokens=1)).status
+        assert 1 == reads
+        assert 4 == len(running_ones)
+        for one in running_ones:
+            one.close()
+        await recorded(server, 7)
+        await told(valkey, server)
+        assert "harperpy:ended" not in f"{valkey.keys()}"
 
 
 async def test_what_ends_while_the_server_is_away_is_settled(
