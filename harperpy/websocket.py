@@ -134,6 +134,8 @@ class _Conversation:
                 asked = not deaf
                 if asked:
                     self._heard = False
+                # Of who has left, nothing but a write tells while nothing is read.
+                if not self._sending:
                     await self._response.ping()
 
     async def _take_leave(self) -> None:

@@ -977,6 +977,30 @@ async def test_a_silent_client_is_dead() -> None:
     assert ["after", "client_disconnected"] == watched.told
 
 
+async def test_who_leaves_after_a_flood_is_noticed() -> None:
+    """A client that is not read any more and goes away is noticed, whatever the handler does."""
+    watched = Watched()
+    resources = {"it": talk(watched.pushes, keepalive=0.05)}
+    async with asyncio.timeout(SECONDS), running(resources=resources) as server:
+        _, _, writer = await raw(server, written())
+        sent = 0
+
+        async def flood() -> None:
+            nonlocal sent
+            while True:
+                writer.write(frame(b"x" * 32768))
+                sent += 1
+                await writer.drain()
+
+        flooding = asyncio.create_task(flood())
+        await still(lambda: sent, server)
+        flooding.cancel()
+        writer.transport.abort()
+        await watched.done.wait()
+
+    assert ["cancelled", "client_disconnected"] == watched.told
+
+
 async def test_model_calls_are_recorded_and_end_with_the_client() -> None:
     """One answer goes out whole, the next is aborted as its reader leaves; both have a row."""
 
