@@ -72,10 +72,16 @@ def _condition(table: Table[Any], part: str) -> sa.ColumnElement[bool]:
         _refuse(name, f"unknown comparison {sign!r}; there are {', '.join(_COMPARISONS)}")
     if isinstance(column.type, sa.JSON):
         _refuse(name, "lists and maps cannot be compared")
-    value = None if text == "null" and column.nullable else _value(table, name, text)
-    if isinstance(column.type, Exact) and value is not None:
-        return _COMPARISONS[sign](_ordered(column), sa.cast(value, sa.Float))
-    return _COMPARISONS[sign](column, value)
+    compare = _COMPARISONS[sign]
+    if text == "null" and column.nullable:
+        if compare not in (operator.eq, operator.ne):
+            _refuse(name, f"null has no order: expected =null or !=null, got {sign}null")
+        return compare(column, None)
+    value = _value(table, name, text)
+    if isinstance(column.type, Exact):
+        return compare(_ordered(column), sa.cast(value, sa.Float))
+    # SQLAlchemy itself would refuse that anything is less than true.
+    return compare(column, sa.literal(value, column.type))
 
 
 def _ordered(column: sa.Column[Any]) -> sa.ColumnElement[Any]:

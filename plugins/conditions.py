@@ -104,12 +104,30 @@ def _simple(compare: Callable[[Any, Any], Compared]) -> Compare:
     return made
 
 
+def _ranged(compare: Callable[[Any, Any], Compared]) -> Compare:
+    def made(place: Place, column: sa.Column[Any], value: Any, param: str) -> Compared:
+        return compare(*_numbers(column, _end(place, column, value, param)))
+
+    return made
+
+
+def _end(place: Place, column: sa.Column[Any], value: Any, param: str) -> Any:
+    """The end of a range. Raises `InvalidBody` for null, which has no order."""
+    if value is None:
+        message = f"{param}: expected a value, got null, which is only equal or not equal"
+        raise InvalidBody(message, param=param)
+    return place.value(column.name, value, param)
+
+
 def _numbers(column: sa.Column[Any], *values: Any) -> tuple[Any, ...]:
     """A column and values to compare it with; numbers that are kept as text count as numbers."""
-    if not _is_exact(column):
-        return (column, *values)
-    cast = (sa.cast(one, sa.Float) if one is not None else None for one in values)
-    return (sa.cast(column, sa.Float), *cast)
+    exact = _is_exact(column)
+    # SQLAlchemy itself would refuse that anything is less than true.
+    told = (
+        None if one is None else sa.cast(one, sa.Float) if exact else sa.literal(one, column.type)
+        for one in values
+    )
+    return (sa.cast(column, sa.Float) if exact else column, *told)
 
 
 def _is_exact(column: sa.Column[Any]) -> bool:
@@ -121,7 +139,7 @@ def _between(place: Place, column: sa.Column[Any], value: Any, param: str) -> Co
     if len(ends) != 2:
         message = f"{param}: expected a list of two values"
         raise InvalidBody(message, param=param)
-    made = [place.value(column.name, end, param) for end in ends]
+    made = [_end(place, column, end, param) for end in ends]
     of, low, high = _numbers(column, *made)
     within: Compared = (of >= low) & (of <= high)
     return within
@@ -156,10 +174,10 @@ def _ends(_: Place, column: sa.Column[Any], value: Any, param: str) -> Compared:
 _COMPARATORS: dict[str, Compare] = {
     "equals": _simple(operator.eq),
     "not_equal": _simple(operator.ne),
-    "greater_than": _simple(operator.gt),
-    "greater_than_equal": _simple(operator.ge),
-    "less_than": _simple(operator.lt),
-    "less_than_equal": _simple(operator.le),
+    "greater_than": _ranged(operator.gt),
+    "greater_than_equal": _ranged(operator.ge),
+    "less_than": _ranged(operator.lt),
+    "less_than_equal": _ranged(operator.le),
     "between": _between,
     "contains": _contains,
     "starts_with": _starts,

@@ -187,6 +187,11 @@ BY_CONDITIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"attribute": "price", "comparator": "between", "value": ["9.5", 30]},
         ["Ada", "Bello", "Rexona"],
     ),
+    "less than true": ({"attribute": "good", "comparator": "lt", "value": True}, []),
+    "false to false": (
+        {"attribute": "good", "comparator": "between", "value": [False, False]},
+        [],
+    ),
     "contains": ({"attribute": "name", "comparator": "contains", "value": "ell"}, ["Bello"]),
     "starts with": (
         {"attribute": "name", "comparator": "starts_with", "value": "Rex"},
@@ -266,6 +271,16 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         "search_by_conditions",
         {"conditions": [{"attribute": "age", "comparator": "between", "value": 1}]},
         "conditions[0].value",
+    ),
+    (
+        "search_by_conditions",
+        {"conditions": [{"attribute": "breed", "comparator": "gt", "value": None}]},
+        "conditions[0].value: expected a value, got null",
+    ),
+    (
+        "search_by_conditions",
+        {"conditions": [{"attribute": "breed", "comparator": "between", "value": ["a", None]}]},
+        "conditions[0].value: expected a value, got null",
     ),
     (
         "search_by_conditions",
@@ -410,6 +425,9 @@ async def test_the_systems_own_tables_are_read_by_super_users_and_written_by_nob
     assert "password" not in user
     told = await admin.ask("search_by_id", **search, get_attributes=["password"])
     assert 400 == told[0]
+    rows = {"database": "system", "table": "hdb_audit"}
+    told = await admin.ask("search_by_id", **rows, ids=[1 << 63])
+    assert (400, "ids[0]: id: Expected `int` <=") == (told[0], told[1]["error"][:29])
     for name in ("insert", "upsert", "update"):
         for schema in ("system", "data"):
             record = {"username": "HDB_ADMIN", "role": "x"}

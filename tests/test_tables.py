@@ -152,6 +152,7 @@ async def test_a_link_leads_through_all_pages() -> None:
         ("numStars=x", "numStars: Expected `int`, got `str`"),
         ("numStars=99999999999999999999", "numStars: expected an integer of 64 bits"),
         ("tags=a", "query: tags: lists and maps cannot be compared"),
+        ("topic=gt=null", "query: topic: null has no order: expected =null or !=null"),
         ("text=zz=1", "query: text: unknown comparison '=zz='; there are =, ==, !=, "),
         ("text", "query: text: expected FIELD=VALUE"),
         ("sort(x)", "query: x: unknown field"),
@@ -541,6 +542,21 @@ async def test_decimals_are_compared_as_numbers() -> None:
         ):
             found = await ask(server, "GET", f"/all?{query}&select(price)")
             assert prices == found.text
+
+
+async def test_false_is_less_than_true() -> None:
+    """A flag can be asked for as a range, too."""
+    async with running(handle_application=mount) as server:
+        for flag in (True, False):
+            assert 201 == (await ask(server, "POST", "/all", json={"flag": flag})).status
+        for query, flags in (
+            ("flag=lt=true", [False]),
+            ("flag=ge=false&sort(flag)", [False, True]),
+            ("flag=gt=true", []),
+            ("flag=true", [True]),
+        ):
+            found = await ask(server, "GET", f"/all?{query}&select(flag)")
+            assert (200, flags) == (found.status, found.json)
 
 
 class Tagged(msgspec.Struct, tag="note", tag_field="type"):
