@@ -252,7 +252,7 @@ class Tables:
 
 
 def _bring_about(connection: sa.Connection, table: Table[Any]) -> None:
-    table.sql.create(connection, checkfirst=True)
+    _in_the_file(table.name, *table.sql.columns.values()).create(connection, checkfirst=True)
     there = {one["name"]: one for one in sa.inspect(connection).get_columns(table.name)}
     for column in table.sql.columns.values():
         if column.name not in there:
@@ -263,6 +263,12 @@ def _bring_about(connection: sa.Connection, table: Table[Any]) -> None:
             _refuse(f"table {table.name!r}: {column.name!r} is kept as {was}, it cannot be {is_}")
     for mark in table.sql.indexes:
         mark.create(connection, checkfirst=True)
+
+
+def _in_the_file(name: str, *columns: sa.Column[Any]) -> sa.Table:
+    """A table whose columns may be empty: a later Struct may lack the field, or let it be None."""
+    made = (sa.Column(one.name, one.type, primary_key=one.primary_key) for one in columns)
+    return sa.Table(name, sa.MetaData(), *made)
 
 
 def _affinity(connection: sa.Connection, kind: sa.types.TypeEngine[Any]) -> str:
@@ -277,8 +283,7 @@ def _add(connection: sa.Connection, table: Table[Any], column: sa.Column[Any]) -
             f"table {table.name!r}: the new field {column.name!r} needs a default, or | None, for "
             "the records that are there"
         )
-    new = sa.Table(table.name, sa.MetaData(), sa.Column(column.name, column.type))
-    connection.execute(_AddColumn(new.c[column.name]))
+    connection.execute(_AddColumn(_in_the_file(table.name, column).c[column.name]))
     if not field.required:
         made = table.kept(column.name, _default(field))
         connection.execute(sa.update(table.sql).values({column.name: made}))

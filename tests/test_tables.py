@@ -396,6 +396,14 @@ async def test_a_new_field_becomes_a_column_with_its_default(tmp_path: Path) -> 
     assert 3 == len(await ensured(struct(name="Small again"), tmp_path))
 
 
+async def test_a_field_may_go_or_be_empty_later(tmp_path: Path) -> None:
+    """Records are written by a later Struct too that lacks a field, or lets it be None."""
+    await ensured(struct(("gone", str, "x"), ("empty", int, 1), name="First"), tmp_path)
+    later = struct(("empty", int | None, None), name="Later one")
+    old, new = await ensured(later, tmp_path)
+    assert (1, None) == (old.empty, new.empty)
+
+
 @pytest.mark.parametrize(
     ("record", "more", "said"),
     [
