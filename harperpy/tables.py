@@ -126,9 +126,16 @@ class Table(Generic[T]):
 
     async def get(self, on: Executes, key: Any, *, locked: bool = False) -> T | None:
         """The record with this key, if there is one; `locked` for who is about to change it."""
+        row = await self.row_at(on, key, locked=locked)
+        return None if row is None else self.read(row)
+
+    async def row_at(
+        self, on: Executes, key: Any, *, locked: bool = False
+    ) -> dict[str, Any] | None:
+        """As `get`, the record as it is kept: what is a set in it has the order it came in."""
         asked = sa.select(self.sql).where(self._at(key))
         found = await on.execute(asked.with_for_update() if locked else asked)
-        return self.read(found[0]) if found else None
+        return found[0] if found else None
 
     async def find(self, on: Executes, *where: sa.ColumnElement[bool]) -> list[T]:
         """The records that fulfil all conditions: `notes.sql.c.stars > 3`."""

@@ -10,10 +10,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import aiohttp
 import msgspec
 import pytest
 import sqlalchemy as sa
 
+from commands import ADMIN, FREE, serving
 from harperpy import (
     ClientError,
     Context,
@@ -565,6 +567,40 @@ async def test_false_is_less_than_true() -> None:
         ):
             found = await ask(server, "GET", f"/all?{query}&select(flag)")
             assert (200, flags) == (found.status, found.json)
+
+
+BAGS = """
+import msgspec
+from harperpy import TableResource
+
+class Bag(msgspec.Struct):
+    id: str
+    things: set[str] = set()
+
+class Bags(TableResource):
+    record = Bag
+    public = {"read", "update"}
+"""
+
+
+async def test_a_version_is_the_same_in_each_process(tmp_path: Path) -> None:
+    """A write for the version that one process told is taken by another, with sets in it too."""
+    (tmp_path / "config.yaml").write_text(FREE + ECHO)
+    (tmp_path / "resources.py").write_text(BAGS)
+    things = [*"abcdefgh"]
+    told = None
+    for seed in ("1", "2"):
+        environ = {**ADMIN, "PYTHONHASHSEED": seed}
+        async with (
+            serving(tmp_path, "run", environ=environ) as server,
+            aiohttp.ClientSession(server.url) as client,
+        ):
+            headers = {"If-Match": told} if told else {}
+            async with client.put("/Bags/1", json={"things": things}, headers=headers) as put:
+                assert 204 == put.status
+            async with client.get("/Bags/1") as found:
+                assert {*things} == {*(await found.json())["things"]}
+                told = found.headers["ETag"]
 
 
 class Tagged(msgspec.Struct, tag="note", tag_field="type"):
