@@ -76,9 +76,11 @@ class Child:
         pause = _FIRST_PAUSE
         while True:
             started = loop.time()
-            with tempfile.TemporaryFile() as errors:
-                status = await self._once(errors)
-                reason = _tail(errors) or f"status {status}"
+            try:
+                reason = await self._life()
+            except OSError as error:
+                # No process, file or memory is left for it now; there may be later.
+                reason = f"it cannot be started ({error.strerror})"
             if loop.time() - started > _STEADY_SECONDS:
                 pause = _FIRST_PAUSE
             self.failed = self.state != "ready"
@@ -101,6 +103,12 @@ class Child:
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+    async def _life(self) -> str:
+        """One life of the worker; why it ended."""
+        with tempfile.TemporaryFile() as errors:
+            status = await self._once(errors)
+            return _tail(errors) or f"status {status}"
 
     async def _once(self, errors: IO[bytes]) -> int:
         """One life of the worker, from its start to its end; its exit status."""

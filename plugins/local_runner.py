@@ -135,7 +135,7 @@ class Runner:
             if not (lack := self._lack()):
                 try:
                     return self.file or await self._fetched()
-                except FetchError as error:
+                except (FetchError, OSError) as error:
                     lack = f"is not there: {error}"
                     logger.error("the local model: %s", error)  # noqa: TRY400  # one sentence
                     pause = min(pause * 2, 60.0)

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,25 @@ async def test_a_crash_is_told_and_mended(local: RunningServer, client: openai.A
         await running_story
     patient = client.with_options(max_retries=2)
     assert (await ask(patient, "Hello", max_tokens=2)).message.content
+
+
+async def test_what_cannot_be_started_is_tried_again(
+    local: RunningServer,
+    client: openai.AsyncOpenAI,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a machine has no room for the model's process, callers are told, until it has."""
+    await ask(client, "Hello", max_tokens=2)
+    with monkeypatch.context() as place:
+        place.setattr(tempfile, "tempdir", str(tmp_path / "not there"))
+        os.kill(runner(local)._child._process.pid, signal.SIGKILL)
+        await until(lambda: "cannot be started" in runner(local).state)
+        with pytest.raises(openai.InternalServerError, match="No such file") as refused:
+            await ask(client, "Hello", max_tokens=2)
+        assert 503 == refused.value.status_code
+    await until(lambda: "ready" == runner(local).state)
+    assert (await ask(client, "Hello", max_tokens=2)).message.content
 
 
 async def test_related_sentences_are_nearer(client: openai.AsyncOpenAI) -> None:
