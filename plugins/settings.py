@@ -156,8 +156,8 @@ def _check(key: str, path: tuple[str, ...], value: Any) -> None:
     if path[0] == "plugins" and {"path", "package"} & {*path[2:], *_keys(value)}:
         message = f"{key}: where a plugin's code lives is said in the file alone"
         raise ClientError(message, status=403, param=key)
-    secret = _SECRET.search(path[-1]) is not None
-    if not secret and any("${" in text for text in _texts(value)):
+    given = (name for name, text in _texts(path[-1], value) if "${" in text)
+    if any(_SECRET.search(name) is None for name in given):
         message = f"{key}: a variable of the environment is for keys that hold a secret"
         raise ClientError(message, status=403, param=key)
 
@@ -170,16 +170,16 @@ def _keys(value: Any) -> Iterator[str]:
             yield from _keys(one)
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """All texts within a value."""
+def _texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """All texts within a value, each with the key that it stands under."""
     if isinstance(value, str):
-        yield value
+        yield key, value
     elif isinstance(value, Mapping):
-        for one in cast("Mapping[str, Any]", value).values():
-            yield from _texts(one)
+        for name, one in cast("Mapping[str, Any]", value).items():
+            yield from _texts(name, one)
     elif isinstance(value, list):
         for one in cast("list[object]", value):
-            yield from _texts(one)
+            yield from _texts(key, one)
 
 
 def _at(tree: Any, name: str) -> Any:

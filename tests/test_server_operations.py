@@ -309,6 +309,10 @@ REFUSED: dict[str, tuple[int, dict[str, Any]]] = {
     "code": (403, {"plugins.mine": {"path": "evil.py"}}),
     "code by its key": (403, {"plugins.mine.package": "evil"}),
     "the environment": (403, {"rootPath": "${HOME}"}),
+    "the environment of a model that is called key": (
+        403,
+        {"models.generative.key": {"backend": "openai", "baseUrl": "http://x/${HOME}"}},
+    ),
     "the environment in a list": (403, {"http.corsAccessList": ["${HOME}"]}),
     "half of it wrong": (400, {"logging_level": "error", "http_port": 99_999}),
     "below a value": (400, {"logging.level.x": 1}),
