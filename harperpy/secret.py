@@ -14,9 +14,9 @@ _NAMES_THE_SECRET = re.compile(
     r"(?:key|token|secrets?|passw(?:or)?ds?|passphrase|pwd|credentials?)$", re.IGNORECASE
 )
 _NAMES_A_TIME = re.compile(r"(?:timeout|ttl|seconds|lifetime|expiry)$", re.IGNORECASE)
+# The user:password or token of a URL, up to the last @; a port and a path with an @ are none.
+_IN_URL = re.compile(r"(://)(?:([^\s/?#:@]*:)(?!\d+[/?#])\S*|[^\s/?#:@]+)@")
 _BARE = (
-    # The user:password or token of a URL, up to the last @; a port and a path with an @ are none.
-    (r"(://)(?:([^\s/?#:@]*:)(?!\d+(?:[/?#]|$))\S*|[^\s/?#:@]+)@", rf"\1\2{REDACTED}@"),
     (r"(?i)\b(bearer|basic)\s+[\w.~+/=-]+", rf"\1 {REDACTED}"),
     (r"\b(?:sk|hk|pk)[-_][\w-]{8,}", REDACTED),
 )
@@ -81,9 +81,20 @@ def mask_bare(text: str) -> str:
 
     For a log, which a `KeyError: 'name'` may stand in.
     """
+    if "@" in text:
+        text = re.sub(r"\S+", _without_password, text)
     for pattern, shown in _BARE:
         text = re.sub(pattern, shown, text)
     return text
+
+
+def _without_password(word: re.Match[str]) -> str:
+    """The word with what its URLs hold before its last @ hidden.
+
+    Behind that one nothing is looked for: it would take the square of the length.
+    """
+    head, at, tail = word[0].rpartition("@")
+    return _IN_URL.sub(rf"\1\2{REDACTED}@", head + at) + tail
 
 
 def masked(value: Plain, key: str = "") -> Plain:

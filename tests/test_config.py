@@ -677,6 +677,8 @@ def test_redacted_options(options: dict[str, Any], expected: dict[str, Any]) -> 
         ("http://keycloak:8080/v1", "http://keycloak:8080/v1"),
         ("https://host/v1?email=a@b.c", "https://host/v1?email=a@b.c"),
         ("sqlite:///keys.db", "sqlite:///keys.db"),
+        ("h://a:b@c,h://d:e@f h://g@i j@k", f"h://a:{REDACTED}@f h://{REDACTED}@i j@k"),
+        ("https://localhost:8080", "https://localhost:8080"),
         ("a sentence about nothing", "a sentence about nothing"),
     ],
 )
@@ -686,7 +688,11 @@ def test_mask(text: str, expected: str) -> None:
     assert expected == mask(expected)
 
 
-@pytest.mark.parametrize("text", ["key" * 5000, "x" * 20_000, "://" * 5000, "a.key-" * 3000 + ":"])
+QUICK = ["key" * 5000, "x" * 20_000, "a.key-" * 3000 + ":"]
+QUICK += ["://" * 20_000, "@" + "://a:" * 12_000, "://a:1/" * 9000 + "@", "://a" * 15_000 + " @"]
+
+
+@pytest.mark.parametrize("text", QUICK)
 def test_mask_is_quick(text: str) -> None:
     """No text makes masking slow, though upstreams may write it."""
     begun = perf_counter()
