@@ -28,6 +28,8 @@ from harperpy import (
 )
 
 Text = Annotated[str, Meta(min_length=1)]
+# A user's or a tenant's stands in each row of the ledger.
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Seconds = Annotated[float, Meta(gt=0)]
 
 _CLEANING_SECONDS = 3600.0
@@ -42,9 +44,9 @@ class AddApiKey(msgspec.Struct, forbid_unknown_fields=True):
     It ends at `expires` (ISO 8601) or after `expires_in` (seconds, or a text such as `30d`).
     """
 
-    name: Text
+    name: Name
     username: Text | None = None
-    tenant: Text | None = None
+    tenant: Name | None = None
     grants: Grants | None = None
     expires: dt.datetime | None = None
     expires_in: Seconds | str | None = None

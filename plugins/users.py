@@ -23,11 +23,9 @@ from harperpy import (
     read_permission,
 )
 
-from .api_keys import add_key_operations, calling
+from .api_keys import Name, add_key_operations, calling
 
 Text = Annotated[str, Meta(min_length=1)]
-# It stands in each row of the ledger.
-Name = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
 class AddUser(msgspec.Struct, forbid_unknown_fields=True):

@@ -336,6 +336,15 @@ async def test_a_name_that_each_row_would_hold_is_no_longer_than_a_row_takes(
     await server.operate("add_user", **{**ada, "username": "eve", field: "x" * 256})
 
 
+@pytest.mark.parametrize("field", ["name", "tenant"])
+async def test_what_a_key_is_called_has_an_end(server: RunningServer, field: str) -> None:
+    """Its tenant, which each row would hold, and its name, which anybody gives."""
+    key = {"name": "k", "tenant": "acme"}
+    with pytest.raises(InvalidBody, match="256"):
+        await server.operate("add_api_key", **{**key, field: "x" * 257})
+    await server.operate("add_api_key", **{**key, field: "x" * 256})
+
+
 async def test_a_dropped_user_is_refused_at_once(server: RunningServer) -> None:
     """Its keys and tokens end with it, and do not open the account of a namesake."""
     sent = await credentials_of(server, "ada")
