@@ -54,8 +54,13 @@ class SqlReader:
             one: {place.name.lower(): place for place in self._places.of(one, user)}
             for one in (SYSTEM, DATA)
         }
+        names = not user.is_super_user
         try:
-            statement = understand(request.sql, known, quoted_are_names=not user.is_super_user)
+            async with self._turns:
+                # A long one takes its time, and the loop has others to serve.
+                statement = await asyncio.to_thread(
+                    understand, request.sql, known, quoted_are_names=names
+                )
         except UnknownTable as error:
             if user.is_super_user:
                 raise

@@ -1,11 +1,14 @@
 """`sql` over plugins' tables: each caller reads what its role opens, however it is worded."""
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
 import pytest
 import pytest_asyncio
+from harperpy.plugins import select
 
 from harperpy import Scope
 from harperpy.testing import RunningServer, running
@@ -329,3 +332,25 @@ async def test_a_statement_has_a_time_limit(asks: Asks) -> None:
 
     assert 408 == status
     assert "was stopped after 5 s" in told["error"]
+
+
+async def test_others_are_served_while_a_statement_is_understood(
+    asks: Asks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long one takes a second."""
+    admin = f"Bearer {asks.server.api_key}"
+    begun, others = threading.Event(), threading.Event()
+    understand = select.understand
+
+    def slowly(*given: Any, **more: Any) -> select.Statement:
+        begun.set()
+        assert others.wait(10)
+        return understand(*given, **more)
+
+    monkeypatch.setattr(select, "understand", slowly)
+    statement = asyncio.create_task(asks("reader", "SELECT 1 AS one"))
+    assert await asyncio.to_thread(begun.wait, 10)
+    assert 200 == (await operation(asks.server, {"operation": "user_info"}, admin))[0]
+    others.set()
+
+    assert (200, [{"one": 1}]) == await statement
