@@ -20,6 +20,7 @@ from harperpy import ClientError, Config, ConfigError, Deed, Scope, load_config,
 from .yaml_edit import edited
 
 _SECRET = re.compile(r"key$|token$|secret$|password$", re.IGNORECASE)
+_MOST_LEVELS = 32
 _DONE = (
     "Configuration successfully set. You must restart harperpy for new config settings to take "
     "effect."
@@ -153,6 +154,9 @@ def _check(key: str, path: tuple[str, ...], value: Any) -> None:
     if not all(path):
         message = f"{key}: expected names with dots between them"
         raise ClientError(message, param=key)
+    if not _is_plain(value):
+        message = f"{key}: expected what JSON can say, in at most {_MOST_LEVELS} levels"
+        raise ClientError(message, param=key)
     if path[0] == "plugins" and {"path", "package"} & {*path[2:], *_keys(value)}:
         message = f"{key}: where a plugin's code lives is said in the file alone"
         raise ClientError(message, status=403, param=key)
@@ -160,6 +164,16 @@ def _check(key: str, path: tuple[str, ...], value: Any) -> None:
     if any(_SECRET.search(name) is None for name in given):
         message = f"{key}: a variable of the environment is for keys that hold a secret"
         raise ClientError(message, status=403, param=key)
+
+
+def _is_plain(value: Any, levels: int = _MOST_LEVELS) -> bool:
+    """Whether it is of JSON's kinds, and not nested too deeply to be written."""
+    if isinstance(value, Mapping):
+        pairs = cast("Mapping[object, object]", value)
+        return all(isinstance(key, str) for key in pairs) and _is_plain([*pairs.values()], levels)
+    if isinstance(value, list):
+        return levels > 0 and all(_is_plain(one, levels - 1) for one in cast("list[object]", value))
+    return value is None or isinstance(value, str | int | float)
 
 
 def _keys(value: Any) -> Iterator[str]:

@@ -1,6 +1,8 @@
 """Operations on the server: usage, models, settings, logs, the machine, restarts, the audit."""
 
 import asyncio
+import datetime as dt
+import functools
 import logging
 import os
 import sqlite3
@@ -9,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import msgspec
 import pytest
 import yaml
@@ -305,6 +308,7 @@ async def test_settings_are_audited_without_secrets(configured: RunningServer) -
     assert key in (configured.server.directory / "config.yaml").read_text()
 
 
+NESTED: Any = functools.reduce(lambda inner, _: [inner], range(900), 1)
 REFUSED: dict[str, tuple[int, dict[str, Any]]] = {
     "code": (403, {"plugins.mine": {"path": "evil.py"}}),
     "code by its key": (403, {"plugins.mine.package": "evil"}),
@@ -315,6 +319,7 @@ REFUSED: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "the environment in a list": (403, {"http.corsAccessList": ["${HOME}"]}),
     "half of it wrong": (400, {"logging_level": "error", "http_port": 99_999}),
+    "what nests too deeply": (400, {"plugins.x": {"a": NESTED}}),
     "below a value": (400, {"logging.level.x": 1}),
 }
 
@@ -373,6 +378,21 @@ async def test_however_many_changes_come_at_once_each_has_its_turn(
         )
 
     assert 40 == len(told)
+
+
+async def test_what_json_cannot_say_is_no_value(configured: RunningServer) -> None:
+    """Bytes and moments, as MessagePack has them."""
+    url, key = f"{configured.operations_url}/", f"Bearer {configured.api_key}"
+    headers = {"Authorization": key, "Content-Type": "application/msgpack"}
+    for value in (b"x", dt.datetime.now(dt.UTC), {1: "x"}):
+        body = {"operation": "set_configuration", "plugins.x": {"a": value}}
+        sent = msgspec.msgpack.encode(body)
+        async with (
+            aiohttp.ClientSession() as client,
+            client.post(url, data=sent, headers=headers) as answer,
+        ):
+            assert 400 == answer.status
+            assert "plugins.x: expected what JSON can say" in await answer.text()
 
 
 EDITS: dict[str, tuple[str, str, Any, str]] = {
