@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import time
 from tempfile import TemporaryFile
@@ -109,7 +110,7 @@ class Workers:
             child = self._children[index]
             code = await asyncio.shield(child.ended)
             if not await asyncio.shield(child.ready):
-                self._held[index].leave_queues()
+                self._leave_queues(index)
             # It may have changed who may do what, and not have come to say so.
             self._epoch.move()
             how = f"ended with exit code {code}" if code >= 0 else _killed(-code)
@@ -118,7 +119,24 @@ class Workers:
             await child.stop()
             quick = quick + 1 if time.monotonic() - child.began < _QUICK_SECONDS else 0
             await asyncio.sleep(_pause(quick))
+            while not await self._start_again(index):
+                pass
+
+    async def _start_again(self, index: int) -> bool:
+        """Start a worker anew; False, after a pause, where the machine has no room for it."""
+        try:
             await self._start(index)
+        except OSError as error:
+            click.echo(f"harperpy: worker {index} cannot be started: {error.strerror}", err=True)
+            self._leave_queues(index)
+            await asyncio.sleep(_LONGEST_PAUSE)
+            return False
+        return True
+
+    def _leave_queues(self, index: int) -> None:
+        # Where there is no room for a socket either, they wait.
+        with contextlib.suppress(OSError):
+            self._held[index].leave_queues()
 
     async def _end(self) -> None:
         """Have all end, at once where they do not in time or nobody waits."""

@@ -2,8 +2,10 @@
 
 import asyncio
 import os
+import resource
 import signal
 import socket
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -297,6 +299,19 @@ async def test_a_worker_that_always_dies_does_not_take_the_others_along(project:
         (project / "die").unlink()
         assert {int(first)} < await answering(server)
     assert "worker 0" not in log
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there another's limits can be set")
+async def test_a_machine_without_room_for_a_worker_keeps_the_others(project: Path) -> None:
+    """Nobody waits for it, and it is started as soon as there is room."""
+    async with running(project) as server:
+        first, other = children(server.process.pid)
+        parent, kind = server.process.pid, resource.RLIMIT_NOFILE
+        before = resource.prlimit(parent, kind, (8, resource.getrlimit(kind)[1]))
+        os.kill(int(other), signal.SIGKILL)
+        await logged(project, "worker 1 cannot be started: Too many open files", 1)
+        resource.prlimit(parent, kind, before)
+        assert {int(first)} < await answering(server)
 
 
 @pytest.mark.parametrize("place", [0, 1])
