@@ -51,6 +51,8 @@ BUILT_IN = (
 """On unless `plugins:` says false; plugins of `harperpy.plugins` like any other."""
 
 _START_SECONDS = 30.0
+# What a plugin may raise; `sys.exit()` ends no server.
+_WHATEVER = (Exception, SystemExit)
 _OWN_OPTIONS = ("path", "package", "timeout")
 
 
@@ -126,7 +128,7 @@ class Loader:
             try:
                 found[plugin.name] = self._import(plugin)
                 self._requires[plugin.name] = required(found[plugin.name])
-            except Exception as error:  # noqa: BLE001  # whatever a plugin raises ends it alone
+            except _WHATEVER as error:  # it ends the plugin alone
                 self.failed(plugin.name, error)
         self._put_in_order()
         for plugin in self.plugins:
@@ -155,7 +157,7 @@ class Loader:
             self._manager.register(plugin, name)
             callers = self._manager.get_hookcallers(plugin) or []
             check_hooks(plugin, [caller.name for caller in callers])
-        except Exception as error:  # noqa: BLE001  # whatever a plugin raises ends it alone
+        except _WHATEVER as error:  # it ends the plugin alone
             self.failed(name, error)
             if self._manager.has_plugin(name):
                 self._manager.unregister(name=name)
@@ -187,7 +189,7 @@ class Loader:
         own: dict[str, BackendFactory] = {}
         try:
             impl.function(*(own.__setitem__ for name in impl.argnames if name == "register"))
-        except Exception as error:  # noqa: BLE001  # whatever a plugin raises ends it alone
+        except _WHATEVER as error:  # it ends the plugin alone
             self.failed(impl.plugin_name, error)
             return
         if taken := sorted(own.keys() & self._kinds.keys()):
@@ -260,7 +262,7 @@ class Loader:
             async with limit:
                 await settled(impl.function(*given))
                 await scope.load_entries()
-        except Exception as error:  # noqa: BLE001  # whatever a plugin raises ends it alone
+        except _WHATEVER as error:  # it ends the plugin alone
             cause = _too_slow(plugin, scope) if limit.expired() else error
             self.failed(plugin.name, scope.first_error or cause)
 

@@ -48,7 +48,8 @@ def ordered(requires: Requires) -> tuple[list[str], dict[str, str]]:
     order: list[str] = []
     wrong: dict[str, str] = {}
     while left:
-        if free := next((name for name in left if not _waits(left[name], left)), None):
+        free = next((name for name in left if not _waits(left[name], left)), None)
+        if free is not None:
             names = [free]
         else:
             circles = {name: _circle(name, left) for name in left}

@@ -191,6 +191,9 @@ NOT_FOUND: dict[str, tuple[str, str, str]] = {
     "no such module": ("gone: {package: harperpy_gone}", "gone", "No module named"),
     "no Python syntax": ("bad: {path: bad.py}", "bad", "SyntaxError"),
     "raises": ("raises: {path: raises.py}", "raises", "ValueError: no good"),
+    "exits": ("exits: {path: exits.py}", "exits", "SystemExit: 3"),
+    "exits as it starts": ("leaves: {path: leaves.py}", "leaves", "SystemExit: 4"),
+    "no name": ("'': {path: gone.py}", "", "expected a Python file or package at"),
 }
 
 
@@ -202,6 +205,8 @@ async def test_a_plugin_that_cannot_be_loaded(
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("hello")
     write(tmp_path, bad="def handle_application(scope:", raises="raise ValueError('no good')")
+    leaves = "def handle_application(scope):\n    raise SystemExit(4)\n"
+    write(tmp_path, exits="import sys\nsys.exit(3)\n", leaves=leaves)
     async with echoing(f"plugins: {{{block}}}", directory=tmp_path) as server:
         assert words in await cause(server, name)
 
