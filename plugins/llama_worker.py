@@ -17,6 +17,9 @@ import threading
 from typing import Any
 
 _CHUNK, _MOST_CHUNKS = 1 << 16, 256
+_STUCK_SECONDS, _LOOKS = 30.0, 10
+# Its server sends this to who waits, whatever the model does.
+_PING = b":\n\n"
 
 
 def main() -> None:
@@ -34,11 +37,15 @@ def main() -> None:
 
 
 async def _tell_and_serve(address: str, slots: int) -> None:
-    turns = await asyncio.start_server(Turns(address, slots).take, "127.0.0.1", 0)
-    port = turns.sockets[0].getsockname()[1]
-    told = {"address": address, "turns": f"http://127.0.0.1:{port}"}
-    os.write(1, json.dumps(told).encode() + b"\n")
-    await turns.serve_forever()
+    turns = Turns(address, slots)
+    async with await asyncio.start_server(turns.take, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        told = {"address": address, "turns": f"http://127.0.0.1:{port}"}
+        os.write(1, json.dumps(told).encode() + b"\n")
+        await turns.stuck(_STUCK_SECONDS)
+        os.write(2, f"llama.cpp answered nobody for {_STUCK_SECONDS:g} s\n".encode())
+        # Its threads would not end. Whoever started this process starts another.
+        os._exit(1)
 
 
 class Turns:
@@ -52,6 +59,19 @@ class Turns:
         host, _, port = address.removeprefix("http://").rpartition(":")
         self._place = (host, int(port))
         self._slots = asyncio.Semaphore(slots)
+        self._waiting = 0
+        self._heard = False
+
+    async def stuck(self, seconds: float) -> None:
+        """Return once llama.cpp has said nothing at all in so long while somebody waited.
+
+        One schema may be more than it can ever work out, and nobody else is answered meanwhile.
+        """
+        silent = 0
+        while silent < _LOOKS:
+            await asyncio.sleep(seconds / _LOOKS)
+            silent = 0 if self._heard else silent + bool(self._waiting)
+            self._heard = False
 
     async def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Read on while it waits: whoever leaves, leaves the queue, or frees the slot."""
@@ -68,11 +88,14 @@ class Turns:
             async with self._slots:
                 reader, onward = await asyncio.open_connection(*self._place)
                 sending = asyncio.create_task(_send(asked, onward))
+                self._waiting += 1
                 try:
                     while data := await reader.read(_CHUNK):
+                        self._heard |= _PING not in data
                         writer.write(data)
                         await writer.drain()
                 finally:
+                    self._waiting -= 1
                     sending.cancel()
                     onward.close()
         except OSError:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 from harperpy.plugins.llama_worker import Turns
@@ -69,4 +69,38 @@ async def test_who_leaves_the_queue_never_takes_a_slot() -> None:
         served.may_answer.set()
         assert b"third\n" == await reader.read()
         for writer in (first, second, third):
+            writer.close()
+
+
+async def ping(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """What stands for a llama.cpp that comes to no end: its server says that it is there."""
+    with suppress(ConnectionError):
+        while True:
+            writer.write(b"3\r\n:\n\n\r\n")
+            await writer.drain()
+            await asyncio.sleep(0.01)
+
+
+async def test_who_answers_nobody_is_stuck() -> None:
+    """It shows while somebody waits, pings or not; not where nobody asks, or all are answered."""
+    silent, lively = Served(), Served()
+    lively.may_answer.set()
+    async with (
+        asyncio.timeout(20),
+        listening(silent.take) as silence,
+        listening(ping) as pings,
+        listening(lively.take) as life,
+        AsyncExitStack() as stack,
+    ):
+        queues = [Turns(address, slots=1) for address in (silence, pings, life, silence)]
+        looks = [asyncio.create_task(queue.stuck(0.2)) for queue in queues]
+        addresses = [await stack.enter_async_context(listening(one.take)) for one in queues]
+        callers = [await call(address, b"a line\n") for address in addresses[:3]]
+        assert b"a line\n" == await callers[2][0].read()
+        await asyncio.gather(*looks[:2])
+        await queues[0].stuck(0.2)
+        assert [False, False] == [look.done() for look in looks[2:]]
+        for look in looks[2:]:
+            look.cancel()
+        for _, writer in callers:
             writer.close()
