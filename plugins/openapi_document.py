@@ -76,9 +76,14 @@ class _Schemas:
             )
             if kind is not UNSET
         ]
-        made, self.components = msgspec.json.schema_components(
-            kinds, ref_template="#/components/schemas/{name}"
-        )
+        try:
+            made, self.components = _named(kinds)
+        except KeyError:
+            # Some are called the same, their module and all, as what a function makes twice.
+            kinds = [kind for at, kind in enumerate(kinds) if kind not in kinds[:at]]
+            apart = [_named([kind], f"{at}.") for at, kind in enumerate(kinds, 1)]
+            made = tuple(one for (one,), _ in apart)
+            self.components = {name: one for _, some in apart for name, one in some.items()}
         for each in (*made, *self.components.values()):
             _mend(each)
         self._made = list(zip(kinds, made, strict=True))
@@ -95,6 +100,13 @@ class _Schemas:
             schema = self.components[schema["$ref"].rpartition("/")[2]]
         for name, field in schema["properties"].items():
             yield name, field, name in schema.get("required", ())
+
+
+def _named(kinds: list[Any], prefix: str = "") -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
+    """The schemas of these types, and by name those that they refer to."""
+    where = f"#/components/schemas/{prefix}{{name}}"
+    made, components = msgspec.json.schema_components(kinds, ref_template=where)
+    return made, {f"{prefix}{name}": schema for name, schema in components.items()}
 
 
 def verbs_of(entry: Entry, method: str) -> tuple[str, ...]:

@@ -369,6 +369,34 @@ async def test_a_decimal_is_described_as_it_is_sent() -> None:
     assert ["number", "string"] == response["content"]["application/json"]["schema"]["type"]
 
 
+def of_a(kind: type) -> type[Resource]:
+    """What a function makes more than once: a resource, and a Struct by the same name."""
+
+    class Item(msgspec.Struct):
+        value: kind  # type: ignore[valid-type]
+
+    class Items(Resource):
+        public = True
+
+        @staticmethod
+        async def post(target: RequestTarget, data: Item) -> Item:
+            return data
+
+    return Items
+
+
+async def test_types_of_one_name_are_told_apart() -> None:
+    """Where two types differ in nothing that they are called, each has a schema of its own."""
+    async with running(resources={"number": of_a(int), "text": of_a(str)}) as server:
+        document = (await ask(server, "GET", "/openapi")).json
+    OpenAPIV31SpecValidator(document).validate()
+    for path, kind in (("/number", "integer"), ("/text", "string")):
+        body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        name = body["schema"]["$ref"].rpartition("/")[2]
+        described = document["components"]["schemas"][name]["properties"]
+        assert {"value": {"type": kind}} == described
+
+
 async def test_a_shape_of_refusals_is_told_only_if_it_is_known(described: RunningServer) -> None:
     """A `present_error` without its own `error_type` promises nothing; OpenAI's mounts do."""
     paths = (await document(described))["paths"]
