@@ -17,7 +17,8 @@ import threading
 from typing import Any
 
 _CHUNK, _MOST_CHUNKS = 1 << 16, 256
-_STUCK_SECONDS, _LOOKS = 30.0, 10
+# A long prompt on a slow machine takes its time, too.
+_STUCK_SECONDS, _LOOKS = 120.0, 10
 # Its server sends this to who waits, whatever the model does.
 _PING = b":\n\n"
 
