@@ -13,11 +13,11 @@ from sqlalchemy import Connection, delete, exc
 
 from harperpy import (
     Booking,
+    CallRow,
     HarperError,
     Journal,
     JournalReader,
     JournalStep,
-    ModelCall,
     Scope,
     Waiting,
     row_of,
@@ -198,17 +198,26 @@ class Mover:
         self._others = {path: self._others.get(path, one) for path, one in found.items()}
         steps = [(reader, reader.step()) for reader in self._others.values()]
         for _, step in steps:
-            self._book(connection, step.ended)
+            self._book(connection, [row_of(call) for call in step.ended])
         return [(reader, step) for reader, step in steps if not step.spoilt]
 
     def _bury(self, orphan: JournalReader, connection: Connection) -> None:
         step = orphan.everything()
         if step.spoilt:
             self._logger.error("%d lines of the journal make no sense", step.spoilt)
-        self._book(connection, step.ended)
+        self._book(connection, [row_of(call) for call in step.ended])
 
-    def _book(self, connection: Connection, calls: list[ModelCall]) -> None:
-        self._booking.add(connection, [row_of(call) for call in calls])
+    def _book(self, connection: Connection, rows: list[CallRow]) -> None:
+        """Write these; a row that no try will ever bring into the database is let go."""
+        try:
+            with connection.begin_nested():
+                self._booking.add(connection, rows)
+        except _UNFIT as error:
+            if len(rows) == 1:
+                self._logger.error("model call %s makes no row: %s", rows[0], error)  # noqa: TRY400  # its text says all
+                return
+            for row in rows:
+                self._book(connection, [row])
 
 
 def _remove(buried: JournalReader, burying: Future[None]) -> None:

@@ -322,6 +322,19 @@ async def test_a_long_line_does_not_hide_those_behind_it(tmp_path: Path, length:
     assert not left.exists()
 
 
+@pytest.mark.parametrize("nonsense", [{"reserved_tokens": 10**25}, {"created": 1e300}])
+async def test_a_call_left_behind_that_makes_no_row_stops_no_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, nonsense: dict[str, Any]
+) -> None:
+    """It is in the log; those beside it have their rows, and the journal is gone."""
+    left = leave(tmp_path / "journal", call(1), call(2, **nonsense), call(3))
+    async with running(root=tmp_path) as server:
+        assert [3, 1] == [row["id"] for row in await server.rows()]
+
+    assert not left.exists()
+    assert 1 == caplog.text.count("makes no row")
+
+
 async def test_all_lines_that_make_no_sense_are_told_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
