@@ -136,8 +136,11 @@ def _rows(columns: Collection[str], result: sa.CursorResult[Any]) -> Iterator[di
     """The values by column of each record that the statement sets."""
     for given in _given(result):
         rows: dict[int, dict[str, Any]] = {0: {}}
+        numbered = {name: one for name in given if (one := _OF_A_ROW.fullmatch(name))}
+        # A column may be called as that of one of many rows is: `size_m2`.
+        many = any(name not in columns and one[1] in columns for name, one in numbered.items())
         for name, value in given.items():
-            one_of_many = _OF_A_ROW.fullmatch(name)
+            one_of_many = numbered.get(name) if many else None
             column, at = (one_of_many[1], int(one_of_many[2])) if one_of_many else (name, 0)
             if column in columns:
                 rows.setdefault(at, {})[column] = value

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
+import sqlalchemy as sa
 
 from harperpy import Context, Resource, Scope
 from harperpy.config import parse_config
@@ -240,6 +242,37 @@ async def test_a_plugins_change_is_its_requests() -> None:
     assert 204 == answer.status
     assert ("boss", "rest") == (row["user_name"], row["source"])
     assert answer.headers["x-request-id"] == row["request_id"]
+
+
+class Room(msgspec.Struct):
+    """A column of it is called as one of many rows' `size` is."""
+
+    id: int
+    size: float = 0.0
+    size_m2: float = 0.0
+
+
+async def test_a_columns_name_is_its_own() -> None:
+    """Of one record and of several, written at once."""
+    one = {"id": 1, "size": 1.0, "size_m2": 2.0}
+    several = [{**one, "id": at} for at in (2, 3)]
+
+    async def apply(scope: Scope) -> None:
+        room = await scope.database.tables.ensure("room", Room)
+
+        class Several(Resource):
+            @staticmethod
+            async def post(target: Any, data: Any, context: Context) -> None:
+                await context.transaction().execute(sa.insert(room.sql).values(several))
+
+        scope.resources.set("several", Several)
+
+    async with running(ECHO, handle_application=apply) as server:
+        await server.operate("insert", table="room", records=[one])
+        assert 204 == (await ask(server, "POST", "/several")).status
+        rows = await log(server, table="room")
+
+    assert [[one], several] == [row["records"] for row in rows]
 
 
 async def test_it_is_searched_by_key_name_and_time(server: RunningServer) -> None:
