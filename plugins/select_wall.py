@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeAlias
 
 import msgspec
@@ -73,8 +74,11 @@ def run_select(
     readable: Readable | None = None,
     max_rows: int = 10_000,
     seconds: float = 5.0,
+    left: Event | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of a statement from `understand`, at most `max_rows`; blocks up to `seconds`.
+
+    It stops soon after `left` is set: nobody waits for it any more.
 
     `path` is the SQLite file, opened read-only as `system` and as `data`. `hidden_columns` are
     (table, column) pairs that read as NULL wherever they are named. Of the tables of `readable`
@@ -95,7 +99,8 @@ def run_select(
             connection.set_authorizer(gate)
             deadline = time.monotonic() + seconds
             connection.set_progress_handler(
-                lambda: time.monotonic() > deadline, _STEPS_BETWEEN_CHECKS
+                lambda: time.monotonic() > deadline or (left is not None and left.is_set()),
+                _STEPS_BETWEEN_CHECKS,
             )
             cursor = connection.execute(sql)
             names = [column[0] for column in cursor.description or ()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterable
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -45,22 +46,27 @@ class SqlReader:
 
     async def sql(self, request: Sql, context: Context) -> list[dict[str, Any]]:
         """The rows of one SELECT over the tables that the caller may read."""
+        if (user := context.user) is None:
+            raise AccessViolation(None)
+        async with self._turns:
+            rows = await self._rows(request.sql, user)
+        if len(rows) > MOST_ROWS:
+            context.response_headers[TRUNCATED] = str(MOST_ROWS)
+        return rows[:MOST_ROWS]
+
+    async def _rows(self, sql: str, user: User) -> list[dict[str, Any]]:
+        """The rows, one more than are shown if there are too many."""
         # sqlglot costs 0.1 s to import: only who uses it pays.
         from .select import UnknownTable, understand  # noqa: PLC0415
 
-        if (user := context.user) is None:
-            raise AccessViolation(None)
         known = {
             one: {place.name.lower(): place for place in self._places.of(one, user)}
             for one in (SYSTEM, DATA)
         }
         names = not user.is_super_user
         try:
-            async with self._turns:
-                # A long one takes its time, and the loop has others to serve.
-                statement = await asyncio.to_thread(
-                    understand, request.sql, known, quoted_are_names=names
-                )
+            # A long one takes its time, and the loop has others to serve.
+            statement = await asyncio.to_thread(understand, sql, known, quoted_are_names=names)
         except UnknownTable as error:
             if user.is_super_user:
                 raise
@@ -69,38 +75,37 @@ class SqlReader:
         for place in places:
             if not rights(user, place.database, place.name).allows("read"):
                 raise refusal(user, place, ["read"], [])
-        rows = await self._read(statement, places, user)
-        if len(rows) > MOST_ROWS:
-            context.response_headers[TRUNCATED] = str(MOST_ROWS)
-        return rows[:MOST_ROWS]
+        return await self._read(statement, places, user)
 
     async def _read(
         self, statement: Statement, places: list[Place], user: User
     ) -> list[dict[str, Any]]:
-        """The rows, one more than are shown if there are too many."""
         from .select_wall import NotReadable, run_select  # noqa: PLC0415
 
         if any(place.database == SYSTEM for place in places):
             # What is on its way to the database is there before it is asked.
             await self._ledger.flush()
+        left = Event()
         try:
-            async with self._turns:
-                return await asyncio.to_thread(
-                    run_select,
-                    self._database.path,
-                    statement.text,
-                    boolean_columns=_columns(places, sa.Boolean),
-                    json_columns=_columns(places, sa.JSON),
-                    hidden_columns=self._database.hidden_columns,
-                    readable=_readable(places, user),
-                    max_rows=MOST_ROWS + 1,
-                )
+            return await asyncio.to_thread(
+                run_select,
+                self._database.path,
+                statement.text,
+                boolean_columns=_columns(places, sa.Boolean),
+                json_columns=_columns(places, sa.JSON),
+                hidden_columns=self._database.hidden_columns,
+                readable=_readable(places, user),
+                max_rows=MOST_ROWS + 1,
+                left=left,
+            )
         except NotReadable as error:
             raise _unreadable(error, statement, places, user) from error
         except ClientError as error:
             if user.is_super_user or (told := _as_if_missing(error, places, user)) is None:
                 raise
             raise told from error
+        finally:
+            left.set()
 
 
 def _readable(places: Iterable[Place], user: User) -> Readable:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_asyncio
-from harperpy.plugins import select
+from harperpy.plugins import select, select_wall
 
 from harperpy import Scope
 from harperpy.testing import RunningServer, running
@@ -354,3 +354,26 @@ async def test_others_are_served_while_a_statement_is_understood(
     others.set()
 
     assert (200, [{"one": 1}]) == await statement
+
+
+async def test_a_statement_ends_when_nobody_waits_for_it(
+    asks: Asks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before its time is up: its thread is for others."""
+    begun, ended = threading.Event(), threading.Event()
+    run_select = select_wall.run_select
+
+    def watched(*given: Any, **more: Any) -> Any:
+        begun.set()
+        try:
+            return run_select(*given, **more, seconds=60.0)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(select_wall, "run_select", watched)
+    sql = MANY.format(10**12).replace("SELECT x FROM", "SELECT sum(x) FROM")
+    statement = asyncio.create_task(asks("reader", sql))
+    assert await asyncio.to_thread(begun.wait, 10)
+    statement.cancel()
+
+    assert await asyncio.to_thread(ended.wait, 10)
