@@ -10,6 +10,8 @@ from .errors import ClientError
 # What zlib has to expect.
 _WINDOWS = {"gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
 _PIECE_BYTES = 64 * 1024
+# Each costs time, and may have nothing in it.
+_MOST_MEMBERS = 1000
 _ACCEPTED = ", ".join(_WINDOWS)
 
 
@@ -23,11 +25,15 @@ async def inflated(chunks: AsyncIterable[bytes], encoding: str) -> AsyncIterator
         accepts = {"Accept-Encoding": _ACCEPTED}
         raise ClientError(message, status=415, code="unsupported_encoding", headers=accepts)
     inflate = None
+    members = 0
     try:
         async for chunk in chunks:
             rest = chunk
             while rest:
                 if inflate is None or inflate.eof:
+                    members += 1
+                    if members > _MOST_MEMBERS:
+                        raise _broken(encoding)
                     inflate = zlib.decompressobj(_window(encoding, rest))
                 yield inflate.decompress(rest, _PIECE_BYTES)
                 rest = inflate.unconsumed_tail or inflate.unused_data

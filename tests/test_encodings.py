@@ -78,6 +78,8 @@ ENCODED: dict[str, tuple[str, bytes, int]] = {
     "no gzip at all": ("gzip", b'"a"', 400),
     "cut off": ("gzip", gzip.compress(b'"a"')[:-1], 400),
     "two in one": ("gzip", gzip.compress(b'"') + gzip.compress(b'a"'), 200),
+    "a thousand in one": ("gzip", gzip.compress(b'"a"') + gzip.compress(b"") * 999, 200),
+    "more in one than are read": ("gzip", gzip.compress(b'"a"') + gzip.compress(b"") * 1000, 400),
     "deflate without its head": ("deflate", zlib.compress(b'"a"', wbits=-15), 200),
     "in capitals": ("GZip", gzip.compress(b'"a"'), 200),
     "twice": ("gzip, gzip", gzip.compress(gzip.compress(b'"a"')), 415),
