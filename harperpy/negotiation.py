@@ -210,7 +210,11 @@ def _decode_lines(data: bytes) -> list[Any]:
 
 def _encode_yaml(value: Any) -> bytes:
     plain = msgspec.json.decode(encode_json(value))
-    text: str = yaml.safe_dump(plain, allow_unicode=True, sort_keys=False)
+    try:
+        text: str = yaml.safe_dump(plain, allow_unicode=True, sort_keys=False)
+    except RecursionError as error:
+        message = "Accept: application/yaml: it is nested too deeply for that"
+        raise ClientError(message, status=406, code="not_acceptable") from error
     return text.encode()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -190,7 +191,7 @@ class Table(Generic[T]):
         """What a column holds of a value. Raises `InvalidBody` for what it cannot hold."""
         expected: str | None = "what JSON can hold"
         plain: Any = None
-        with suppress(TypeError):
+        with suppress(TypeError, ValueError, RecursionError):
             plain = _as_json(value) if self._is_json(column) else _plain(value)
             expected = _expected(value if isinstance(value, Decimal) else plain)
         if expected is not None:
@@ -369,7 +370,10 @@ def _plain(value: Any) -> Any:
 
 
 def _as_json(value: Any) -> Any:
-    return msgspec.to_builtins(value, str_keys=True)
+    plain = msgspec.to_builtins(value, str_keys=True)
+    # Raises for what is a number in Python but none in JSON, however deep it is.
+    json.dumps(plain, allow_nan=False)
+    return plain
 
 
 def _refuse(message: str) -> None:

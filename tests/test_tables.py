@@ -631,6 +631,7 @@ async def test_a_tagged_record_is_written_as_it_is_read() -> None:
     [
         ({"ratio": float("nan")}, "ratio: expected a finite number"),
         ({"any": msgspec.msgpack.Ext(5, b"a")}, "any: expected what JSON can hold"),
+        ({"any": {"a": [float("inf")]}}, "any: expected what JSON can hold"),
         ({1: 2}, "expected a JSON object of fields"),
     ],
 )
@@ -642,6 +643,20 @@ async def test_what_only_msgpack_can_say_is_400(body: Any, said: str) -> None:
         refused = await ask(server, "POST", "/all", data=data, headers=headers)
     assert 400 == refused.status
     assert said in refused.json["detail"]
+
+
+async def test_a_value_of_any_depth_is_kept_or_refused() -> None:
+    """What is too deep for one of its ways is refused, and what is kept is read in each form."""
+    async with running(handle_application=mount) as server:
+        for depth in (*range(300, 960, 60), *range(960, 1000)):
+            body = f'{{"id": "x{depth}", "any": {"[" * depth}{"]" * depth}}}'
+            headers = {"Content-Type": "application/json"}
+            made = await ask(server, "POST", "/all", data=body, headers=headers)
+            assert made.status in (201, 400), depth
+            if made.status == 201:
+                for form, statuses in (("json", (200,)), ("yaml", (200, 406))):
+                    found = await ask(server, "GET", f"/all/x{depth}.{form}")
+                    assert found.status in statuses, (depth, form)
 
 
 async def test_a_statement_that_fails_is_logged_without_its_values(
