@@ -28,6 +28,7 @@ from .registry import Resources
 from .routing import Kind, Registration, Routes
 from .scope import Scope
 from .sections import Config, ModelConfig
+from .signal import is_ending
 from .spelling import closest
 
 logger = logging.getLogger("harperpy.loader")
@@ -262,7 +263,9 @@ class Loader:
             async with limit:
                 await settled(impl.function(*given))
                 await scope.load_entries()
-        except _WHATEVER as error:  # it ends the plugin alone
+        except (*_WHATEVER, asyncio.CancelledError) as error:  # it ends the plugin alone
+            if isinstance(error, asyncio.CancelledError) and is_ending():
+                raise
             cause = _too_slow(plugin, scope) if limit.expired() else error
             self.failed(plugin.name, scope.first_error or cause)
 

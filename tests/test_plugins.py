@@ -193,6 +193,7 @@ NOT_FOUND: dict[str, tuple[str, str, str]] = {
     "raises": ("raises: {path: raises.py}", "raises", "ValueError: no good"),
     "exits": ("exits: {path: exits.py}", "exits", "SystemExit: 3"),
     "exits as it starts": ("leaves: {path: leaves.py}", "leaves", "SystemExit: 4"),
+    "awaits what it cancelled": ("lost: {path: lost.py}", "lost", "CancelledError"),
     "no name": ("'': {path: gone.py}", "", "expected a Python file or package at"),
 }
 
@@ -206,7 +207,11 @@ async def test_a_plugin_that_cannot_be_loaded(
     (tmp_path / "notes.txt").write_text("hello")
     write(tmp_path, bad="def handle_application(scope:", raises="raise ValueError('no good')")
     leaves = "def handle_application(scope):\n    raise SystemExit(4)\n"
-    write(tmp_path, exits="import sys\nsys.exit(3)\n", leaves=leaves)
+    lost = (
+        "import asyncio\nasync def handle_application(scope):\n    task = "
+        "asyncio.ensure_future(asyncio.sleep(9))\n    task.cancel()\n    await task\n"
+    )
+    write(tmp_path, exits="import sys\nsys.exit(3)\n", leaves=leaves, lost=lost)
     async with echoing(f"plugins: {{{block}}}", directory=tmp_path) as server:
         assert words in await cause(server, name)
 
