@@ -86,8 +86,11 @@ class Turns:
 
     async def _answer(self, asked: asyncio.Queue[bytes], writer: asyncio.StreamWriter) -> None:
         try:
+            # Who says nothing waits for nothing.
+            first = await asked.get()
             async with self._slots:
                 reader, onward = await asyncio.open_connection(*self._place)
+                onward.write(first)
                 sending = asyncio.create_task(_send(asked, onward))
                 self._waiting += 1
                 try:

@@ -72,6 +72,22 @@ async def test_who_leaves_the_queue_never_takes_a_slot() -> None:
             writer.close()
 
 
+async def test_who_says_nothing_takes_no_slot() -> None:
+    """A connection that brings no request keeps nobody from being served."""
+    served = Served()
+    served.may_answer.set()
+    async with (
+        asyncio.timeout(20),
+        listening(served.take) as llama,
+        listening(Turns(llama, slots=1).take) as turns,
+    ):
+        _, idle = await call(turns, b"")
+        reader, second = await call(turns, b"second\n")
+        assert b"second\n" == await reader.read()
+        for writer in (idle, second):
+            writer.close()
+
+
 async def ping(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """What stands for a llama.cpp that comes to no end: its server says that it is there."""
     with suppress(ConnectionError):
