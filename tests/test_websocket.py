@@ -829,6 +829,24 @@ def frame(data: bytes, opcode: int = 2) -> bytes:
     return bytes([0x80 | opcode]) + size + bytes(4) + data
 
 
+async def flooding(
+    writer: asyncio.StreamWriter, server: RunningServer
+) -> tuple[asyncio.Task[None], Callable[[], int]]:
+    """A client that sends on and on, once it has to wait, and how many messages it has sent."""
+    sent = 0
+
+    async def flood() -> None:
+        nonlocal sent
+        while True:
+            writer.write(frame(b"x" * 32768))
+            sent += 1
+            await writer.drain()
+
+    task = asyncio.create_task(flood())
+    await still(lambda: sent, server)
+    return task, lambda: sent
+
+
 async def test_a_flood_pauses_the_client() -> None:
     """What the handler does not take is not read, but for what the buffers hold."""
     take, taken = asyncio.Event(), 0
@@ -842,21 +860,12 @@ async def test_a_flood_pauses_the_client() -> None:
 
     async with asyncio.timeout(SECONDS), running(resources={"it": talk(connect)}) as server:
         head, _, writer = await raw(server, written())
-        sent = 0
-
-        async def flood() -> None:
-            nonlocal sent
-            while True:
-                writer.write(frame(b"x" * 32768))
-                sent += 1
-                await writer.drain()
-
-        flooding = asyncio.create_task(flood())
-        before = await still(lambda: sent, server)
+        client, sent = await flooding(writer, server)
+        before = sent()
         assert (1, True) == (taken, before < 1000)
         take.set()
-        await until(lambda: sent > before + 100)
-        flooding.cancel()
+        await until(lambda: sent() > before + 100)
+        client.cancel()
         writer.close()
 
     assert " 101 " in head
@@ -983,18 +992,8 @@ async def test_who_leaves_after_a_flood_is_noticed() -> None:
     resources = {"it": talk(watched.pushes, keepalive=0.05)}
     async with asyncio.timeout(SECONDS), running(resources=resources) as server:
         _, _, writer = await raw(server, written())
-        sent = 0
-
-        async def flood() -> None:
-            nonlocal sent
-            while True:
-                writer.write(frame(b"x" * 32768))
-                sent += 1
-                await writer.drain()
-
-        flooding = asyncio.create_task(flood())
-        await still(lambda: sent, server)
-        flooding.cancel()
+        client, _ = await flooding(writer, server)
+        client.cancel()
         writer.transport.abort()
         await watched.done.wait()
 
