@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain, count
 from types import NoneType, UnionType
 from typing import Any, Union, cast, get_args, get_origin
 
@@ -39,13 +40,20 @@ def document(shown: Iterable[Shown], *, title: str, version: str) -> dict[str, A
     schemas = _Schemas(shown)
     paths: dict[str, dict[str, Any]] = {}
     shapes: set[str] = set()
+    names: set[str] = set()
     for entry, methods in shown:
         for path, parameters in _places(entry):
             # Of two that match the same requests the first answers; OpenAPI takes one only.
             if (shape := _NAME.sub("{}", path)) in shapes:
                 continue
             shapes.add(shape)
-            told = {method: _operation(entry, method, path, schemas) for method in methods}
+            told = {
+                method: {
+                    "operationId": _own_name(f"{method.lower()}{path}", names),
+                    **_operation(entry, method, schemas),
+                }
+                for method in methods
+            }
             more = {method: told.pop(method) for method in methods if method == "QUERY"}
             paths[path] = {method.lower(): operation for method, operation in told.items()}
             if more:
@@ -195,13 +203,21 @@ def _told(docstring: str | None) -> tuple[str, str]:
     return " ".join(summary.split()), text.strip()
 
 
-def _operation(entry: Entry, method: str, path: str, schemas: _Schemas) -> dict[str, Any]:
+def _own_name(text: str, names: set[str]) -> str:
+    """What generators of clients call an operation: no other has it, as paths alike may have."""
+    plain = re.sub(r"\W+", "_", text).rstrip("_")
+    numbered = (f"{plain}_{number}" for number in count(2))
+    name = next(one for one in chain([plain], numbered) if one not in names)
+    names.add(name)
+    return name
+
+
+def _operation(entry: Entry, method: str, schemas: _Schemas) -> dict[str, Any]:
     permission = METHOD_VERBS[method][1]
     contract = _contract(entry, method)
     summary, text = _told(getattr(entry.resource, verbs_of(entry, method)[0]).__doc__)
     is_open = permission in entry.public
     operation: dict[str, Any] = {
-        "operationId": re.sub(r"\W+", "_", f"{method.lower()}{path}").rstrip("_"),
         "tags": [entry.resource.__name__],
         "security": [] if is_open else [{name: []} for name in _SCHEMES],
         "responses": _responses(entry, method, is_open=is_open, schemas=schemas),

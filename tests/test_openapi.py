@@ -342,6 +342,15 @@ async def test_every_operation_has_a_name_of_its_own(described: RunningServer) -
     assert "get_notes_id" in names
 
 
+async def test_operations_of_paths_that_differ_in_signs_have_names_of_their_own() -> None:
+    """A hyphen, a slash and a name's own underscore all become one."""
+    async with running(resources=dict.fromkeys(("a-b", "a_b", "a/b"), Notes)) as server:
+        paths = (await document(server))["paths"]
+    names = [paths[path]["get"]["operationId"] for path in ("/a-b", "/a_b", "/a/b")]
+
+    assert ["get_a_b", "get_a_b_2", "get_a_b_3"] == sorted(names)
+
+
 async def test_a_stream_is_described_as_what_it_sends(described: RunningServer) -> None:
     """Events as events, other items as a list."""
     paths = (await document(described))["paths"]
