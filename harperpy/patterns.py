@@ -5,6 +5,7 @@ from __future__ import annotations
 from urllib.parse import unquote
 
 from .errors import RegistrationError
+from .request import decoded
 
 _STATIC, _PARAMETER, _WILDCARD, _END = range(4)
 _KINDS = {":": _PARAMETER, "*": _WILDCARD}
@@ -47,12 +48,12 @@ class Pattern:
         for at, (kind, name) in enumerate(self._segments):
             if kind == _WILDCARD:
                 end = len(segments) - (segments[-1] == "")
-                values[name] = "/".join(map(_decoded, segments[at:end]))
+                values[name] = "/".join(map(decoded, segments[at:end]))
                 return (values, end) if values[name] else None
             if at >= len(segments) or not segments[at]:
                 return None
             if kind == _PARAMETER:
-                values[name] = _decoded(segments[at])
+                values[name] = decoded(segments[at])
             elif decoded_segment(segments[at]) != name:
                 return None
         return values, len(self._segments)
@@ -60,16 +61,8 @@ class Pattern:
 
 def decoded_segment(segment: str) -> str:
     """A percent-decoded segment; one that would smuggle in a slash stays as it is."""
-    decoded = unquote(segment) if "%" in segment else segment
-    return segment if "/" in decoded else decoded
-
-
-def _decoded(segment: str) -> str:
-    """A percent-decoded value; one that is no UTF-8 stays as it is."""
-    try:
-        return unquote(segment, errors="strict")
-    except UnicodeDecodeError:
-        return segment
+    told = unquote(segment) if "%" in segment else segment
+    return segment if "/" in told else told
 
 
 def _segment(text: str, path: str) -> tuple[int, str]:

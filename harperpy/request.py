@@ -100,9 +100,17 @@ class RequestTarget(msgspec.Struct, Generic[Query], eq=False):
 
 def target_of(pathname: str, search: str, params: Mapping[str, str] = _NO_PARAMS) -> RequestTarget:
     """The target for what is left of a path, a query, and the values of a mount's parameters."""
-    named = unquote(pathname.strip("/")) or params.get("id")
+    named = decoded(pathname.strip("/")) or params.get("id")
     collects = pathname.endswith("/") or bool(search and not named)
     return RequestTarget(pathname, named, collects, params, search)
+
+
+def decoded(text: str) -> str:
+    """Percent-decoded; what is no UTF-8 then stays as it is, apart from all else that is none."""
+    try:
+        return unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        return text
 
 
 def own_target(like: RequestTarget) -> RequestTarget:

@@ -198,6 +198,7 @@ TARGETS = {
     "a query on the bare path": ("/Foo?x=1", None, True),
     "an id and a query": ("/Foo/123?x=1", "123", False),
     "an id with a coded slash": ("/Foo/a%2Fb", "a/b", False),
+    "an id that is no UTF-8": ("/Foo/%fe", "%fe", False),
     "a parameter called id": ("/users/7", "7", False),
     "a parameter called id and a query": ("/users/7?x=1", "7", False),
     "a parameter called id and a slash": ("/users/7/", "7", True),
