@@ -34,10 +34,26 @@ class Served:
 
 @asynccontextmanager
 async def listening(handle: Any) -> AsyncIterator[str]:
-    """The address of a server on a free port."""
-    server = await asyncio.start_server(handle, "127.0.0.1", 0)
-    async with server:
+    """The address of a server on a free port, whose connections end with it."""
+    tasks = set[Any]()
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.current_task())
+        try:
+            await handle(reader, writer)
+        finally:
+            writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+
+    server = await asyncio.start_server(take, "127.0.0.1", 0)
+    try:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def call(address: str, line: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
