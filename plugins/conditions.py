@@ -97,18 +97,17 @@ def compared(place: Place, name: str, param: str, *, json: bool = False) -> sa.C
     return column
 
 
-def _simple(compare: Callable[[Any, Any], Compared]) -> Compare:
+def _simple(compare: Callable[[Any, Any], Compared], *, ranged: bool = False) -> Compare:
+    read = _end if ranged else _value
+
     def made(place: Place, column: sa.Column[Any], value: Any, param: str) -> Compared:
-        return compare(*_numbers(column, place.value(column.name, value, param)))
+        return compare(*_numbers(column, read(place, column, value, param)))
 
     return made
 
 
-def _ranged(compare: Callable[[Any, Any], Compared]) -> Compare:
-    def made(place: Place, column: sa.Column[Any], value: Any, param: str) -> Compared:
-        return compare(*_numbers(column, _end(place, column, value, param)))
-
-    return made
+def _value(place: Place, column: sa.Column[Any], value: Any, param: str) -> Any:
+    return place.value(column.name, value, param)
 
 
 def _end(place: Place, column: sa.Column[Any], value: Any, param: str) -> Any:
@@ -116,7 +115,7 @@ def _end(place: Place, column: sa.Column[Any], value: Any, param: str) -> Any:
     if value is None:
         message = f"{param}: expected a value, got null, which is only equal or not equal"
         raise InvalidBody(message, param=param)
-    return place.value(column.name, value, param)
+    return _value(place, column, value, param)
 
 
 def _numbers(column: sa.Column[Any], *values: Any) -> tuple[Any, ...]:
@@ -174,10 +173,10 @@ def _ends(_: Place, column: sa.Column[Any], value: Any, param: str) -> Compared:
 _COMPARATORS: dict[str, Compare] = {
     "equals": _simple(operator.eq),
     "not_equal": _simple(operator.ne),
-    "greater_than": _ranged(operator.gt),
-    "greater_than_equal": _ranged(operator.ge),
-    "less_than": _ranged(operator.lt),
-    "less_than_equal": _ranged(operator.le),
+    "greater_than": _simple(operator.gt, ranged=True),
+    "greater_than_equal": _simple(operator.ge, ranged=True),
+    "less_than": _simple(operator.lt, ranged=True),
+    "less_than_equal": _simple(operator.le, ranged=True),
     "between": _between,
     "contains": _contains,
     "starts_with": _starts,
