@@ -5,7 +5,7 @@ import calendar
 import re
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,21 +94,35 @@ async def test_a_rate_of_requests_is_kept(upstream: ScriptedUpstream, store: str
         assert (3, 3) == (len(await server.rows()), len(upstream.requests))
 
 
-@STORES
-async def test_a_refused_caller_who_comes_again_in_time_is_answered(
+@asynccontextmanager
+async def asked_once(
     upstream: ScriptedUpstream, store: str
-) -> None:
-    """`retry-after-ms` is the truth: a moment before it is refused, then it is not."""
+) -> AsyncIterator[tuple[RunningServer, str, Callable[[float], None]]]:
+    """A server with one request a minute, a key that has just made it, and what moves its clock."""
     rule = "{per: user, requestsPerMinute: 1}"
     async with serving(upstream, rule, store=store) as (server, key):
         limits = server.server.core.billing.limits
         now = limits.clock()
         limits.clock = lambda: now
+
+        def move(seconds: float) -> None:
+            nonlocal now
+            now += seconds
+
         assert 200 == (await chat(server, key)).status
+        yield server, key, move
+
+
+@STORES
+async def test_a_refused_caller_who_comes_again_in_time_is_answered(
+    upstream: ScriptedUpstream, store: str
+) -> None:
+    """`retry-after-ms` is the truth: a moment before it is refused, then it is not."""
+    async with asked_once(upstream, store) as (server, key, move):
         assert "60000" == (await chat(server, key)).headers["retry-after-ms"]
-        now += 59.9
+        move(59.9)
         assert "100" == (await chat(server, key)).headers["retry-after-ms"]
-        now += 0.1
+        move(0.1)
         assert 200 == (await chat(server, key)).status
 
 
@@ -117,16 +131,11 @@ async def test_a_clock_that_is_set_back_lets_nobody_wait_for_its_old_time(
     upstream: ScriptedUpstream, store: str
 ) -> None:
     """A rate that was used up an hour later by the clock of before is used up no more."""
-    rule = "{per: user, requestsPerMinute: 1}"
-    async with serving(upstream, rule, store=store) as (server, key):
-        limits = server.server.core.billing.limits
-        now = limits.clock()
-        limits.clock = lambda: now
-        assert 200 == (await chat(server, key)).status
-        now -= 3600
+    async with asked_once(upstream, store) as (server, key, move):
+        move(-3600)
         assert 200 == (await chat(server, key)).status
         assert "60000" == (await chat(server, key)).headers["retry-after-ms"]
-        now += 60
+        move(60)
         assert 200 == (await chat(server, key)).status
 
 
