@@ -19,7 +19,7 @@ from .audit import Deed
 from .auth import Bearer, Credential, Role, User, Verified
 from .database import Database
 from .errors import HarperError, InvalidCredentials, NotFound
-from .people import People
+from .people import People, end_tokens
 from .permission import Grants
 from .system import CREATED, hdb_token, iso, now_ms, purpose_key
 
@@ -117,11 +117,11 @@ class Keys:
         return bool(await self._database.read(lambda connection: connection.scalar(select)))
 
     async def drop(self, key_id: str, username: str | None = None) -> None:
-        """End a key at once; of one user only if named. Raises `NotFound`."""
+        """End a key and its tokens at once; of one user only if named. Raises `NotFound`."""
         delete = sa.delete(hdb_token).where(hdb_token.c.id == key_id, _IS_KEY)
         if username is not None:
             delete = delete.where(hdb_token.c.user == username)
-        deed = Deed(hdb_token)
+        deed, of_tokens = Deed(hdb_token), Deed(hdb_token)
 
         def work(connection: sa.Connection) -> None:
             told = delete.returning(hdb_token.c.user, hdb_token.c.kind, hdb_token.c.name)
@@ -130,6 +130,7 @@ class Keys:
                 raise NotFound(message)
             before = {"user": row.user, "kind": row.kind, "name": row.name}
             deed.note(connection, "delete", key_id, before=before)
+            end_tokens(connection, of_tokens, row.user, hdb_token.c.key_id == key_id)
 
         await self._database.run(work, self._changed)
 

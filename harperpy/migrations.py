@@ -75,6 +75,7 @@ _MIGRATIONS: tuple[tuple[Callable[[sa.Connection], None], str], ...] = (
     (partial(hdb_analytics.create, checkfirst=True), "PRAGMA user_version = 7"),
     (partial(_add_columns, table=hdb_audit), "PRAGMA user_version = 8"),
     (partial(hdb_status.create, checkfirst=True), "PRAGMA user_version = 9"),
+    (partial(_add_columns, table=hdb_token), "PRAGMA user_version = 10"),
 )
 
 

@@ -133,7 +133,7 @@ class People:
             deed.note(connection, "update", username, after=_told(values), before=changed)
             if "password" in values or values.get("active") is False:
                 refresh = hdb_token.c.kind == "refresh"
-                _end_tokens(connection, of_tokens, username, refresh)
+                end_tokens(connection, of_tokens, username, refresh)
             _keep_a_super_user(connection, before)
 
         await self._database.run(work, self._changed)
@@ -146,7 +146,7 @@ class People:
             before = _super_users(connection)
             known = _known(connection, username)
             _ask(connection, may, hdb_user.c.username == username)
-            _end_tokens(connection, of_tokens, username)
+            end_tokens(connection, of_tokens, username)
             connection.execute(sa.delete(hdb_user).where(hdb_user.c.username == username))
             deed.note(connection, "delete", username, before=known)
             _keep_a_super_user(connection, before)
@@ -367,9 +367,10 @@ def _told(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**told, "password": "changed"} if "password" in told else told
 
 
-def _end_tokens(
+def end_tokens(
     connection: sa.Connection, deed: Deed, username: str, *which: sa.ColumnElement[bool]
 ) -> None:
+    """End a user's keys and tokens, those of which all this is true, and note it."""
     ended = sa.delete(hdb_token).where(hdb_token.c.user == username, *which)
     ids = list(connection.scalars(ended.returning(hdb_token.c.id)))
     if ids:

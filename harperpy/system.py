@@ -67,6 +67,8 @@ hdb_token = sa.Table(
     sa.Column("grants", sa.JSON(none_as_null=True)),
     sa.Column("family", sa.String, index=True),
     sa.Column("spent", sa.Float),
+    # The API key that a family of tokens was made with.
+    sa.Column("key_id", sa.String),
     *_times(),
 )
 

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
+import msgspec
 import sqlalchemy as sa
 
 from .audit import Deed
 from .auth import Basic, Bearer, Credential, User, Verified
 from .database import Database
 from .errors import InvalidBody, InvalidCredentials
-from .people import People
+from .people import People, end_tokens
 from .system import CREATED, hdb_token, now_ms, purpose_key
 
 Subject: TypeAlias = Literal["operation", "refresh"]
@@ -29,8 +30,8 @@ class Tokens:
     """Makes, checks and ends tokens; only keyed hashes of refresh tokens are stored.
 
     All that came from one login are a family: an operation token is good while the family is there.
-    A refresh token is good once; the second time it is shown, someone has a copy, and the family
-    ends. `changed` is called when one does.
+    What an API key made is that key's, and ends with it. A refresh token is good once; the second
+    time it is shown, someone has a copy, and the family ends. `changed` is called when one does.
     """
 
     def __init__(
@@ -58,8 +59,8 @@ class Tokens:
 
         `since` is when they began to say who they are, in ms since 1970: what a new password, or
         whatever else has changed since, would have ended is not made. Raises `InvalidCredentials`
-        then, `InvalidBody` where `seconds` is longer than a refresh token lives, and `NotFound`
-        where the user has been dropped.
+        then, or where the user's API key has been dropped, `InvalidBody` where `seconds` is longer
+        than a refresh token lives, and `NotFound` where the user has been dropped.
         """
         if seconds is not None and seconds > self._refresh_seconds:
             message = f"expires_in: expected at most {self._refresh_seconds:g} seconds"
@@ -70,6 +71,7 @@ class Tokens:
 
         def work(connection: sa.Connection) -> None:
             self._people.expect(connection, user.username, since)
+            _expect_key(connection, user.key_id)
             connection.execute(sa.insert(hdb_token).values(row))
             told = {name: row[name] for name in ("user", "kind", "expires")}
             deed.note(connection, "insert", row["id"], after=told)
@@ -91,18 +93,19 @@ class Tokens:
         deed = Deed(hdb_token, subject=user.username)
 
         def work(connection: sa.Connection) -> Literal["unknown", "spent", "good"]:
-            select = sa.select(hdb_token.c.id, hdb_token.c.spent).where(
+            select = sa.select(hdb_token.c.id, hdb_token.c.spent, hdb_token.c.key_id).where(
                 shown, _REFRESH, hdb_token.c.user == user.username
             )
             if (known := connection.execute(select).first()) is None:
                 return "unknown"
             if known.spent is not None:
-                self._end_family(connection, deed, family, user.username)
+                of_family = hdb_token.c.family == family
+                end_tokens(connection, deed, user.username, _REFRESH, of_family)
                 return "spent"
             now = now_ms()
             spend = sa.update(hdb_token).where(shown).values(spent=now, last_used=now)
             connection.execute(spend)
-            connection.execute(sa.insert(hdb_token).values(row))
+            connection.execute(sa.insert(hdb_token).values({**row, "key_id": known.key_id}))
             told = {"user": user.username, "kind": "refresh"}
             deed.note(connection, "refresh", known.id, row["id"], after=told)
             return "good"
@@ -136,8 +139,8 @@ class Tokens:
             return None
         claims = self._read(credential.token, "operation")
         user = await self._people.active_user(claims["username"])
-        await self._check_family(claims["sid"], user)
-        return Verified(user, claims["exp"])
+        key_id = await self._key_of(claims["sid"], user)
+        return Verified(msgspec.structs.replace(user, key_id=key_id), claims["exp"])
 
     async def authenticate_password(self, credential: Credential) -> Verified | None:
         """Vouches for `Basic` usernames and passwords."""
@@ -151,20 +154,16 @@ class Tokens:
             raise InvalidCredentials(message)
         return Verified(user)
 
-    async def _check_family(self, family: str, user: User) -> None:
+    async def _key_of(self, family: str, user: User) -> str | None:
+        """The API key that made a family. Raises `InvalidCredentials` where that has ended."""
         of_user = (hdb_token.c.family == family) & (hdb_token.c.user == user.username)
-        select = sa.select(1).where(of_user, _REFRESH).limit(1)
-        if not await self._database.read(lambda connection: connection.scalar(select)):
+        select = sa.select(hdb_token.c.key_id).where(of_user, _REFRESH).limit(1)
+        row = await self._database.read(lambda connection: connection.execute(select).first())
+        if row is None:
             message = "token revoked"
             raise InvalidCredentials(message)
-
-    def _end_family(
-        self, connection: sa.Connection, deed: Deed, family: str, username: str
-    ) -> None:
-        of_user = (hdb_token.c.family == family) & (hdb_token.c.user == username)
-        ended = sa.delete(hdb_token).where(of_user, _REFRESH).returning(hdb_token.c.id)
-        ids = list(connection.scalars(ended))
-        deed.note(connection, "delete", *ids, before={"user": username, "kind": "refresh"})
+        key_id: str | None = row.key_id
+        return key_id
 
     def _refresh_token(self, user: User, family: str) -> tuple[str, dict[str, Any]]:
         """A refresh token of a family, and the row that stands for it."""
@@ -176,6 +175,7 @@ class Tokens:
             "kind": "refresh",
             "hash": self._hash(token),
             "family": family,
+            "key_id": user.key_id,
             "expires": now + self._refresh_seconds * 1000,
             CREATED: now,
         }
@@ -222,3 +222,11 @@ class Tokens:
             message = "invalid token"
             raise InvalidCredentials(message)
         return claims
+
+
+def _expect_key(connection: sa.Connection, key_id: str | None) -> None:
+    """Raises `InvalidCredentials` in the caller's transaction where the key has been dropped."""
+    there = sa.select(1).where(hdb_token.c.id == key_id)
+    if key_id is not None and connection.scalar(there) is None:
+        message = "Incorrect API key provided."
+        raise InvalidCredentials(message)

@@ -20,7 +20,7 @@ from harperpy import ConfigError, InvalidBody, InvalidCredentials, Resource, Sco
 from harperpy.auth import Bearer, Credential
 from harperpy.database import Database
 from harperpy.testing import ECHO, RunningServer, running
-from helpers import basic, error_of, operation, until
+from helpers import ask, basic, error_of, operation, until
 
 TABLES = {"hdb_role", "hdb_user", "hdb_token", "hdb_audit"}
 TABLES |= {"hdb_analytics", "hdb_model_calls", "hdb_model_calls_daily"}
@@ -300,6 +300,43 @@ async def test_a_dropped_key_is_refused_at_once(server: RunningServer) -> None:
 
     assert (401, 401) == await statuses(server, sent["key"])
     assert (200, 200) == await statuses(server, sent["basic"])
+
+
+async def test_the_tokens_of_a_key_are_the_keys(server: RunningServer) -> None:
+    """They call in its name, those that follow them too, and end with it; the user's own go on."""
+    sent = await credentials_of(server, "ada")
+    (key,) = [key for key in await server.operate("list_api_keys") if key.user == "ada"]
+    _, made = await operation(server, {"operation": "create_authentication_tokens"}, sent["key"])
+    body = {"operation": "refresh_operation_token", "refresh_token": made["refresh_token"]}
+    _, next_ones = await operation(server, body)
+    tokens = [f"Bearer {one['operation_token']}" for one in (made, next_ones)]
+
+    for token in tokens:
+        assert [200, 200] == [*await statuses(server, token)]
+        hello = {"model": "echo", "messages": [{"role": "user", "content": "hello"}]}
+        said = await ask(server, "POST", "/v1/chat/completions", key=token[7:], json=hello)
+        assert 200 == said.status
+    assert [key.id] * 2 == [row["api_key"] for row in await server.rows()]
+
+    await server.operate("drop_api_key", id=key.id)
+
+    for token in tokens:
+        assert (401, 401) == await statuses(server, token)
+    body |= {"refresh_token": next_ones["refresh_token"]}
+    assert 401 == (await operation(server, body))[0]
+    assert (200, 200) == await statuses(server, sent["token"])
+
+
+async def test_a_key_that_is_dropped_meanwhile_makes_no_tokens(server: RunningServer) -> None:
+    """Who it was has been asked before; whether it is still there is asked with the writing."""
+    await credentials_of(server, "ada")
+    key_id, key = await server.server.core.keys.add("ada", "second")
+    verified = await server.server.core.keys.authenticate(Bearer(key))
+    assert verified is not None
+    await server.operate("drop_api_key", id=key_id)
+
+    with pytest.raises(InvalidCredentials):
+        await server.server.core.tokens.create(verified.user)
 
 
 async def test_an_inactive_user_is_refused_at_once_and_let_in_again(server: RunningServer) -> None:
