@@ -101,10 +101,14 @@ class Table(Generic[T]):
         self._needed = {column.name for column in columns if not column.nullable}
 
     def read(self, row: Mapping[str, Any]) -> T:
-        """A row as a record."""
+        """A row as a record. Raises `msgspec.ValidationError`, which names one that is none."""
         given = {column: row[column] for column in self.fields if row[column] is not None}
         missing = self.fields.keys() - given.keys() - self._needed
-        return msgspec.convert({**given, **dict.fromkeys(missing)}, self.record, str_keys=True)
+        try:
+            return msgspec.convert({**given, **dict.fromkeys(missing)}, self.record, str_keys=True)
+        except msgspec.ValidationError as error:
+            message = f"table {self.name!r}, record {row[self.key]!r}: {error}"
+            raise msgspec.ValidationError(message) from error
 
     def record_of(self, fields: Mapping[str, Any]) -> T:
         """The record of these fields. Raises `InvalidBody`, which names what does not fit."""

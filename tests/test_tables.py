@@ -406,6 +406,16 @@ async def test_a_field_may_go_or_be_empty_later(tmp_path: Path) -> None:
     assert (1, None) == (old.empty, new.empty)
 
 
+async def test_a_record_that_a_later_struct_does_not_take_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A type that became narrower: the log says which one to mend."""
+    await ensured(struct(("day", str, "today")), tmp_path)
+    later = struct(("day", dt.date, dt.date(2026, 1, 2)), name="Later one")
+    assert [] == await ensured(later, tmp_path)
+    assert re.search(r"table 't', record \d+: Invalid .* - at `\$\.day`", caplog.text)
+
+
 @pytest.mark.parametrize(
     ("record", "more", "said"),
     [
