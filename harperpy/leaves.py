@@ -48,6 +48,7 @@ _SIZE_TEXT = "a size such as '10MB', or a number of bytes above 0"
 
 Flag = Annotated[bool, Meta(description="true or false")]
 Text = Annotated[str, Meta(min_length=1, description="a string that is not empty")]
+FilePath = Annotated[str, Meta(pattern=r"^[^\x00]+$", description="the path of a folder or a file")]
 Host = Annotated[
     str,
     # What is between two dots has a length, or no resolver takes it.
@@ -61,10 +62,13 @@ Kind = Annotated[str, Meta(min_length=1, description="a kind of backend, such as
 Port = Annotated[int, Meta(ge=0, le=65535, description="an integer between 0 and 65535")]
 Positive = Annotated[int, Meta(ge=1, description="an integer above 0")]
 WorkerCount = Annotated[
-    Annotated[int, Meta(ge=1)] | Literal["auto"],
-    Meta(description="an integer above 0, or auto"),
+    Annotated[int, Meta(ge=1, le=1024)] | Literal["auto"],
+    Meta(description="an integer between 1 and 1024, or auto"),
 ]
 Count = Annotated[int, Meta(ge=0, description="an integer of 0 or more")]
+# More no store could count.
+Limit = Annotated[int, Meta(ge=1, le=2**53, description="an integer between 1 and 2^53")]
+LimitOrNone = Annotated[int, Meta(ge=0, le=2**53, description="an integer between 0 and 2^53")]
 Size = Annotated[int, Meta(ge=1, description=_SIZE_TEXT, extra={"parse": _in_units(_BYTE_UNITS)})]
 SizeOrOff = Annotated[
     int,
@@ -75,6 +79,10 @@ SizeOrOff = Annotated[
     ),
 ]
 Duration = Annotated[int, Meta(ge=1, description=_TIME_TEXT, extra=_TIME)]
+# SQLite counts it in an int of 32 bits.
+LockTimeout = Annotated[
+    int, Meta(ge=1, le=2**31 - 1, description=f"{_TIME_TEXT}, up to 24 days", extra=_TIME)
+]
 DurationOrOff = Annotated[int, Meta(ge=0, description=f"{_TIME_TEXT} (0 is off)", extra=_TIME)]
 SecondsOrOff = Annotated[
     float,
@@ -89,7 +97,7 @@ HttpUrl = Annotated[str, Meta(pattern="^https?://.", description="an http:// or 
 SqliteUrl = Annotated[
     str,
     Meta(
-        pattern=r"^sqlite:///(?!:memory:$).",
+        pattern=r"^sqlite:///(?!:memory:$)[^\x00]+$",
         description="an SQLite URL such as sqlite:///data/system.db (no other database works yet)",
     ),
 ]

@@ -13,12 +13,16 @@ from .leaves import (
     Durability,
     Duration,
     DurationOrOff,
+    FilePath,
     Flag,
     HashFunction,
     Host,
     HttpUrl,
     Kind,
     Level,
+    Limit,
+    LimitOrNone,
+    LockTimeout,
     MeterStore,
     Money,
     Patience,
@@ -191,7 +195,7 @@ class DatabaseConfig(Section, frozen=True, kw_only=True):
     """
 
     url: SqliteUrl | None = None
-    busy_timeout: Duration = 5_000
+    busy_timeout: LockTimeout = 5_000
     transaction_timeout: Duration = 30_000
 
 
@@ -217,7 +221,7 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     idle_timeout_ms: Positive | None = None
     max_retries: Count | None = None
     transport: TransportName = "own"
-    model_file: Text | None = None
+    model_file: FilePath | None = None
 
 
 class ModelsConfig(Section, frozen=True, kw_only=True):
@@ -260,7 +264,7 @@ class BudgetConfig(Section, frozen=True, kw_only=True):
     which then cost it nothing.
     """
 
-    tokens: Count | None = None
+    tokens: LimitOrNone | None = None
     cost: Money | None = None
     period: Period = "month"
     unknown_price: Unpriced = "refuse"
@@ -276,9 +280,9 @@ class LimitConfig(Section, frozen=True, kw_only=True):
     per: Dimension
     match: Text = "*"
     model: Text | None = None
-    requests_per_minute: Positive | None = None
-    tokens_per_minute: Positive | None = None
-    concurrent: Positive | None = None
+    requests_per_minute: Limit | None = None
+    tokens_per_minute: Limit | None = None
+    concurrent: Limit | None = None
     budget: BudgetConfig | None = None
 
 
@@ -296,7 +300,7 @@ class LimitsConfig(Section, frozen=True, kw_only=True):
 class Config(Section, frozen=True, kw_only=True):
     """All of config.yaml; `plugins` maps name to true, false or options, in the file's order."""
 
-    root_path: Text | None = None
+    root_path: FilePath | None = None
     http: HttpConfig = HttpConfig()
     operations_api: OperationsApiConfig = OperationsApiConfig()
     authentication: AuthenticationConfig = AuthenticationConfig()

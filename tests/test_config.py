@@ -274,6 +274,7 @@ def test_unknown_keys(text: str, expected: str) -> None:
 
 PORT = "expected an integer between 0 and 65535"
 PERIOD = "expected a number of seconds from 0.1 to 86400 (0, less or false is off)"
+WORKERS = "expected an integer between 1 and 1024, or auto"
 DURATION = "expected a duration such as '30m', '12h' or '1d', or a number of milliseconds"
 SIZE = "expected a size such as '10MB', or a number of bytes above 0"
 HOST = "expected the name of a host or its address"
@@ -302,10 +303,20 @@ SQLITE = "expected an SQLite URL such as sqlite:///data/system.db (no other data
             "operationsApi: {network: {host: a..b}}",
             f'operationsApi.network.host: {HOST}, got "a..b"',
         ),
-        ("http: {workers: 0}", "http.workers: expected an integer above 0, or auto, got 0"),
+        ("http: {workers: 0}", f"http.workers: {WORKERS}, got 0"),
+        ("http: {workers: 1025}", f"http.workers: {WORKERS}, got 1025"),
+        ("http: {workers: many}", f'http.workers: {WORKERS}, got "many"'),
         (
-            "http: {workers: many}",
-            'http.workers: expected an integer above 0, or auto, got "many"',
+            'rootPath: "a\\0"',
+            'rootPath: expected the path of a folder or a file, got "a\\u0000"',
+        ),
+        (
+            "database: {busyTimeout: 30d}",
+            f'database.busyTimeout: {DURATION}, up to 24 days, got "30d"',
+        ),
+        (
+            f"limits: {{rules: [{{per: user, concurrent: {2**53 + 1}}}]}}",
+            f"limits.rules[0].concurrent: expected an integer between 1 and 2^53, got {2**53 + 1}",
         ),
         ("http: {cors: 'yes'}", 'http.cors: expected true or false, got "yes"'),
         (
