@@ -28,6 +28,29 @@ _COMPARISONS: dict[str, Callable[[Any, Any], sa.ColumnElement[bool]]] = {
     "=gt=": operator.gt,
     "=ge=": operator.ge,
 }
+
+
+def _contains(column: sa.Column[Any], text: str) -> sa.ColumnElement[bool]:
+    # LIKE would not tell small letters from capital ones.
+    return sa.func.instr(column, text) > 0
+
+
+def _starts(column: sa.Column[Any], text: str) -> sa.ColumnElement[bool]:
+    # The first half is for the index.
+    return (column >= text) & (sa.func.substr(column, 1, len(text)) == text)
+
+
+def _ends(column: sa.Column[Any], text: str) -> sa.ColumnElement[bool]:
+    return sa.func.substr(column, -len(text)) == text
+
+
+# Of a text, which may be so long: the first is looked for at each place of each value.
+_PARTS: dict[str, Callable[[sa.Column[Any], str], sa.ColumnElement[bool]]] = {
+    "=ct=": _contains,
+    "=sw=": _starts,
+    "=ew=": _ends,
+}
+_LONGEST_PART = 200
 _CONDITION = re.compile(r"([^=!]+)(!=|==|=[a-z]{2}=|=)(.*)", re.DOTALL)
 _CALL = re.compile(r"(select|sort|limit)(?:\((.*)\)|=(?!=)(.*))", re.DOTALL)
 _OFFSET = "offset="
@@ -68,8 +91,11 @@ def _condition(table: Table[Any], part: str) -> sa.ColumnElement[bool]:
         _refuse(unquote_plus(part), "expected FIELD=VALUE, or FIELD=gt=VALUE and the like")
     name, sign, text = unquote_plus(found[1]), found[2], unquote_plus(found[3])
     column = _column(table, name)
+    if sign in _PARTS:
+        return _part(column, sign, text)
     if sign not in _COMPARISONS:
-        _refuse(name, f"unknown comparison {sign!r}; there are {', '.join(_COMPARISONS)}")
+        known = ", ".join((*_COMPARISONS, *_PARTS))
+        _refuse(name, f"unknown comparison {sign!r}; there are {known}")
     if isinstance(column.type, sa.JSON):
         _refuse(name, "lists and maps cannot be compared")
     compare = _COMPARISONS[sign]
@@ -82,6 +108,14 @@ def _condition(table: Table[Any], part: str) -> sa.ColumnElement[bool]:
         return compare(_ordered(column), sa.cast(value, sa.Float))
     # SQLAlchemy itself would refuse that anything is less than true.
     return compare(column, sa.literal(value, column.type))
+
+
+def _part(column: sa.Column[Any], sign: str, text: str) -> sa.ColumnElement[bool]:
+    if type(column.type) is not sa.String:
+        _refuse(column.name, f"{sign} is for texts alone")
+    if not 0 < len(text) <= _LONGEST_PART:
+        _refuse(column.name, f"{sign}: expected a text of 1 to {_LONGEST_PART} characters")
+    return _PARTS[sign](column, text)
 
 
 def _ordered(column: sa.Column[Any]) -> sa.ColumnElement[Any]:
