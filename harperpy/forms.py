@@ -7,19 +7,24 @@ from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
 from urllib.parse import parse_qsl
 
-from .errors import InvalidBody
+from .errors import InvalidBody, PayloadTooLarge
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartParser
 
 _MOST_FIELDS = 1000
+# Reading a megabyte of percent signs takes a third of a second.
+_LARGEST_FORM = 2_000_000
 
 
 def decode_form(data: bytes) -> dict[str, str | list[str]]:
     """The fields of `application/x-www-form-urlencoded` by name, in a list where one repeats.
 
-    Raises `ValueError` for what is no form.
+    Raises `PayloadTooLarge` above 2 MB, which an upload may have, and `ValueError` for what is no
+    form.
     """
+    if len(data) > _LARGEST_FORM:
+        raise PayloadTooLarge(_LARGEST_FORM)
     fields: dict[str, str | list[str]] = {}
     pairs = parse_qsl(
         data.decode(), keep_blank_values=True, errors="strict", max_num_fields=_MOST_FIELDS
@@ -83,7 +88,6 @@ class Parts:
         self._reader = _Reader(self, self._events)
         self._parser = self._reader.parser(options.get(b"boundary", b""))
         self._part: Part | None = None
-        self._count = 0
 
     def __aiter__(self) -> Self:
         return self
@@ -92,10 +96,6 @@ class Parts:
         while not self._reader.ended or self._events:
             if isinstance(event := await self._event(), Part):
                 self._part = event
-                self._count += 1
-                if self._count > _MOST_FIELDS:
-                    message = f"expected at most {_MOST_FIELDS} parts"
-                    raise InvalidBody(message)
                 return event
         # What comes after the last part is read, so that the connection can be used again.
         async for _ in self._chunks:
@@ -137,6 +137,7 @@ class _Reader:
         self._events = events
         self._headers: dict[str, str] = {}
         self._name = self._value = b""
+        self._count = 0
 
     def parser(self, boundary: bytes) -> MultipartParser:
         """Raises `InvalidBody` for a boundary that is none."""
@@ -175,6 +176,10 @@ class _Reader:
         self._events.append(data[start:end])
 
     def _begin(self) -> None:
+        self._count += 1
+        if self._count > _MOST_FIELDS:
+            message = f"expected at most {_MOST_FIELDS} parts"
+            raise InvalidBody(message)
         self._events.append(Part(dict(self._headers), self._parts))
 
     def _end(self) -> None:

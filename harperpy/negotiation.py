@@ -21,6 +21,9 @@ OCTETS = "application/octet-stream"
 CSV = "text/csv"
 MSGPACK = "application/x-msgpack"
 
+# More no client has a use for, and each is compared with each type.
+_MOST_RANGES = 100
+
 Encode = Callable[[Any], bytes]
 Decode = Callable[[bytes], Any]
 
@@ -124,7 +127,7 @@ class ContentTypes:
         """The media type to answer in. Raises `ClientError` 406 when the client takes none."""
         if not accept or accept in ("*/*", JSON):
             return JSON
-        wanted = [_media_range(part) for part in accept.lower().split(",")]
+        wanted = [_media_range(part) for part in accept.lower().split(",")[:_MOST_RANGES]]
         offered = self._offered
         best = max(offered, key=lambda name: offered[name].quality * self._liked(name, wanted))
         if self._liked(best, wanted) <= 0:

@@ -1,7 +1,9 @@
 """In which form values travel: negotiation, bodies, versions, caches, compression."""
 
 import asyncio
+import gc
 import gzip
+import io
 import os
 import re
 from pathlib import Path
@@ -23,11 +25,12 @@ from harperpy import (
     Scope,
 )
 from harperpy.testing import ECHO, running
-from helpers import Answered, ask
+from helpers import HELLO, Answered, ask
 
 PAGE = Path(__file__).parent.parent / "docs" / "content-types.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FORM = "application/x-www-form-urlencoded"
+JSON = {"Content-Type": "application/json"}
 LONG = "x" * 5000
 
 
@@ -133,12 +136,17 @@ async def post(path: str, body: Any, content_type: str | None, **headers: str) -
         ("application/*", "application/json", '{"text":"ä"}'),
         ("text/*;q=0.1, */*;q=0.01", "text/event-stream", 'data: {"text":"ä"}\n\n'),
         ("application/json;q=0, application/yaml", "application/yaml", "text: ä\n"),
+        (f"{'a/b,' * 99} application/yaml", "application/yaml", "text: ä\n"),
+        (f"{'a/b,' * 99} */*;q=0.1, application/yaml", "application/json", '{"text":"ä"}'),
     ],
 )
 async def test_the_client_chooses_how_a_value_is_written(
     accept: str, media: str, text: str
 ) -> None:
-    """Names, qualities and wildcards of `Accept` decide; a quality of 0 excludes."""
+    """Names, qualities and wildcards of `Accept` decide; a quality of 0 excludes.
+
+    What comes after a hundred is not read.
+    """
     answer = await get("/raw", accept=accept)
     assert (200, media, text) == (answer.status, answer.headers["Content-Type"], answer.text)
     assert "Accept" in answer.headers["Vary"].split(", ")
@@ -354,6 +362,34 @@ async def test_the_limit_counts_what_a_compressed_body_becomes() -> None:
     read = await post("/raw", gzip.compress(b'"a"'), "application/json", Content_Encoding="gzip")
     assert (413, "payload_too_large") == (refused.status, refused.json["code"])
     assert (200, {"got": "a"}) == (read.status, read.json)
+
+
+async def test_a_form_is_no_upload() -> None:
+    """Above 2 MB it is 413: each of its bytes may have to be decoded."""
+    answer = await post("/raw", io.BytesIO(b"a=" + b"%41" * 700_000), FORM)
+    assert 413 == answer.status
+    assert "2000000 bytes" in answer.json["detail"]
+
+
+@pytest.mark.parametrize("path", ["/raw", "/v1/chat/completions"])
+async def test_reading_many_arrays_does_not_look_for_garbage(path: str) -> None:
+    """The collector would look at them again and again, for seconds, and nobody else is served."""
+    body = {**HELLO, "model": "echo", "other": [[]] * 200_000}
+    collections: list[str] = []
+
+    def note(phase: str, _: object) -> None:
+        collections.append(phase)
+
+    async with running(resources=RESOURCES) as server:
+        gc.callbacks.append(note)
+        try:
+            answer = await ask(server, "POST", path, data=msgspec.json.encode(body), headers=JSON)
+        finally:
+            gc.callbacks.remove(note)
+    assert 200 == answer.status
+    # A collection has two phases, and one is due each 700 objects.
+    assert len(collections) < 2 * 200_000 / 700 / 10
+    assert gc.isenabled()
 
 
 async def test_a_plugin_adds_a_type() -> None:
