@@ -183,8 +183,10 @@ class Journal:
         try:
             _allocate(file, size)
             if self.synced is not None:
-                # From now on only the new one is synced.
-                _sync_folder(self.path)
+                # From now on only the new one is synced. After a power cut a file is there only if
+                # each folder on the way to it is.
+                for folder in (self.path, *self.path.parents[: 0 if self._number else 2]):
+                    _sync_folder(folder)
                 if self._file >= 0:
                     os.fdatasync(self._file)
         except OSError:

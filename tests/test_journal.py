@@ -1,6 +1,7 @@
 """The journal of model calls: what is on disk before a call is made, and becomes its one row."""
 
 import asyncio
+import os
 import resource
 import shutil
 import signal
@@ -264,6 +265,26 @@ async def test_the_last_call_of_a_journal_that_closes_is_synced(tmp_path: Path) 
         await asyncio.gather(*waiting, journal.synced())
 
     assert [1, 2] == [one["id"] for one in noted(tmp_path, "O")]
+
+
+def test_a_power_cut_takes_no_folder_of_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each that was made is on the disk before the first call is: it is what names the next."""
+    synced: list[Path] = []
+    sync = os.fsync
+
+    def note(file: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{file}").readlink())
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", note)
+    journal = Journal(tmp_path / "journal", most=1 << 22, fsync=True)
+    journal.begin(call(1))
+    journal.end(call(1))
+    journal.close(empty=False)
+
+    assert {tmp_path, tmp_path / "journal", journal.path} <= set(synced)
 
 
 async def test_what_is_left_behind_becomes_rows_once(tmp_path: Path) -> None:
