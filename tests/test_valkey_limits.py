@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import signal
+import ssl
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, closing
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from commands import refusal
 from harperpy import ConfigError
 from harperpy.testing import Answer, RunningServer, ScriptedUpstream, running, streamed, whole
 from helpers import HELLO, Answered, ask, finished_calls, provider
+from raw_provider import certificate
 from valkeys import PASSWORD, ValkeyServer
 
 CHAT = "/v1/chat/completions"
@@ -453,3 +455,37 @@ async def test_a_server_leaves_nothing_behind(
         everything = f"{names}{[client.hgetall(name) for name in names if 'life:' not in name]}"
     assert key not in everything
     assert "hello" not in everything
+
+
+@asynccontextmanager
+async def behind_tls(port: int, certified: Path) -> AsyncIterator[int]:
+    """A port that speaks TLS, and passes on what it hears."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certified)
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError), closing(writer):
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(pass_on(reader, back), pass_on(there, writer))
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as listener:
+        yield listener.sockets[0].getsockname()[1]
+
+
+@pytest.mark.parametrize(("known", "status"), [(True, 200), (False, 503)])
+async def test_over_tls_it_shows_who_it_is(
+    upstream: ScriptedUpstream, valkey: ValkeyServer, tmp_path: Path, *, known: bool, status: int
+) -> None:
+    """By a certificate of the authority that the URL names; nobody else counts for us."""
+    path = certificate(tmp_path)
+    async with behind_tls(valkey.port, path) as port:
+        url = f"valkeys://:{PASSWORD}@localhost:{port}/0"
+        url += f"?ssl_ca_certs={path}" if known else ""
+        config = limited(upstream.url, url, "{per: user, match: alice, concurrent: 5}")
+        async with machines(config) as ((server, key),):
+            assert status == (await chat(server, key)).status
