@@ -194,8 +194,12 @@ def _compile(files: list[Path]) -> None:
         try:
             with warnings.catch_warnings(action="ignore"):
                 compile(file.read_bytes(), str(file), "exec", dont_inherit=True)
-        except (SyntaxError, ValueError) as error:
-            where = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
-            reason = error.msg if isinstance(error, SyntaxError) else error
-            message = f"{file}{where}: {reason}"
+        except SyntaxError as error:
+            message = f"{file}:{error.lineno}: {error.msg}"
+            raise ConfigError(message) from error
+        except OSError as error:
+            message = f"{file}: cannot be read: {error.strerror}"
+            raise ConfigError(message) from error
+        except (ValueError, RecursionError, MemoryError) as error:
+            message = f"{file}: {str(error) or 'it is nested too deeply'}"
             raise ConfigError(message) from error

@@ -82,6 +82,7 @@ async def test_the_banner_and_its_secrets_are_printed_once(project: Path) -> Non
 
 BROKEN = {
     "a file that is no Python": ("resources.py", "class Word(:\n", "resources.py:1: "),
+    "a file that no parser takes": ("resources.py", f"x = {'-' * 100_000}1\n", "resources.py: "),
     "a config.yaml with an unknown key": ("config.yaml", "htpp: {}\n", "did you mean 'http'?"),
 }
 
@@ -145,6 +146,9 @@ async def test_a_link_that_leads_to_itself_is_no_file(project: Path) -> None:
     """What looks like a file of the project and is none ends nothing: the next change is taken."""
     async with serving(project) as server:
         (project / "loop.py").symlink_to("loop.py")
+        (project / "memory.py").symlink_to("/proc/self/mem")
+        assert "Traceback" not in await logged(project, "memory.py: cannot be read: ")
+        (project / "memory.py").unlink()
         say(project, "two")
         assert "resources.py changed" in await restarted(server)
         assert (200, "two") == await get(f"{server.url}/Word")
