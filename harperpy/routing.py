@@ -19,7 +19,8 @@ Kind: TypeAlias = Literal["generative", "embedding"]
 """What a model is for."""
 
 DEFAULT = "default"
-_MOST_KEPT = 1024
+# What is asked for is the caller's text, and may be as long as a body.
+_MOST_KEPT, _LONGEST_KEPT = 1024, 256
 
 _BASE: dict[Kind, frozenset[Capability]] = {
     "generative": frozenset({"generate", "stream"}),
@@ -169,7 +170,7 @@ class Routes:
             if able is not None:
                 return able
         # Once it has started no backend comes or changes any more, so neither does what is found.
-        keeps = self._frozen and unlimited and isinstance(name, str)
+        keeps = self._frozen and unlimited and isinstance(name, str) and len(name) <= _LONGEST_KEPT
         kind, requires = _kind_of(method), needs_of(method, asked, opts)
         if not keeps:
             return _planned(self.candidates(kind, name, requires, permission), method, name)

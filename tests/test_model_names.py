@@ -1,6 +1,8 @@
 """Which model a name means, and which names are listed: exact ones, and what patterns stand for."""
 
 import asyncio
+import gc
+import tracemalloc
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -108,6 +110,24 @@ async def test_an_unknown_name_is_not_the_default(upstream: ScriptedUpstream, na
 
     assert (404, "model_not_found", "model") == (response.status, error["code"], error["param"])
     assert [] == upstream.requests
+
+
+async def test_a_name_as_long_as_a_body_is_not_kept() -> None:
+    """Under a pattern any name may be asked for; a long one takes memory for its call alone."""
+    long = 200_000
+    async with running("models: {generative: {'*': {backend: echo}}}") as server:
+        await ask(server, "POST", CHAT, json={**HELLO, "model": "short"})
+        tracemalloc.start()
+        try:
+            for at in range(20):
+                answer = await ask(server, "POST", CHAT, json={**HELLO, "model": "x" * (long + at)})
+                assert 200 == answer.status
+            gc.collect()
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+
+    assert held < 5 * long
 
 
 @pytest.mark.parametrize(
