@@ -16,11 +16,14 @@ PRIVATE = "private, no-cache"
 
 def vary(headers: CIMultiDict[str], on: str) -> None:
     """Say that the answer depends on this header of the request too."""
-    known = headers.get(VARY)
+    known = headers.getall(VARY, None)
     if known is None:
         headers[VARY] = on
-    elif known != "*" and on.lower() not in known.lower():
-        headers[VARY] = f"{known}, {on}"
+        return
+    told = ", ".join(known)
+    names = told.lower().replace(" ", "").split(",")
+    if "*" not in names and on.lower() not in names:
+        headers[VARY] = f"{told}, {on}"
 
 
 def tell_version(headers: CIMultiDict[str], context: Context, status: int) -> bool:

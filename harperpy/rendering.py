@@ -77,13 +77,15 @@ class Reply(msgspec.Struct, eq=False):
 class Flow(msgspec.Struct, eq=False):
     """A stream that a handler returned, its type as far as that is certain, and its own headers.
 
-    What is `raw` needs no framing. `divert` is for a source of bytes that go out as they are.
+    What is `raw` needs no framing, and what is `agreed` is of the type that the client would rather
+    have. `divert` is for a source of bytes that go out as they are.
     """
 
     source: AsyncIterator[Any]
     media: str | None
     headers: dict[str, str]
     raw: bool = False
+    agreed: bool = False
     divert: Divert[bytes] | None = None
 
 
@@ -148,7 +150,7 @@ def render(value: Any, context: Context) -> Reply | Flow:
         return _events(value)
     if isinstance(value, (AsyncIterable, Iterator)):
         source = aiterate(cast("AsyncIterable[Any] | Iterable[Any]", value))
-        return Flow(source, _agreed(context), {})
+        return Flow(source, _agreed(context), {}, agreed=True)
     if value is None:
         if context.method in ("GET", "HEAD"):
             raise NotFound
@@ -214,7 +216,9 @@ def _render_response(response: Response, context: Context) -> Reply | Flow:
             return Reply(status, NO_HEADERS, body, lines=media)
     headers, status = merged(context, own), _final(status)
     if response.data is not msgspec.UNSET:
-        media = headers.get(CONTENT_TYPE) or context.types.negotiate(context.accept)
+        if not (media := headers.get(CONTENT_TYPE)):
+            media = context.types.negotiate(context.accept)
+            vary(headers, "Accept")
         data = context.types.serialize(response.data, media.partition(";")[0])
         return _whole(status, headers, media, data, context, keep_status=True)
     if body is None or isinstance(body, _PLAIN):
@@ -305,21 +309,22 @@ async def prime(flow: Flow, entry: Entry, context: Context, early: Early) -> Rep
 
     Only where the type is certain before the first item may the head go out without it.
     """
-    source, media, own, raw = flow.source, flow.media, flow.headers, flow.raw
+    source, media, raw = flow.source, flow.media, flow.raw
     resource = entry.resource
     reply = Reply(200, CIMultiDict(), quiet=raw)
     if context.method == "HEAD":
         await aclose(source)
-        _head(reply, media or context.types.negotiate(context.accept), own, resource, context)
+        _head(reply, media or context.types.negotiate(context.accept), flow, resource, context)
         return reply
 
     def commit() -> None:
-        _head(reply, EVENTS, own, resource, context)
+        _head(reply, EVENTS, flow, resource, context)
         reply.committed = True
         early(reply)
 
     wait = resource.first_item_wait
-    begins = media == EVENTS and not (raw and any(name.lower() in _COUNTED for name in own))
+    counted = raw and any(name.lower() in _COUNTED for name in flow.headers)
+    begins = media == EVENTS and not counted
     late = asyncio.get_running_loop().call_later(wait, commit) if begins else None
     try:
         first = await anext(source, END)
@@ -328,7 +333,7 @@ async def prime(flow: Flow, entry: Entry, context: Context, early: Early) -> Rep
         framing = RAW if raw else framing_of(media, resource, context)
         ready = None if first is END else framing.item(first)
         if not reply.committed:
-            _head(reply, media, own, resource, context)
+            _head(reply, media, flow, resource, context)
     except BaseException as error:
         await aclose(source)
         if not reply.committed or not isinstance(error, Exception):
@@ -343,12 +348,12 @@ async def prime(flow: Flow, entry: Entry, context: Context, early: Early) -> Rep
     return reply
 
 
-def _head(
-    reply: Reply, media: str, own: dict[str, str], resource: type[Resource], context: Context
-) -> None:
+def _head(reply: Reply, media: str, flow: Flow, resource: type[Resource], context: Context) -> None:
     """Settle the head by what the handler, or the stream's first step, has set until now."""
     reply.status = _final(context.status or 200)
-    reply.headers = merged(context, own)
+    reply.headers = merged(context, flow.headers)
+    if flow.agreed:
+        vary(reply.headers, "Accept")
     _name(media, reply.headers)
     if media == EVENTS:
         reply.keepalive = resource.keepalive

@@ -517,6 +517,44 @@ class Cached(Resource):
         return Response(200, {"Cache-Control": target.get("cache") or ""}, data=1)
 
 
+class Varying(Resource):
+    """Says itself what its answers vary by, and answers in one of several ways."""
+
+    public = True
+    sub_paths = True
+
+    @staticmethod
+    async def get(target: RequestTarget, context: Context) -> Any:
+        """A record, a `Response` of one, or a stream of them."""
+        for name in target.get_all("by"):
+            context.response_headers.add("Vary", name)
+        ways = {"plain": {"a": 1}, "response": Response(data={"a": 1}), "stream": iter([{"a": 1}])}
+        return ways[target.id or "plain"]
+
+
+@pytest.mark.parametrize("way", ["plain", "response", "stream"])
+@pytest.mark.parametrize(
+    ("query", "told"),
+    [
+        pytest.param("", {"accept"}, id="nothing else"),
+        pytest.param("?by=Accept-Language", {"accept-language", "accept"}, id="a longer name"),
+        pytest.param("?by=accept,%20X-A", {"accept", "x-a"}, id="said already"),
+        pytest.param("?by=X-A&by=X-B", {"x-a", "x-b", "accept"}, id="on two lines"),
+        pytest.param("?by=*", {"*"}, id="everything"),
+    ],
+)
+async def test_no_cache_gives_one_clients_type_to_another(
+    way: str, query: str, told: set[str]
+) -> None:
+    """What was negotiated says that it varies by `Accept`, beside what the handler says."""
+    async with running(f"{ECHO}\nhttp: {{cors: false}}", resources={"it": Varying}) as server:
+        yaml = {"Accept": "application/yaml"}
+        answer = await ask(server, "GET", f"/it/{way}{query}", key="", headers=yaml)
+
+    assert (200, "application/yaml") == (answer.status, answer.headers["Content-Type"])
+    assert told == {name.strip().lower() for name in answer.headers["Vary"].split(",")}
+
+
 @pytest.mark.parametrize(
     ("path", "authorization", "told"),
     [
