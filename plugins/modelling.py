@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from harperpy import HarperError, NoParameters, Scope
+from harperpy import HarperError, NoParameters, Scope, mask
 
 _LONGEST = 500
 
@@ -45,12 +45,11 @@ class ModelOperations:
         try:
             told = await self._asked(request)
         except HarperError as error:
-            # The operator may know what the provider said.
             told = {
                 "success": False,
                 "status": error.status,
                 "code": error.code,
-                "error": error.public_message,
+                "error": _why(error),
             }
         return {**told, "latency_ms": round((time.perf_counter() - started) * 1000, 1)}
 
@@ -71,3 +70,9 @@ class ModelOperations:
             "finish_reason": answer.finish_reason,
             "usage": answer.usage,
         }
+
+
+def _why(error: HarperError) -> str:
+    """What any caller is told, and of a failure what the log says: the operator may know it."""
+    told, noted = error.public_message, error.logged
+    return told if error.status < 500 or noted == told else f"{told} ({mask(noted)})"

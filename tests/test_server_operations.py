@@ -21,7 +21,7 @@ from sqlalchemy import delete
 
 from harperpy import ClientError, Scope
 from harperpy.testing import ECHO, Answer, RunningServer, ScriptedUpstream, running
-from helpers import HELLO, ask, operation, provider
+from helpers import HELLO, ask, operation, provider, quiet_port
 
 
 class Note(msgspec.Struct):
@@ -233,6 +233,30 @@ async def test_models_are_listed_and_tried(upstream: ScriptedUpstream) -> None:
         assert (False, 500) == (bad["success"], bad["status"])
         assert (False, "model_not_found") == (unknown["success"], unknown["code"])
         assert [False, False, True, True] == [row["success"] for row in await server.rows()]
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (Answer(status=400, body={"error": {"message": "too warm"}}), "too warm"),
+        (Answer(status=401), "this server's credentials. (the provider answered 401)"),
+        (Answer(status=500, body={"error": {"message": "no"}}), "(the provider answered 500)"),
+        (Answer(body={}), "failed to answer. (an answer without a choice)"),
+        (None, "(no connection to the provider: ConnectionRefusedError: "),
+    ],
+    ids=["refused", "key", "failed", "odd", "away"],
+)
+async def test_a_try_tells_the_operator_why_it_failed(
+    upstream: ScriptedUpstream, answer: Answer | None, told: str
+) -> None:
+    """Who runs the server is told what is wrong with a provider, and not only that it is."""
+    url = upstream.url if answer else f"http://127.0.0.1:{quiet_port()}/v1"
+    upstream.script(*filter(None, [answer]))
+    async with running(provider(url)) as server:
+        tried = await got(server, "test_model")
+
+    assert not tried["success"]
+    assert told in tried["error"]
 
 
 # Settings
