@@ -136,6 +136,15 @@ class Server:
             await self.stop()
             raise
 
+    async def rehearse(self) -> None:
+        """Do what a start does before the plugins' own hooks, and close. Raises `ConfigError`."""
+        try:
+            await self._open()
+            self.loader.find()
+            self.loader.make_models(self.config, self.routes)
+        finally:
+            await self.stop()
+
     def take_over(self, config: Config) -> list[str]:
         """Use a changed configuration where only options of plugins that listen changed.
 

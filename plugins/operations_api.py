@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import asyncio
 from typing import Any, Literal, cast
 
 import msgspec
@@ -11,7 +11,6 @@ from harperpy import (
     AccessViolation,
     Body,
     ClientError,
-    ConfigError,
     Context,
     Deed,
     HarperError,
@@ -23,7 +22,6 @@ from harperpy import (
     Response,
     Scope,
     json_response,
-    load_config,
     redacted,
 )
 
@@ -39,6 +37,7 @@ from . import (
     status,
     usage,
 )
+from .trial import trouble
 
 _MORE = (sql, searching, recording, describing, usage, modelling, status, settings, machine, logs)
 
@@ -110,11 +109,9 @@ class ServerOperations:
     async def restart_service(self, request: RestartService, context: Context) -> str:
         """Start a part of the server anew, which is all of it."""
         path = self._scope.config_file_path
-        try:
-            load_config(path, os.environ)
-        except ConfigError as error:
-            message = f"the server stays as it is: {error}"
-            raise ClientError(message, status=409) from error
+        if told := await asyncio.to_thread(trouble, path, self._scope.directory):
+            message = f"the server stays as it is: {told}"
+            raise ClientError(message, status=409)
         deed = Deed("server")
         await self._scope.database.run(lambda made: deed.note(made, "restart", request.service))
         context.response_headers["Connection"] = "close"

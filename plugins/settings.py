@@ -17,10 +17,13 @@ import sqlalchemy as sa
 
 from harperpy import ClientError, Config, ConfigError, Deed, Scope, load_config, redacted
 
+from .trial import trouble
 from .yaml_edit import edited
 
 _SECRET = re.compile(r"key$|token$|secret$|password$", re.IGNORECASE)
 _MOST_LEVELS = 32
+# What stands there may be well written, and yet nothing to start with.
+_TRIED = {"models", "plugins", "limits"}
 _DONE = (
     "Configuration successfully set. You must restart harperpy for new config settings to take "
     "effect."
@@ -95,6 +98,8 @@ class Settings:
                 opened.flush()
                 os.fsync(opened.fileno())
             after = redacted(_checked(file))
+            if _TRIED & {keys[0] for keys, _ in changes}:
+                self._try(file)
             if path.exists():
                 file.chmod(path.stat().st_mode)
         except BaseException:
@@ -103,6 +108,12 @@ class Settings:
         names = [".".join(keys) for keys, _ in changes]
         old = {name: _at(before, name) for name in names}
         return _Change(file, old, {name: _at(after, name) for name in names})
+
+    def _try(self, file: Path) -> None:
+        """Raises `ClientError` if no server could start with what the file says."""
+        if told := trouble(file, self._scope.directory):
+            message = f"config file validation error: {told.removeprefix('config.yaml: ')}"
+            raise ClientError(message)
 
 
 class _Change(NamedTuple):

@@ -64,16 +64,28 @@ async def test_a_restart_brings_what_config_yaml_says_by_then(server: Serving) -
     assert 0 == await again.end()
 
 
-async def test_a_config_that_cannot_be_read_stops_no_server(
-    server: Serving, tmp_path: Path
+@pytest.mark.parametrize(
+    ("config", "wrong"),
+    [
+        ("http: {port: none}", "http.port: expected"),
+        ("models: {generative: {default: {backend: ehco}}}", "did you mean 'echo'?"),
+        ("models: {generative: {default: {backend: openai}}}", "default.apiKey: expected a key"),
+        ("limits: {rules: [{per: user}]}", "it limits nothing"),
+        ("limits: {store: memory}\nhttp: {workers: 3}", "limits.store: memory is each"),
+        ("plugins: {mine: {timeout: -1}}", "plugins.mine.timeout: expected"),
+    ],
+)
+async def test_a_config_that_nothing_starts_with_stops_no_server(
+    server: Serving, tmp_path: Path, config: str, wrong: str
 ) -> None:
     """It is refused, what is wrong is said, and the server goes on."""
-    (tmp_path / "config.yaml").write_text("http: {port: none}")
+    (tmp_path / "config.yaml").write_text(config)
 
     status, told, _ = await operate(server, "restart")
 
     assert 409 == status
-    assert "http.port: expected" in told["error"]
+    assert "the server stays as it is: " in told["error"]
+    assert wrong in told["error"]
     assert 200 == (await operate(server, "get_status"))[0]
 
 

@@ -345,6 +345,9 @@ REFUSED: dict[str, tuple[int, dict[str, Any]]] = {
     "half of it wrong": (400, {"logging_level": "error", "http_port": 99_999}),
     "what nests too deeply": (400, {"plugins.x": {"a": NESTED}}),
     "below a value": (400, {"logging.level.x": 1}),
+    "a backend that is none": (400, {"models.generative.default": {"backend": "ehco"}}),
+    "a rule that limits nothing": (400, {"limits.rules": [{"per": "user"}]}),
+    "a plugin without time": (400, {"plugins.mine.timeout": -1}),
 }
 
 
