@@ -76,6 +76,7 @@ class Call(msgspec.Struct, eq=False):
         """Record that there is nobody to ask."""
         row = self._row(blank_row(method, self.opts.model))
         self.ledger.begin(row)
+        self.caller.call_headers[CALL_ID] = f"{row.id}"
         Recorder(self.ledger, row).close(error)
 
     @property

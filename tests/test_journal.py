@@ -112,15 +112,20 @@ async def test_every_answer_of_a_model_names_its_row(
     server: RunningServer, upstream: ScriptedUpstream
 ) -> None:
     """Whole, streamed, embedded or refused: `x-harper-call-id` is the row's id."""
-    asked: list[tuple[str, dict[str, Any]]] = [
-        (CHAT, {**HELLO, "model": "default"}),
-        (CHAT, {**HELLO, "model": "default", "stream": True}),
-        ("/v1/embeddings", {"model": "default", "input": "a"}),
+    asked: list[tuple[str, dict[str, Any], str | None]] = [
+        (CHAT, {**HELLO, "model": "default"}, None),
+        (CHAT, {**HELLO, "model": "default", "stream": True}, None),
+        ("/v1/embeddings", {"model": "default", "input": "a"}, None),
+        (CHAT, {**HELLO, "model": "nothing"}, "backend_not_found"),
+        (CHAT, {**HELLO, "model": "nothing", "stream": True}, "backend_not_found"),
+        ("/v1/embeddings", {"model": "nothing", "input": "a"}, "backend_not_found"),
+        (CHAT, {**HELLO, "model": "default", "store": True}, "capability_unsupported"),
     ]
-    for path, body in asked:
+    for path, body, code in asked:
         answer = await ask(server, "POST", path, json=body)
         (row, *_) = await server.rows()
-        assert str(row["id"]) == answer.headers["x-harper-call-id"], path
+        named = str(row["id"]), row["error_code"]
+        assert named == (answer.headers.get("x-harper-call-id"), code), body
     answer = await ask(server, "GET", "/v1/models")
     assert "x-harper-call-id" not in answer.headers
 
