@@ -182,7 +182,7 @@ def _targeted(command: Callable[..., None]) -> Callable[..., None]:
 
 @main.group()
 def user() -> None:
-    """Add, list, change and remove users."""
+    """Add, list and remove users."""
 
 
 @user.command("add")

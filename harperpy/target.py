@@ -20,13 +20,11 @@ from .held import SOCKET_NAME
 from .remote import Remote
 from .sections import Config
 from .server import Server
-from .words import answer
+from .words import AIM, answer
 
 T = TypeVar("T")
 
 logger = logging.getLogger("harperpy.target")
-
-_AIM = ("target", "auth_username", "auth_password")
 
 
 class Target(msgspec.Struct):
@@ -56,7 +54,7 @@ class Target(msgspec.Struct):
         They are taken out of the parameters. A URL may hold the name and password too. Raises
         `ValueError`.
         """
-        url, name, password = (parameters.pop(one, None) for one in _AIM)
+        url, name, password = (parameters.pop(one, None) for one in AIM)
         if (name is None) != (password is None):
             message = "auth_username and auth_password: expected both, or neither"
             raise ValueError(message)

@@ -8,6 +8,9 @@ from typing import Any
 import msgspec
 import yaml
 
+AIM = ("target", "auth_username", "auth_password")
+"""What says where an operation goes, and who asks: text, whatever it looks like."""
+
 
 def parameters(words: Sequence[str]) -> dict[str, Any]:
     """`key=value`, `--key=value` and `--key value`; a `--key` alone is true.
@@ -29,7 +32,8 @@ def parameters(words: Sequence[str]) -> dict[str, Any]:
         if key in found:
             message = f"{key} is given twice"
             raise ValueError(message)
-        found[key] = _value(value)
+        read = _value(value)
+        found[key] = value if key in AIM and not isinstance(read, str) else read
     return found
 
 

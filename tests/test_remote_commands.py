@@ -47,6 +47,20 @@ async def test_an_operation_goes_to_the_server_that_it_names(
     assert [] == names(tmp_path)
 
 
+@pytest.mark.parametrize("word", ["1e3", "0.10", "12345678901234567890.0", "true", "null", "[1]"])
+async def test_a_name_and_a_password_are_text(
+    remote: RunningServer, tmp_path: Path, word: str
+) -> None:
+    """Who is called as JSON has it, or whose password is, logs in as anyone."""
+    user = {"username": word, "password": word, "role": "super_user"}
+    await remote.operate("add_user", **user)
+
+    login = (f"auth_username={word}", f"auth_password={word}")
+    own = await said(tmp_path, "user_info", f"target={remote.operations_url}", *login)
+
+    assert word == str(own["username"])
+
+
 async def test_what_fails_names_the_operation(
     remote: RunningServer, deaf_port: int, tmp_path: Path
 ) -> None:
