@@ -159,6 +159,9 @@ class KeyOperations:
                 raise AccessViolation(caller, message)
         if (owner := await self._people.user(username)) is None:
             message = f"User {username} does not exist"
+            if request.username is None:
+                # The local socket before there is a super user, or a plugin.
+                message = "username: expected whose key it is, as who asks is no user"
             raise NotFound(message, param="username")
         return owner
 

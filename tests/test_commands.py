@@ -116,6 +116,13 @@ async def test_a_refusal_is_one_sentence(project: Path, words: str) -> None:
     assert REFUSED[words] in await refusal(project, *words.split())
 
 
+async def test_a_key_is_somebodys(project: Path) -> None:
+    """Before there is a super user, whose it is has to be said: the socket itself is nobody."""
+    told = await refusal(project, "key", "add", "laptop")
+
+    assert "add_api_key: username: expected whose key it is, as who asks is no user" == told
+
+
 async def test_what_fails_tells_nothing_of_its_inside(project: Path) -> None:
     """A running server answers with its general words, and without one the kind is told."""
     assert "fails: it failed with ValueError" == await refusal(project, "fails")
