@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import logging
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -60,6 +61,7 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="harperpy", message="%(version)s")
 def main() -> None:
     """A programmable AI server.
 
@@ -88,7 +90,8 @@ def dev(
     """Serve DIR on this machine only; on the first start make an administrator and print its key.
 
     DIR holds config.yaml, resources.py and plugins/; all of them may be missing. When config.yaml
-    or a Python file changes, the server starts anew, and no connection is refused meanwhile.
+    or a Python file changes, the server starts anew, and no connection is refused meanwhile. The
+    ports are http.port (9926) and operationsApi.network.port (9925) of config.yaml.
     """
     what = Serving(directory, root, dev=True, offline=offline, version=_version())
     if no_reload or inherited:
@@ -99,7 +102,7 @@ def dev(
     sys.exit(told(lambda: asyncio.run(parent.run())))
 
 
-@main.command()
+@main.command(short_help="Serve DIR on all interfaces, for others.")
 @_DIRECTORY
 @_ROOT
 @_OFFLINE
@@ -140,7 +143,7 @@ _TEMPLATES = "\n".join(f"{name:<10}{about}" for name, about in TEMPLATES.items()
 def init(name: Path, template: str) -> None:
     """Write a new project into the folder NAME: its config, its code, and tests that pass."""
     told(lambda: write_project(name, template))
-    click.echo(f"Wrote {name}. Next: harperpy dev {name}")
+    click.echo(f"Wrote {name}. Next: harperpy dev {shlex.quote(str(name))}")
 
 
 @main.command(short_help="Load DIR, and say what is wrong with it.")
@@ -180,9 +183,9 @@ def _targeted(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@main.group()
+@main.group(short_help="Add, list and remove users.")
 def user() -> None:
-    """Add, list and remove users."""
+    """Add, list and remove users; 'harperpy alter_user username=NAME ...' changes one."""
 
 
 @user.command("add")
@@ -193,7 +196,7 @@ def user() -> None:
 @_targeted
 def user_add(username: str, role: str, tenant: str | None, password: str, **where: Any) -> None:
     """Add a user."""
-    _aimed(where).operate(
+    _asked(where).operate(
         "add_user", username=username, password=password, role=role, tenant=tenant
     )
 
@@ -202,7 +205,7 @@ def user_add(username: str, role: str, tenant: str | None, password: str, **wher
 @_targeted
 def user_list(**where: Any) -> None:
     """List all users."""
-    _aimed(where).operate("list_users")
+    _asked(where).operate("list_users")
 
 
 @user.command("drop")
@@ -210,7 +213,7 @@ def user_list(**where: Any) -> None:
 @_targeted
 def user_drop(username: str, **where: Any) -> None:
     """Remove a user with its keys and tokens."""
-    _aimed(where).operate("drop_user", username=username)
+    _asked(where).operate("drop_user", username=username)
 
 
 @main.group()
@@ -238,14 +241,14 @@ def key_add(
     """Make an API key; it is shown this once."""
     limits = parameters([f"grants={grants}"] if grants else [])
     limits |= {"tenant": tenant, "expires_in": expires_in}
-    _aimed(where).operate("add_api_key", name=name, username=username, **limits)
+    _asked(where).operate("add_api_key", name=name, username=username, **limits)
 
 
 @key.command("list")
 @_targeted
 def key_list(**where: Any) -> None:
     """List API keys by their first letters."""
-    _aimed(where).operate("list_api_keys")
+    _asked(where).operate("list_api_keys")
 
 
 @key.command("drop")
@@ -253,7 +256,7 @@ def key_list(**where: Any) -> None:
 @_targeted
 def key_drop(id: str, **where: Any) -> None:  # noqa: A002
     """End an API key at once."""
-    _aimed(where).operate("drop_api_key", id=id)
+    _asked(where).operate("drop_api_key", id=id)
 
 
 @main.group()
@@ -287,7 +290,7 @@ def models_rm(name: str | None) -> None:
 @_targeted
 def sql(select: str, **where: Any) -> None:
     """Run one SELECT over the system tables, e.g. "SELECT * FROM system.hdb_model_calls"."""
-    _aimed(where).operate("sql", sql=select)
+    _asked(where).operate("sql", sql=select)
 
 
 @main.command(short_help="List what the project's plugins add to these commands.")
@@ -297,7 +300,7 @@ def commands(**where: Any) -> None:
 
     Run one as 'harperpy NAME key=value ...', like any operation.
     """
-    _aimed(where).operate("list_commands")
+    _asked(where).operate("list_commands")
 
 
 def _operation(name: str) -> click.Command:
@@ -321,7 +324,10 @@ def _operation(name: str) -> click.Command:
         target = _aimed({**where, "seconds": None}, given)
         if not target.is_project:
             near = nearest(name, main.commands, "commands")
-            ctx.fail(f"no such command '{name}', and no project here that may add it; {near}")
+            ctx.fail(
+                f"no such command '{name}', and no project here that may add it; {near}"
+                " (--dir names a project's folder)"
+            )
         target.operate(name.replace("-", "_"), **given)
 
     return command
@@ -333,6 +339,18 @@ def _aimed(where: Mapping[str, Any], given: dict[str, Any] | None = None) -> Tar
         return Target(**where).aimed({} if given is None else given)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+
+
+def _asked(where: Mapping[str, Any]) -> Target:
+    """The server that the options name. Raises `UsageError`, also where there is none to ask."""
+    target = _aimed(where)
+    if not target.is_project:
+        message = (
+            f"no project is in {target.directory.resolve()}: name its folder by --dir,"
+            " or a server by --url"
+        )
+        raise click.UsageError(message)
+    return target
 
 
 def _serve(what: Serving, inherited: str | None) -> None:

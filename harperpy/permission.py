@@ -351,7 +351,9 @@ def _database(name: str, document: Mapping[str, Any]) -> tuple[dict[str, TableRi
     if name == SYSTEM:
         return {}, ["system is read by super users alone, and written by nobody"]
     if name != DATABASE:
-        return {}, [f"database '{name}' does not exist"]
+        near = closest(name, [*_MAIN, DATABASE])
+        unknown = f"database '{name}' does not exist"
+        return {}, [f"{unknown}; did you mean {near}?" if near else unknown]
     errors: list[str] = []
     read = _converted(document, _Tables, name, errors)
     if read is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from .secret import mask
 
 _SECONDS = 10.0
 _CONNECT_SECONDS = 5.0
+_LISTS = ("unauthorized_access", "invalid_schema_items", "main_permissions")
 
 
 class Remote:
@@ -48,8 +49,13 @@ class Remote:
                 raise ClientError(message)
             self._headers["Authorization"] = f"Bearer {api_key}"
 
-    async def operate(self, body: Mapping[str, Any]) -> Any:
-        """The result. Raises `ClientError` with the server's refusal, or if nobody answers."""
+    async def operate(
+        self, body: Mapping[str, Any], headers: MutableMapping[str, str] | None = None
+    ) -> Any:
+        """The result; its headers, in lower case, are put into `headers`.
+
+        Raises `ClientError` with the server's refusal, or if nobody answers.
+        """
         connector = aiohttp.UnixConnector(str(self._socket)) if self._socket else None
         timeout = aiohttp.ClientTimeout(total=self._seconds, sock_connect=_CONNECT_SECONDS)
         try:
@@ -59,6 +65,8 @@ class Remote:
                     self._url, json=dict(body), headers=self._headers, allow_redirects=False
                 ) as response,
             ):
+                if headers is not None:
+                    headers.update((name.lower(), one) for name, one in response.headers.items())
                 return _result(response.status, await response.read())
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             where = self._socket or self._url
@@ -75,15 +83,16 @@ def _result(status: int, body: bytes) -> Any:
         message = f"the server answered {status}, and not as an operations port does"
         raise ClientError(message) from error
     if status >= 400:
-        told = _told(cast("dict[str, Any]", answer)) if isinstance(answer, dict) else None
-        message = told or f"the server answered {status}"
+        refusal = cast("dict[str, Any]", answer) if isinstance(answer, dict) else {}
+        message = sentence(refusal.get("error"), refusal) or f"the server answered {status}"
         raise ClientError(message, status=status)
     return answer
 
 
-def _told(refusal: dict[str, Any]) -> str | None:
-    """The sentence of a refusal, and what its report says is lacking."""
-    lacks = [*refusal.get("unauthorized_access", ()), *refusal.get("invalid_schema_items", ())]
-    shown = [one if isinstance(one, str) else msgspec.json.encode(one).decode() for one in lacks]
-    error: str | None = refusal.get("error")
+def sentence(error: str | None, report: Mapping[str, Any]) -> str | None:
+    """What a refusal says, and what its report says is lacking or wrong."""
+    lists = [report.get(key, ()) for key in _LISTS]
+    lists += report.get("schema_permissions", {}).values()
+    parts = [one for each in lists for one in each]
+    shown = [one if isinstance(one, str) else msgspec.json.encode(one).decode() for one in parts]
     return f"{error}: {'; '.join(shown)}" if error and shown else error

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -181,8 +181,16 @@ class Server:
             self._lock.close()
             self._lock = None
 
-    async def operate(self, body: Mapping[str, Any], user: User | None = None) -> Any:
-        """Run an operation as this user, or else as the local super user."""
+    async def operate(
+        self,
+        body: Mapping[str, Any],
+        user: User | None = None,
+        headers: MutableMapping[str, str] | None = None,
+    ) -> Any:
+        """Run an operation as this user, or else as the local super user.
+
+        What an answer over HTTP would have as headers is put into `headers`.
+        """
         request = Request("POST", "/", headers={}, trusted=True)
         begin = partial(Transaction, self.core.database)
         context = Context(
@@ -200,6 +208,8 @@ class Server:
             return await context.settle(self.core.operations.call(body, context))
         finally:
             current_caller.reset(before)
+            if headers is not None:
+                headers.update(context.response_headers)
 
     async def local_user(self) -> User:
         """Whom the local socket speaks for: the first super user."""

@@ -17,7 +17,7 @@ import msgspec
 from .config import load_config
 from .errors import ClientError, ConfigError, HarperError, SetupError
 from .held import SOCKET_NAME
-from .remote import Remote
+from .remote import Remote, sentence
 from .sections import Config
 from .server import Server
 from .words import AIM, answer
@@ -25,6 +25,8 @@ from .words import AIM, answer
 T = TypeVar("T")
 
 logger = logging.getLogger("harperpy.target")
+
+_TRUNCATED = "x-harper-truncated"
 
 
 class Target(msgspec.Struct):
@@ -45,8 +47,11 @@ class Target(msgspec.Struct):
         """Run one operation where the options say, and print what it answers."""
         given = {name: value for name, value in parameters.items() if value is not None}
         body = {**given, "operation": operation}
-        result = told(lambda: run_to_end(self._operate(body)), operation)
+        headers: dict[str, str] = {}
+        result = told(lambda: run_to_end(self._operate(body, headers)), operation)
         show(result, as_json=self.as_json)
+        if most := headers.get(_TRUNCATED):
+            click.echo(f"harperpy: {operation}: cut off: there are more than {most}", err=True)
 
     def aimed(self, parameters: dict[str, Any]) -> Target:
         """The server that `target` names, as who `auth_username` and `auth_password` say.
@@ -76,14 +81,17 @@ class Target(msgspec.Struct):
     @property
     def is_project(self) -> bool:
         """Whether there is anything to ask."""
-        here = (self.directory / "config.yaml", self.directory / "resources.py")
-        return bool(self.url or self.root) or any(file.is_file() for file in here)
+        here = ("config.yaml", "resources.py", ".harperpy")
+        return bool(self.url or self.root) or any((self.directory / one).exists() for one in here)
 
-    async def _operate(self, body: dict[str, Any]) -> Any:
-        """Over HTTP, else by the socket, else, where no server runs, on the database itself."""
+    async def _operate(self, body: dict[str, Any], headers: dict[str, str]) -> Any:
+        """Over HTTP, else by the socket, else, where no server runs, on the database itself.
+
+        What the answer's headers say is put into `headers`.
+        """
         if self.url:
             known = {"api_key": self.api_key, "login": self.login}
-            return await self._remote(url=self.url, **known).operate(body)
+            return await self._remote(url=self.url, **known).operate(body, headers)
         try:
             config = config_of(self.directory)
         except ConfigError:
@@ -91,15 +99,15 @@ class Target(msgspec.Struct):
             root = self.root or self.directory / ".harperpy"
             if await _is_dead(root / SOCKET_NAME):
                 raise
-            return await self._remote(socket=root / SOCKET_NAME).operate(body)
+            return await self._remote(socket=root / SOCKET_NAME).operate(body, headers)
         server = Server(config, directory=self.directory, root=self.root)
         socket = server.root / SOCKET_NAME
         if not await _is_dead(socket):
-            return await self._remote(socket=socket).operate(body)
+            return await self._remote(socket=socket).operate(body, headers)
         import_from(self.directory)
         await server.open()
         try:
-            return await server.operate(body)
+            return await server.operate(body, headers=headers)
         except HarperError:
             raise
         except Exception as error:
@@ -121,7 +129,9 @@ def told(work: Callable[[], T], operation: str = "") -> T:
     except ConfigError as error:
         # It is about this folder, whatever was to be done in it.
         click.echo(f"harperpy: {error}", err=True)
-    except (SetupError, ClientError) as error:
+    except ClientError as error:
+        click.echo(f"{name}: {sentence(str(error), error.report or {})}", err=True)
+    except SetupError as error:
         click.echo(f"{name}: {error}", err=True)
     except HarperError as error:
         click.echo(f"{name}: {type(error).__name__}: {error}", err=True)

@@ -52,6 +52,7 @@ HELP: dict[str, list[str]] = {
         "this machine only",
         "DIR holds config.yaml",
         "--no-reload",
+        "http.port (9926)",
         "--root",
         "$HARPERPY_ROOT",
         ".harperpy",
@@ -60,7 +61,7 @@ HELP: dict[str, list[str]] = {
     "init": ["new project", "NAME", "--template", "[default: resource]", *TEMPLATES.values()],
     "check": ["without serving", "DIR"],
     "version": ["version"],
-    "user": ["add", "list", "drop"],
+    "user": ["add", "list", "drop", "harperpy alter_user"],
     "user add": ["--role", "model_user", "--tenant", "--password", "Asked for", "--url", "--dir"],
     "user list": ["--dir", "--root", "--url", "--api-key"],
     "user drop": ["USERNAME", "keys and tokens"],
@@ -84,8 +85,9 @@ async def test_help_says_what_a_stranger_needs(tmp_path: Path, command: str) -> 
 
 
 async def test_version(tmp_path: Path) -> None:
-    """It is the installed one."""
+    """It is the installed one, asked for by the command or the option."""
     assert metadata.version("harperpy") == str(await said(tmp_path, "version"))
+    assert metadata.version("harperpy") == str(await said(tmp_path, "--version"))
 
 
 async def test_a_misspelt_command_is_refused(tmp_path: Path) -> None:

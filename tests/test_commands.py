@@ -1,5 +1,7 @@
 """`scope.commands`: what plugins add to the command line, run as people run it."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,73 @@ async def test_where_there_is_no_project_nothing_is_made(tmp_path: Path) -> None
     assert "no such command 'chekc'" in done.err
     assert "did you mean 'check'?" in done.err
     assert [] == names(tmp_path)
+
+
+ELSEWHERE = (
+    ("user", "add", "ada", "--password", "pw"),
+    ("user", "list"),
+    ("key", "add", "laptop"),
+    ("sql", "SELECT 1"),
+    ("commands",),
+)
+
+
+@pytest.mark.parametrize("words", ELSEWHERE, ids=" ".join)
+async def test_in_the_wrong_folder_nobody_is_added(tmp_path: Path, words: Sequence[str]) -> None:
+    """No database is made there: the command says how to name the project's folder."""
+    done = await harperpy(tmp_path, *words)
+
+    assert (2, "") == (done.code, done.out)
+    assert f"no project is in {tmp_path}: name its folder by --dir" in done.err
+    assert [] == names(tmp_path)
+
+
+async def test_a_data_folder_alone_is_a_project(tmp_path: Path) -> None:
+    """`harperpy dev` serves a folder without any files too: its operations are commands there."""
+    assert [] == await said(tmp_path, "user", "list", "--root", ".harperpy")
+
+    assert [] == await said(tmp_path, "list_users")
+    assert [] == await said(tmp_path, "user", "list")
+
+
+async def test_rows_that_were_cut_off_are_told(project: Path) -> None:
+    """On stderr, with and without a server; what comes out is the rows alone."""
+    many = (
+        "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < 10001)"
+        " SELECT x FROM c"
+    )
+    few = many.replace("10001", "10000")
+
+    async def answered(select: str) -> tuple[int, str]:
+        done = await harperpy(project, "sql", select, "--json")
+        assert 0 == done.code
+        return len(json.loads(done.out)), done.err
+
+    cut = "harperpy: sql: cut off: there are more than 10000\n"
+    assert [(10_000, ""), (10_000, cut)] == [await answered(few), await answered(many)]
+    async with serving(project):
+        assert [(10_000, ""), (10_000, cut)] == [await answered(few), await answered(many)]
+
+
+WRONG_ROLES = {
+    '{"resource": {"v1": []}}': "database 'resource' does not exist; did you mean resources?",
+    '{"models": "gpt-*"}': "models: Expected `array`, got `str`",
+    '{"operations": ["sqll"]}': "operations: no operation 'sqll'; did you mean 'sql'?",
+}
+
+
+async def test_a_role_that_cannot_be_is_told_why(project: Path) -> None:
+    """With and without a server: what the report says is in the sentence."""
+
+    async def refused() -> list[str]:
+        given = [f"permission={document}" for document in WRONG_ROLES]
+        return [await refusal(project, "add_role", "role=clerk", one) for one in given]
+
+    start = "add_role: Errors in the role permissions JSON provided: "
+    expected = [start + told for told in WRONG_ROLES.values()]
+    assert expected == await refused()
+    async with serving(project):
+        assert expected == await refused()
 
 
 async def test_a_command_is_for_super_users() -> None:
