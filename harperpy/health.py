@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from .errors import HarperError
 from .signal import SHUTDOWN, AbortController
 
 
@@ -84,3 +87,22 @@ class Health:
             if troubles and self.plugins[name].status == "ok"
         }
         return {**self.plugins, **since}
+
+
+def cause(error: BaseException, directory: Path) -> str:
+    """A refusal's own sentence; of any other error also what it is, and where in the project."""
+    if isinstance(error, HarperError):
+        return str(error)
+    # What is no Python says its place itself.
+    place = "" if isinstance(error, SyntaxError) else _place(error, directory.resolve())
+    return f"{type(error).__name__}: {error}".removesuffix(": ") + place
+
+
+def _place(error: BaseException, directory: Path) -> str:
+    """The last line of the project's own files that it came through."""
+    place = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = Path(frame.f_code.co_filename).resolve()
+        if file.is_relative_to(directory) and "site-packages" not in file.parts:
+            place = f" ({file.relative_to(directory)}, line {line})"
+    return place

@@ -19,7 +19,7 @@ import pluggy
 from . import hookspecs
 from .backend import ModelBackend, settled
 from .errors import ConfigError, HarperError, RegistrationError
-from .health import Health, PluginStatus
+from .health import Health, PluginStatus, cause
 from .hookspecs import BackendFactory, ModelEntry, check_hooks
 from .middleware import Middlewares
 from .options import Change
@@ -275,7 +275,7 @@ class Loader:
         if status.status == "error":
             return
         status.status = "error"
-        told = _told(error)
+        told = cause(error, self._directory)
         status.error = told
         trace = None if isinstance(error, HarperError) else error
         logger.error("plugin %s did not start: %s", name, told, exc_info=trace)
@@ -294,7 +294,8 @@ class Loader:
         failed = [name for name, status in self._health.plugins.items() if status.status == "error"]
         hint = f"; the plugins {', '.join(failed)} did not start" if failed else ""
         near = closest(kind, self._kinds)
-        hint = hint or (f"; did you mean '{near}'?" if near else "")
+        other = "; 'openai', with a baseUrl, is for all that speak OpenAI's protocol"
+        hint = hint or (f"; did you mean '{near}'?" if near else other * ("openai" in self._kinds))
         known = ", ".join(sorted(self._kinds))
         message = f"{entry.where}.backend: expected one of {known}, got '{kind}'{hint}"
         raise ConfigError(message)
@@ -305,7 +306,7 @@ class Loader:
         if path := plugin.options.get("path"):
             return _import_file(plugin.name, (self._directory / str(path)).resolve())
         if plugin.name in BUILT_IN or plugin.options.get("package"):
-            return importlib.import_module(plugin.module_name)
+            return _import_package(plugin)
         for entry_point in importlib.metadata.entry_points(group="harperpy", name=plugin.name):
             found = entry_point.load()
             return found if isinstance(found, ModuleType) else sys.modules[found.__module__]
@@ -346,7 +347,7 @@ def _made(factory: BackendFactory, entry: ModelEntry) -> ModelBackend:
     except HarperError:
         raise
     except Exception as error:
-        message = f"{entry.where}: {_told(error)}"
+        message = f"{entry.where}: {cause(error, entry.directory)}"
         raise ConfigError(message) from error
 
 
@@ -357,11 +358,14 @@ def _too_slow(plugin: Plugin, scope: Scope) -> TimeoutError:
     return TimeoutError(f"handle_application took more than {plugin.seconds:g} s{still}")
 
 
-def _told(error: BaseException) -> str:
-    """A refusal's own sentence; of any other error also what it is."""
-    if isinstance(error, HarperError):
-        return str(error)
-    return f"{type(error).__name__}: {error}".removesuffix(": ")
+def _import_package(plugin: Plugin) -> ModuleType:
+    try:
+        return importlib.import_module(plugin.module_name)
+    except ModuleNotFoundError as error:
+        if plugin.module_name != error.name:
+            raise
+        message = f"config.yaml: plugins.{plugin.name}.package: no module is called '{error.name}'"
+        raise ConfigError(message) from error
 
 
 def _import_file(name: str, path: Path) -> ModuleType:

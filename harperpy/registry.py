@@ -33,7 +33,7 @@ from .resource import (
     granted,
     left_to_roles,
 )
-from .signatures import Signature
+from .signatures import Signature, not_static
 from .spelling import closest
 from .table_resource import TableResource
 
@@ -171,8 +171,9 @@ class Resources:
         if path in _RESERVED:
             message = f"{path!r} cannot be mounted: the server itself answers there"
             raise RegistrationError(message)
-        if {*path} & {*"%?#"}:
-            message = f"{path!r} cannot be mounted: write it decoded, without '%', '?' and '#'"
+        if {*path} & {*"%?#{}"}:
+            told = "write it decoded, without any of %?#{}; ':name' is any one segment"
+            message = f"{path!r} cannot be mounted: {told}"
             raise RegistrationError(message)
         _check(resource)
         entry = Entry(path, resource, owner, yields=yields)
@@ -283,11 +284,8 @@ def _check(resource: Any) -> None:
         if not callable(getattr(resource, name)):
             message = f"{resource.__name__}.{name}: expected a function, got {found!r}"
             raise RegistrationError(message)
-        if inspect.isfunction(found):
-            message = (
-                f"{resource.__name__}.{name} must be static: "
-                f"write @staticmethod on the line above 'def {name}'"
-            )
+        if wrong := not_static(found, name):
+            message = f"{resource.__name__}.{name} {wrong}"
             raise RegistrationError(message)
 
 
@@ -307,7 +305,8 @@ def _words(resource: type[Resource], name: str, known: frozenset[W]) -> frozense
     wrong = [word for word in words if not listed or word not in list(known)]
     if wrong:
         near = closest(str(wrong[0]), known)
-        hint = f"; did you mean {near!r}?" if near else ""
+        shown = repr(near if listed else {near})
+        hint = f"; did you mean {shown}?" if near else ""
         message = (
             f"{resource.__name__}.{name}: expected a set of {', '.join(sorted(known))}, "
             f"got {wrong[0]!r}{hint}"

@@ -140,3 +140,15 @@ def _any_of(kinds: list[Any]) -> Any:
 
 def _is_class(hint: Any, base: type[Any]) -> bool:
     return isinstance(hint, type) and issubclass(hint, base)
+
+
+def not_static(found: object, name: str) -> str | None:
+    """What keeps an attribute of a class from being called on the class, with the line to write."""
+    function = found.__func__ if isinstance(found, staticmethod) else found
+    if not inspect.isfunction(function):
+        return None
+    if function is found:
+        return f"must be static: write @staticmethod on the line above 'def {name}'"
+    if "self" in function.__code__.co_varnames[: min(1, function.__code__.co_argcount)]:
+        return f"is static, and is given no 'self': write 'def {name}(target, ...)'"
+    return None

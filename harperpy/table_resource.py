@@ -71,7 +71,7 @@ class TableResource(Resource):
 
         Raises `RegistrationError` as `tables.ensure` does.
         """
-        if not hasattr(cls, "record"):
+        if not hasattr(getattr(cls, "record", None), "__struct_fields__"):
             message = f"{cls.__name__}.record: expected the Struct that its records are"
             raise RegistrationError(message)
         return cls.over(await tables.ensure(cls.__name__, cls.record, key=cls.key, index=cls.index))

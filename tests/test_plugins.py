@@ -188,11 +188,19 @@ NOT_FOUND: dict[str, tuple[str, str, str]] = {
     "no such file": ("gone: {path: gone.py}", "gone", "expected a Python file or package at"),
     "no package": ("gone: {path: empty}", "gone", "expected a Python file or package at"),
     "no Python": ("text: {path: notes.txt}", "text", "is not a Python file"),
-    "no such module": ("gone: {package: harperpy_gone}", "gone", "No module named"),
+    "no such module": (
+        "gone: {package: harperpy_gone}",
+        "gone",
+        "config.yaml: plugins.gone.package: no module is called 'harperpy_gone'",
+    ),
     "no Python syntax": ("bad: {path: bad.py}", "bad", "SyntaxError"),
-    "raises": ("raises: {path: raises.py}", "raises", "ValueError: no good"),
+    "raises": ("raises: {path: raises.py}", "raises", "ValueError: no good (raises.py, line 1)"),
     "exits": ("exits: {path: exits.py}", "exits", "SystemExit: 3"),
-    "exits as it starts": ("leaves: {path: leaves.py}", "leaves", "SystemExit: 4"),
+    "exits as it starts": (
+        "leaves: {path: leaves.py}",
+        "leaves",
+        "SystemExit: 4 (leaves.py, line 2)",
+    ),
     "awaits what it cancelled": ("lost: {path: lost.py}", "lost", "CancelledError"),
     "no name": ("'': {path: gone.py}", "", "expected a Python file or package at"),
 }
@@ -474,10 +482,13 @@ async def handle_application(scope):
 """
 HANGS: dict[str, tuple[str, str]] = {
     "nothing else": ("pass", "TimeoutError: handle_application took more than 0.05 s"),
-    "a task fails": ("scope.create_task(broken())", "ValueError: the real reason"),
+    "a task fails": (
+        "scope.create_task(broken())",
+        "ValueError: the real reason (slow.py, line 13)",
+    ),
     "its own limit": (
         "await asyncio.wait_for(asyncio.Event().wait(), 0.001)",
-        "TimeoutError",
+        "TimeoutError (slow.py, line 17)",
     ),
 }
 
@@ -504,12 +515,20 @@ async def test_a_timeout_is_a_positive_number(value: str) -> None:
     )
 
 
+TOLD_OF_JSON = (
+    "TypeError: the JSON object must be str, bytes or bytearray, not int (resources.py, line 3)"
+)
 WRONG_CLASSES: dict[str, tuple[str, str]] = {
     "not static": (
         "class X(Resource):\n    def get(self): ...",
         "X.get must be static: write @staticmethod on the line above 'def get'",
     ),
-    "raises": ("raise LookupError('gone')", "LookupError: gone"),
+    "static, with self": (
+        "class X(Resource):\n    @staticmethod\n    def get(self, target): ...",
+        "X.get is static, and is given no 'self': write 'def get(target, ...)'",
+    ),
+    "raises": ("raise LookupError('gone')", "LookupError: gone (resources.py, line 2)"),
+    "raises further in": ("import json\njson.loads(1)", TOLD_OF_JSON),
     "twice": (
         "class A(Resource):\n    path = 'x'\nclass B(Resource):\n    path = 'x'",
         "'x' is taken by A of plugin 'app_resources'; B of 'app_resources' cannot have it",
@@ -532,7 +551,7 @@ async def test_a_plugin_whose_backends_fail_is_left_behind(tmp_path: Path) -> No
     text = "def register_model_backends(register):\n    raise ValueError('no GPU')\n"
     write(tmp_path, gpu=text)
     async with echoing("plugins: {gpu: {path: gpu.py}}", directory=tmp_path) as server:
-        assert "ValueError: no GPU" == await cause(server, "gpu")
+        assert "ValueError: no GPU (gpu.py, line 2)" == await cause(server, "gpu")
 
 
 async def test_a_kind_of_backend_belongs_to_one_plugin(tmp_path: Path) -> None:
@@ -551,6 +570,11 @@ KINDS: dict[str, tuple[str, str, str]] = {
         "config.yaml: models.generative.default.backend: expected one of echo, ",
         ", got 'ecoh'; did you mean 'echo'?",
     ),
+    "another's name": (
+        "models: {generative: {default: {backend: ollama}}}",
+        "config.yaml: models.generative.default.backend: expected one of echo, ",
+        ", got 'ollama'; 'openai', with a baseUrl, is for all that speak OpenAI's protocol",
+    ),
     "off": (
         "models: {embedding: {small: {backend: openai}}}\nplugins: {openai: false}",
         "config.yaml: models.embedding.small.backend: expected one of ",
@@ -564,7 +588,7 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "its maker fails": (
         "models: {generative: {x: {backend: bad}}}\nplugins: {maker: {path: maker.py}}",
         "config.yaml: models.generative.x: ",
-        "ZeroDivisionError: division by zero",
+        "ZeroDivisionError: division by zero (maker.py, line 2)",
     ),
 }
 

@@ -473,6 +473,10 @@ async def test_two_structs_cannot_be_one_table(name: str) -> None:
     [
         ("class Notes(TableResource): pass", "Notes.record: expected the Struct that its records"),
         (
+            "class Note: pass\nclass Notes(TableResource): record = Note",
+            "Notes.record: expected the Struct that its records",
+        ),
+        (
             "class Notes(TableResource): pass\n"  # noqa: ISC004
             "def handle_application(scope): scope.resources.set('notes', Notes)",
             "Notes has no table yet: mount await Notes.of(scope.database.tables)",

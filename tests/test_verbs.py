@@ -54,8 +54,8 @@ async def test_public_opens_what_it_says_and_nothing_else(public: Any, opened: s
 
 
 WRONG: dict[str, tuple[Any, str]] = {
-    "a word alone": ("read", "got 'read'; did you mean 'read'?"),
-    "a word that holds another": ("already", "got 'already'; did you mean 'read'?"),
+    "a word alone": ("read", "got 'read'; did you mean {'read'}?"),
+    "a word that holds another": ("already", "got 'already'; did you mean {'read'}?"),
     "misspelt": ({"raed"}, "got 'raed'; did you mean 'read'?"),
     "a verb, not a permission": (["post"], "got 'post'"),
     "nothing": (None, "got None"),
