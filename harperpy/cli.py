@@ -156,7 +156,9 @@ def check(directory: Path) -> None:
             click.echo(f"plugin {name} does not start: {plugin.error}", err=True)
     if health.degraded:
         sys.exit(1)
-    click.echo("config.yaml and all plugins are fine.")
+    has_file = (directory / "config.yaml").exists()
+    what = "config.yaml" if has_file else "There is no config.yaml: the defaults"
+    click.echo(f"{what} and all plugins are fine.")
 
 
 def _targeted(command: Callable[..., None]) -> Callable[..., None]:

@@ -33,7 +33,10 @@ def load_config(path: Path, environ: Mapping[str, str]) -> Config:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if (other := path.with_suffix(".yml")).exists():
+            message = f"{other}: it would not be read: its name has to be {path.name}"
+            raise ConfigError(message) from error
         return Config()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"

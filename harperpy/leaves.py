@@ -42,6 +42,12 @@ def _null_is_true(value: Tree) -> Tree:
     return True if value is None else value
 
 
+def _no_bare_variable(value: Tree) -> Tree:
+    if isinstance(value, str) and re.match(r"\$|os\.environ\b", value):
+        raise ValueError
+    return value
+
+
 _TIME = {"parse": _in_units(_TIME_UNITS)}
 _TIME_TEXT = "a duration such as '30m', '12h' or '1d', or a number of milliseconds"
 _SIZE_TEXT = "a size such as '10MB', or a number of bytes above 0"
@@ -57,7 +63,13 @@ Host = Annotated[
         description="the name of a host or its address",
     ),
 ]
-ApiKey = Annotated[Secret, Meta(description="a string that is not empty")]
+ApiKey = Annotated[
+    Secret,
+    Meta(
+        description='a key that is not empty, or "${NAME}" for that of the environment',
+        extra={"parse": _no_bare_variable},
+    ),
+]
 Kind = Annotated[str, Meta(min_length=1, description="a kind of backend, such as echo or openai")]
 Port = Annotated[int, Meta(ge=0, le=65535, description="an integer between 0 and 65535")]
 Positive = Annotated[int, Meta(ge=1, description="an integer above 0")]

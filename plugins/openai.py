@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
@@ -33,6 +34,7 @@ from .openai_transport import Transport
 
 _OPENAI = "https://api.openai.com/v1"
 _OPENAI_HOST = "api.openai.com"
+_ENDPOINT = re.compile(r"/(chat/completions|completions|embeddings|responses)/?$")
 # The total is the OpenAI clients' own: ten minutes.
 _TOTAL_MS, _CONNECT_MS, _FIRST_BYTE_MS, _IDLE_MS = 600_000, 10_000, 60_000, 120_000
 _RETRIES = 2
@@ -79,7 +81,10 @@ class OpenAI(ModelBackend):
         base = config.base_url or _OPENAI
         at_openai = urlsplit(base).hostname == _OPENAI_HOST
         if at_openai and config.api_key is None:
-            message = f"{entry.where}.apiKey: expected a key for {_OPENAI_HOST}"
+            message = f"{entry.where}.apiKey: expected a key for {_OPENAI_HOST} (or a baseUrl)"
+            raise ConfigError(message)
+        if found := _ENDPOINT.search(base):
+            message = f"{entry.where}.baseUrl: expected what comes before {found[0]}"
             raise ConfigError(message)
         if config.api_key and "@" in urlsplit(base).netloc:
             message = f"{entry.where}.baseUrl: expected no user and password beside an apiKey"

@@ -176,6 +176,16 @@ async def test_check_does_not_disturb_a_running_server(project: Path) -> None:
         assert "config.yaml and all plugins are fine." == await said(project, "check")
 
 
+async def test_check_says_that_there_is_no_config(tmp_path: Path) -> None:
+    """In a wrong folder nobody believes that the project's file is fine."""
+    told = await said(tmp_path, "check")
+    assert "There is no config.yaml: the defaults and all plugins are fine." == told
+
+    (tmp_path / "config.yml").write_text(ECHO)
+    told = await refusal(tmp_path, "check")
+    assert "config.yml: it would not be read: its name has to be config.yaml" == told
+
+
 WRONG: dict[str, tuple[str, list[str]]] = {
     "missing variable": (
         'models: {generative: {default: {backend: openai, apiKey: "${NO_SUCH_KEY}"}}}',

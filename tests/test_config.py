@@ -413,12 +413,18 @@ def test_wrong_values(text: str, expected: str) -> None:
     assert [expected] == refusals(text)
 
 
-@pytest.mark.parametrize("value", ["12345678", "''", "[hunter2]", "{a: hunter2}", "3.5"])
+@pytest.mark.parametrize(
+    "value",
+    ["12345678", "''", "[hunter2]", "{a: hunter2}", "3.5", "$MY_KEY", "os.environ/MY_KEY"],
+)
 def test_a_wrong_secret_is_not_quoted(value: str) -> None:
     """The refusal of a wrong API key says what was expected, and nothing of the key."""
     (line,) = refusals(f"models: {{generative: {{a: {{backend: echo, apiKey: {value}}}}}}}")
 
-    expected = "models.generative.a.apiKey: expected a string that is not empty, got a "
+    expected = (
+        "models.generative.a.apiKey: expected a key that is not empty, "
+        'or "${NAME}" for that of the environment, got a '
+    )
     assert line.removeprefix(expected) in {"value that is not shown", "list", "map"}
 
 

@@ -171,6 +171,17 @@ async def test_openai_itself_needs_a_key() -> None:
             pass
 
 
+@pytest.mark.parametrize("end", ["chat/completions", "embeddings/", "completions"])
+async def test_the_address_of_one_endpoint_is_no_base_url(end: str) -> None:
+    """Who copied it whole is told before the first call: all that is asked there would be 404."""
+    url = f"http://localhost:11434/v1/{end}"
+    config = f"models: {{generative: {{default: {{backend: openai, baseUrl: '{url}'}}}}}}"
+    expected = rf"models\.generative\.default\.baseUrl: expected what comes before /{end}$"
+    with pytest.raises(ConfigError, match=expected):
+        async with running(config):
+            pass
+
+
 @pytest.mark.parametrize(
     ("url", "name"),
     [
