@@ -21,7 +21,7 @@ from .context import Context
 from .contracts import Handler
 from .cors import Cors
 from .doors import AuthLog, authorise, caller_address, challenge, is_local
-from .errors import ClientError, InvalidCredentials, NotFound, ServiceUnavailable
+from .errors import ClientError, InvalidCredentials, ServiceUnavailable
 from .framing import as_harper_error, log_error
 from .handshake import credential_of
 from .health import Health
@@ -32,7 +32,7 @@ from .models import Models
 from .names import CONTENT_TYPE, ORIGIN, REQUEST_ID, TRANSFER_ENCODING
 from .negotiation import ContentTypes
 from .permission import Verb
-from .reach import Course, Found, course_of, find, verb_of
+from .reach import Course, Found, course_of, find, nothing, verb_of
 from .registry import Entry, Resources
 from .rendering import (
     Early,
@@ -229,7 +229,7 @@ class Dispatch:
             return await sound(chain(_Way(self, context, found, early)), context)
         await self.authenticate(context, found)
         if found is None:
-            raise NotFound
+            raise nothing(self._resources, context)
         shown = context.request.shown
         known = shown.header and context.user is not None and not self._auth_log.successful
         # Nothing is to come between a request and its verb then.

@@ -6,10 +6,18 @@ from typing import TypeAlias
 
 import msgspec
 
+from .content import ResponseError
 from .context import Context
 from .contracts import Handler
 from .doors import caller_address
-from .errors import AccessViolation, ClientError, MethodNotAllowed, NotImplementedYet
+from .errors import (
+    AccessViolation,
+    ClientError,
+    HarperError,
+    MethodNotAllowed,
+    NotFound,
+    NotImplementedYet,
+)
 from .names import ACCEPT
 from .negotiation import EVENTS, ContentTypes
 from .permission import Verb
@@ -55,6 +63,19 @@ def find(resources: Resources, types: ContentTypes, context: Context) -> Found |
         return found
     context.accept = media
     return without
+
+
+def nothing(resources: Resources, context: Context) -> HarperError:
+    """The refusal of a path that leads nowhere: often that of a base URL without its `/v1`.
+
+    That one is worded as its mount words all, for clients that read nothing else.
+    """
+    path = f"v1/{context.path.strip('/')}"
+    near = resources.match(path)
+    if near is None or near[0].path != path:
+        return NotFound()
+    told = NotFound(f"Not found; it is at /{path}: OpenAI's clients need a base URL with /v1.")
+    return ResponseError(near[0].resource.present_error(told, context))
 
 
 def course_of(found: Found, verbs: Verbs, context: Context) -> Course | None:

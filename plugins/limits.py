@@ -59,6 +59,7 @@ class LimitOperations:
     def __init__(self, scope: Scope) -> None:
         self._limits = scope.billing.limits
         self._quotas = scope.billing.quotas
+        self._keys = scope.keys
 
     async def set_limits(self, request: SetLimits) -> str:
         """Store limits, in the place of those of the same names and models."""
@@ -72,8 +73,19 @@ class LimitOperations:
                 "set_limits: expected requests_per_minute, tokens_per_minute, concurrent or budget"
             )
             raise InvalidBody(message)
+        if request.scope == "key" and not {*request.name} & {*"*?["}:
+            await self._check_key(request.name)
         await self._quotas.put(_rule(request))
         return f"limits of {request.scope} {request.name} successfully set"
+
+    async def _check_key(self, name: str) -> None:
+        """Raises `InvalidBody` for what is no key's id: a limit by its name would hold for none."""
+        keys = await self._keys.list()
+        if name not in {key.id for key in keys}:
+            near = [key.id for key in keys if key.name == name]
+            hint = f": the id of {name} is {', '.join(near)}" if near else ""
+            message = f"name: expected the id of an API key (see list_api_keys){hint}"
+            raise InvalidBody(message, param="name")
 
     async def list_limits(self) -> list[dict[str, Any]]:
         """All limits: config.yaml's, then those that are stored."""

@@ -372,6 +372,18 @@ async def test_an_unknown_path_is_told(client: Any) -> None:
     assert "unknown_url" == error.code
 
 
+async def test_a_base_url_without_v1_is_told(kind: str, live: Live) -> None:
+    """The commonest slip is told with the path that was meant; of any other path nothing is."""
+    create = {"model": "default", "messages": HELLO}
+    async with entered(make(kind, live, base_url=live.server.url)) as client:
+        chat = client.chat.completions
+        slip = await refusal(openai.NotFoundError, lambda: chat.create(**create))
+        other = await refusal(openai.NotFoundError, client.files.list)
+
+    assert "it is at /v1/chat/completions: OpenAI's clients need a base URL with /v1" in str(slip)
+    assert "Not found." == other.response.json()["detail"]
+
+
 async def test_a_wrong_key_is_told(kind: str, live: Live) -> None:
     """401 `invalid_api_key`."""
     async with entered(make(kind, live, api_key="hk_wrong")) as client:

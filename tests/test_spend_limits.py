@@ -490,6 +490,24 @@ async def test_a_key_has_limits_of_its_own(upstream: ScriptedUpstream) -> None:
         assert [200, 200, 200, 429] == [(await chat(server, key)).status for key in keys]
 
 
+async def test_a_limit_by_the_name_of_a_key_is_refused(upstream: ScriptedUpstream) -> None:
+    """A limit that would hold for no key is not stored, and the id that was meant is told."""
+    async with serving(upstream) as (server, _):
+        made = await server.operate("add_api_key", name="laptop", username="alice")
+        limits = {"scope": "key", "requests_per_minute": 1}
+        told: list[str] = []
+        for name in ("laptop", "desktop"):
+            with pytest.raises(HarperError) as refused:
+                await server.operate("set_limits", name=name, **limits)
+            told.append(str(refused.value))
+        await server.operate("set_limits", name="*", **limits)
+
+    expected = "name: expected the id of an API key (see list_api_keys)"
+    assert f"{expected}: the id of laptop is {made['id']}" in told[0]
+    assert expected in told[1]
+    assert made["id"] not in told[1]
+
+
 @STORES
 async def test_nothing_is_admitted_that_nobody_can_count(
     upstream: ScriptedUpstream, store: str
