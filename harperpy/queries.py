@@ -52,6 +52,8 @@ _PARTS: dict[str, Callable[[sa.Column[Any], str], sa.ColumnElement[bool]]] = {
 }
 _LONGEST_PART = 200
 _CONDITION = re.compile(r"([^=!]+)(!=|==|=[a-z]{2}=|=)(.*)", re.DOTALL)
+# In Harper's queries it is an or; taken as part of the value it would find nothing, in silence.
+_OR = re.compile(r"\|([^=!|]+)[=!]")
 _CALL = re.compile(r"(select|sort|limit)(?:\((.*)\)|=(?!=)(.*))", re.DOTALL)
 _OFFSET = "offset="
 _MOST_CONDITIONS = 100
@@ -91,6 +93,8 @@ def _condition(table: Table[Any], part: str) -> sa.ColumnElement[bool]:
         _refuse(unquote_plus(part), "expected FIELD=VALUE, or FIELD=gt=VALUE and the like")
     name, sign, text = unquote_plus(found[1]), found[2], unquote_plus(found[3])
     column = _column(table, name)
+    if (other := _OR.search(found[3])) and other[1] in table.fields:
+        _refuse(name, f"expected '&' before {other[1]}: '|' is none here (%7C is the sign itself)")
     if sign in _PARTS:
         return _part(column, sign, text)
     if sign not in _COMPARISONS:

@@ -27,7 +27,7 @@ from harperpy import (
     TableResource,
 )
 from harperpy.testing import ECHO, RunningServer, running
-from helpers import Answered, ask
+from helpers import Answered, ask, ask_raw
 
 PAGE = Path(__file__).parent.parent / "docs" / "tables.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -180,6 +180,29 @@ async def test_a_query_that_cannot_be_is_400(query: str, said: str) -> None:
         found = await ask(server, "GET", f"/notes?{query}")
     assert 400 == found.status
     assert said in found.json["detail"]
+
+
+BARS: dict[str, str | None] = {
+    "text=a|topic=b": "query: text: expected '&' before topic: '|' is none here",
+    "text=gt=a|numStars!=1": "query: text: expected '&' before numStars: '|' is none here",
+    "text=a%7Ctopic=b": None,
+    "text=a|b": None,
+    "text=a|b=c": None,
+    "text=a||": None,
+}
+
+
+@pytest.mark.parametrize(("query", "said"), BARS.items(), ids=BARS)
+async def test_a_bar_between_conditions_is_refused(query: str, said: str | None) -> None:
+    """It is Harper's or; where no condition follows, and as `%7C`, it is the sign itself."""
+    async with running(handle_application=mount) as server:
+        line = f"GET /notes?{query} HTTP/1.1\r\nHost: x\r\n"
+        found = await ask_raw(server, f"{line}Authorization: Bearer {server.api_key}\r\n\r\n")
+    if said is None:
+        assert (200, []) == (found.status, found.json)
+    else:
+        assert 400 == found.status
+        assert said in found.json["detail"]
 
 
 @pytest.mark.parametrize(
