@@ -136,12 +136,15 @@ def define_backend(
 
     `generate_stream` is a generator of `GenerateChunk` or plain text, sync or async; `generate`
     returns a `GenerateResult` or text; `embed` takes a list of texts and returns vectors or an
-    `EmbedResult`. Raises `RegistrationError` when there is nothing to call.
+    `EmbedResult`. Raises `RegistrationError` when there is nothing to call, or `generate` yields.
     """
     given = {"embed": embed, "generate": generate, "generate_stream": generate_stream}
     functions = {key: value for key, value in given.items() if callable(value)}
     if not name or not functions:
         message = "define_backend: give it a name and one of embed, generate, generate_stream"
+        raise RegistrationError(message)
+    if inspect.isasyncgenfunction(generate) or inspect.isgeneratorfunction(generate):
+        message = f"define_backend: {name!r} generates by yielding: give it as generate_stream"
         raise RegistrationError(message)
     body: dict[str, Any] = {
         "tools": tools,
@@ -174,7 +177,11 @@ def _generator(function: Callable[..., Any]) -> Callable[..., Awaitable[Generate
 
     async def generate(prompt: Prompt, opts: GenerateOpts) -> GenerateResult:
         answer = await settled(call(prompt, opts))
-        return answer if isinstance(answer, GenerateResult) else GenerateResult(content=answer)
+        if isinstance(answer, str):
+            return GenerateResult(content=answer)
+        if not isinstance(answer, GenerateResult):
+            raise _misfit(answer, GenerateResult)
+        return answer
 
     return generate
 
@@ -186,11 +193,21 @@ def _streamer(function: Streamer) -> Callable[..., AsyncIterator[GenerateChunk]]
         items = aiterate(await settled(call(prompt, opts)))
         try:
             async for item in items:
-                yield GenerateChunk(delta_content=item) if isinstance(item, str) else item
+                if isinstance(item, str):
+                    yield GenerateChunk(delta_content=item)
+                elif isinstance(item, GenerateChunk):
+                    yield item
+                else:
+                    raise _misfit(item, GenerateChunk)
         finally:
             await aclose(items)
 
     return generate_stream
+
+
+def _misfit(given: object, expected: type) -> TypeError:
+    told = f"expected a text or a {expected.__name__}, got {type(given).__name__}"
+    return TypeError(f"a function of define_backend: {told}")
 
 
 def fitted(function: Callable[..., Any], most: int) -> Callable[..., Any]:

@@ -316,6 +316,42 @@ def test_a_backend_of_nothing_is_refused(name: str, functions: dict[str, Any]) -
         define_backend(name, **functions)
 
 
+@pytest.mark.parametrize("function", [streams_sync, streams_async])
+def test_a_generator_is_no_answer(function: Method) -> None:
+    """Who yields is told where to give it, before anybody asks."""
+    with pytest.raises(RegistrationError, match="'mine' generates by yielding: give it as"):
+        define_backend("mine", generate=function)
+
+
+WANTED = ("GenerateResult", "GenerateChunk", "GenerateChunk")
+
+
+@pytest.mark.parametrize("given", [None, 5, {"content": "hi"}, b"hi"], ids=repr)
+async def test_what_is_no_answer_is_a_failure_of_the_backend(
+    caplog: pytest.LogCaptureFixture, given: Any
+) -> None:
+    """502 where nothing has come yet, else an error in the stream; the log says what it was."""
+    backends = {
+        "w": define_backend("w", generate=lambda: given),
+        "s": define_backend("s", generate_stream=lambda: [given]),
+        "late": define_backend("late", generate_stream=lambda: ["a", given]),
+    }
+    async with serving(backends=backends) as (server, _):
+        asked = [{"model": "w"}, *({"model": one, "stream": True} for one in ("s", "late"))]
+        answers = [
+            await ask(server, "POST", "/v1/chat/completions", json={**HELLO, **body})
+            for body in asked
+        ]
+        rows = await server.rows()
+
+    assert [502, 502, 200] == [answer.status for answer in answers]
+    assert '"error"' in answers[2].text
+    assert ["backend_error"] * 3 == [row["error_code"] for row in rows]
+    told = [str(record.exc_info[1]) for record in caplog.records if record.exc_info]
+    expected = [f"expected a text or a {one}, got {type(given).__name__}" for one in WANTED]
+    assert [True] * 3 == [one in text for one, text in zip(expected, told, strict=True)]
+
+
 async def test_registration_ends_when_the_server_has_started() -> None:
     """What a running server offers does not change under its callers."""
     async with serving() as (_, models):
