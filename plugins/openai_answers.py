@@ -13,10 +13,10 @@ from harperpy import (
     Choice,
     GenerateChunk,
     GenerateResult,
-    TokenLogprob,
 )
 
 from .openai_calls import Called, Calls, Function, whole_call
+from .openai_logprobs import Logprobs
 from .openai_pattern import Pattern, pattern_of
 from .openai_refusals import our_code
 from .openai_usage import Usage, understood
@@ -54,14 +54,9 @@ class _Said(_Struct):
         return told if isinstance(told, str) and told else None
 
 
-class _Logprobs(_Struct):
-    content: list[TokenLogprob] | None = None
-    refusal: list[TokenLogprob] | None = None
-
-
 class _Choice(_Struct):
     index: int = 0
-    logprobs: _Logprobs | None = None
+    logprobs: Logprobs | None = None
     message: _Said | None = None
     delta: _Said | None = None
     finish_reason: str | None = None

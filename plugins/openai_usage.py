@@ -9,6 +9,8 @@ import msgspec
 
 from harperpy import TokenUsage
 
+from .openai_logprobs import mended
+
 T = TypeVar("T")
 
 _TEXTS = ("text_tokens", "audio_tokens", "image_tokens")
@@ -55,7 +57,7 @@ def understood(decode: Callable[[Any], T], data: bytes | str) -> T:
 
 
 def _mended(data: bytes | str) -> bytes:
-    """An answer without what is odd of what it says of itself as a whole."""
+    """An answer without what is odd of what it says beside the answer itself."""
     given = _decode(data, type=dict[str, msgspec.Raw])
     _drop(given, system_fingerprint=str, service_tier=str, moderation=dict, usage=dict)
     if "usage" in given:
@@ -64,6 +66,8 @@ def _mended(data: bytes | str) -> bytes:
         for name in {"prompt_tokens", "completion_tokens"} & told.keys():
             told[name] = msgspec.Raw(_encode(_count(_decode(told[name]))))
         given["usage"] = msgspec.Raw(_encode(told))
+    if "choices" in given:
+        given["choices"] = mended(given["choices"])
     return _encode(given)
 
 

@@ -165,6 +165,42 @@ async def test_odd_words_on_an_answer_are_left_out(
         )
 
 
+SURE = {"token": "hi", "logprob": -0.1, "bytes": None, "top_logprobs": []}
+HARDLY = {"token": "ho", "logprob": -9999.0, "bytes": None}
+LIKELY: dict[str, tuple[Any, Any]] = {
+    "null": ({"content": [SURE | {"logprob": None}]}, [SURE | {"logprob": -9999.0}]),
+    "null of another": (
+        {"content": [SURE | {"top_logprobs": [HARDLY | {"logprob": None}]}]},
+        [SURE | {"top_logprobs": [HARDLY]}],
+    ),
+    "no others": ({"content": [SURE | {"top_logprobs": None}]}, [SURE]),
+    "a number": ({"content": [SURE | {"token": 7}]}, None),
+    "no map": ([SURE], None),
+    "a text": ({"content": "hi"}, None),
+}
+
+
+@pytest.mark.parametrize("call", ["whole", "stream"])
+@pytest.mark.parametrize(("odd", "told"), LIKELY.values(), ids=LIKELY)
+async def test_odd_logprobs_cost_no_answer(
+    gateway: RunningServer, upstream: ScriptedUpstream, call: str, odd: Any, told: Any
+) -> None:
+    """What nobody can understand of them is left out; minus infinity, as null, is a number."""
+    said, end = chunk({"content": "hi"}), chunk({}, "stop")
+    said["choices"][0]["logprobs"] = odd
+    choice = {"index": 0, "message": {"content": "hi"}, "logprobs": odd, "finish_reason": "stop"}
+    upstream.script(
+        Answer(body={"choices": [choice]})
+        if call == "whole"
+        else Answer(events=[said, end, "[DONE]"])
+    )
+    answer = await make(gateway, call)
+    first = (answer.json if call == "whole" else events(answer.text)[0])["choices"][0]
+
+    assert "hi" == first["message" if call == "whole" else "delta"]["content"]
+    assert told == (first["logprobs"] and first["logprobs"]["content"])
+
+
 CALL = {"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
