@@ -19,17 +19,8 @@ class Logprobs(msgspec.Struct, gc=False):
     refusal: list[TokenLogprob] | None = None
 
 
-def mended(choices: msgspec.Raw) -> msgspec.Raw:
-    """A provider's choices without what is odd of their logprobs. Raises `DecodeError`."""
-    given = msgspec.json.decode(choices, type=list[dict[str, msgspec.Raw]] | None)
-    for choice in given or ():
-        if "logprobs" in choice:
-            told = _understood(msgspec.json.decode(choice["logprobs"]))
-            choice["logprobs"] = msgspec.Raw(msgspec.json.encode(told))
-    return msgspec.Raw(msgspec.json.encode(given))
-
-
-def _understood(given: Any) -> Logprobs | None:
+def likely(given: Any) -> Logprobs | None:
+    """What a provider tells, in whatever form; None where nobody can understand it."""
     for token in _maps(given):
         _mend(token)
         for other in _maps({"content": token.get("top_logprobs")}):

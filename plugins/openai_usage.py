@@ -9,7 +9,7 @@ import msgspec
 
 from harperpy import TokenUsage
 
-from .openai_logprobs import mended
+from .openai_odd import drop, mended
 
 T = TypeVar("T")
 
@@ -59,23 +59,16 @@ def understood(decode: Callable[[Any], T], data: bytes | str) -> T:
 def _mended(data: bytes | str) -> bytes:
     """An answer without what is odd of what it says beside the answer itself."""
     given = _decode(data, type=dict[str, msgspec.Raw])
-    _drop(given, system_fingerprint=str, service_tier=str, moderation=dict, usage=dict)
+    drop(given, system_fingerprint=str, service_tier=str, moderation=dict, usage=dict)
     if "usage" in given:
         told = _decode(given["usage"], type=dict[str, msgspec.Raw])
-        _drop(told, prompt_tokens_details=dict, completion_tokens_details=dict)
+        drop(told, prompt_tokens_details=dict, completion_tokens_details=dict)
         for name in {"prompt_tokens", "completion_tokens"} & told.keys():
             told[name] = msgspec.Raw(_encode(_count(_decode(told[name]))))
         given["usage"] = msgspec.Raw(_encode(told))
     if "choices" in given:
         given["choices"] = mended(given["choices"])
     return _encode(given)
-
-
-def _drop(given: dict[str, msgspec.Raw], **kinds: type) -> None:
-    """Leave out what is not of its kind."""
-    for name, kind in kinds.items():
-        if name in given and not isinstance(_decode(given[name]), kind):
-            del given[name]
 
 
 def _counts(details: dict[str, Any], names: tuple[str, ...]) -> dict[str, int] | None:

@@ -1,6 +1,7 @@
 """Providers that speak OpenAI's protocol in their own way, and what clients get of it."""
 
 import logging
+from collections import ChainMap
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -199,6 +200,52 @@ async def test_odd_logprobs_cost_no_answer(
 
     assert "hi" == first["message" if call == "whole" else "delta"]["content"]
     assert told == (first["logprobs"] and first["logprobs"]["content"])
+
+
+THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+SAID: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "parts": ({"content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}, {}),
+    "a thought": (
+        {"content": [THINKING, {"type": "text", "text": "hi"}]},
+        {"reasoning_content": "hm"},
+    ),
+    "a plain thought": (
+        {"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "hi"}]},
+        {"reasoning_content": "hm"},
+    ),
+    "odd words": (
+        {"content": "hi", "refusal": False, "annotations": {}, "reasoning_content": []},
+        {},
+    ),
+    "no sound": ({"content": "hi", "audio": []}, {}),
+}
+
+
+@pytest.mark.parametrize("call", ["whole", "stream"])
+@pytest.mark.parametrize(("odd", "more"), SAID.values(), ids=SAID)
+async def test_an_answer_is_found_in_what_is_odd(
+    gateway: RunningServer,
+    upstream: ScriptedUpstream,
+    call: str,
+    odd: dict[str, Any],
+    more: dict[str, Any],
+) -> None:
+    """Its text may come in parts, and beside it what is no part of it, or of another kind."""
+    choice = {"index": None, "message": odd, "finish_reason": "stop"}
+    upstream.script(
+        Answer(body={"choices": [choice]})
+        if call == "whole"
+        else Answer(events=[chunk(odd), chunk({}, "stop"), "[DONE]"])
+    )
+    answer = await make(gateway, call)
+    if call == "whole":
+        said = answer.json["choices"][0]["message"]
+    else:
+        deltas = [event["choices"][0]["delta"] for event in events(answer.text)[:-1]]
+        said = dict(ChainMap(*deltas))
+
+    told = {"role": "assistant", "content": "hi", **more}
+    assert told == {name: value for name, value in said.items() if value is not None}
 
 
 CALL = {"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
