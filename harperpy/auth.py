@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import copy
 import hashlib
 import os
 import time
@@ -119,14 +120,27 @@ class Authenticators:
 
     def __init__(self, ttl: float = 30.0, epoch: Epoch | None = None) -> None:
         self._ttl = ttl
-        self._list: list[Authenticator] = []
+        self._list: list[tuple[str, Authenticator]] = []
+        self.owner = ""
+        """The plugin whose own is what is appended here."""
         self._epoch = epoch or Epoch()
         self._secret = os.urandom(32)
         self._cache: dict[bytes, tuple[bytes, float, User, str | None]] = {}
 
     def append(self, authenticator: Authenticator) -> None:
         """Ask this one too, after those that are there."""
-        self._list.append(authenticator)
+        self._list.append((self.owner, authenticator))
+
+    def of(self, owner: str) -> Authenticators:
+        """The same, for a plugin: what it appends is its own."""
+        same = copy.copy(self)
+        same.owner = owner
+        return same
+
+    def fail(self, owner: str) -> None:
+        """Let a plugin that did not start vouch for nobody."""
+        self._list[:] = [one for one in self._list if one[0] != owner]
+        self.revoke()
 
     def revoke(self) -> None:
         """Let no cached verification count any more, those still under way included."""
@@ -175,7 +189,7 @@ class Authenticators:
 
     async def _ask(self, credential: Credential) -> Verified:
         refusal: InvalidCredentials | None = None
-        for authenticator in self._list:
+        for _, authenticator in self._list:
             try:
                 verified = await authenticator(credential)
             except InvalidCredentials as error:

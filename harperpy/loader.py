@@ -17,6 +17,7 @@ import msgspec
 import pluggy
 
 from . import hookspecs
+from .auth import Authenticators
 from .backend import ModelBackend, settled
 from .errors import ConfigError, HarperError, RegistrationError
 from .health import Health, PluginStatus, cause
@@ -280,12 +281,12 @@ class Loader:
         trace = None if isinstance(error, HarperError) else error
         logger.error("plugin %s did not start: %s", name, told, exc_info=trace)
 
-    def withdraw(self, *registries: Resources | Middlewares) -> None:
-        """Let the mounts of the failed plugins say so, and take their middlewares away."""
+    def withdraw(self, *registries: Resources | Middlewares | Authenticators) -> None:
+        """Let the mounts of the failed plugins say so, and take away what else they asked for."""
         for name, status in self._health.plugins.items():
             if status.status == "error":
-                for resources in registries:
-                    resources.fail(name)
+                for registry in registries:
+                    registry.fail(name)
 
     def _factory(self, entry: ModelEntry) -> BackendFactory:
         kind = entry.settings.backend

@@ -172,7 +172,7 @@ class Scope:
         self.models = core.models
         self.operations = core.operations
         self.commands = Commands(core.operations, name)
-        self.authenticators = core.authenticators
+        self.authenticators = core.authenticators.of(name)
         self.ledger = core.ledger
         self.analytics = core.analytics
         self.database = core.database

@@ -262,7 +262,8 @@ class Server:
         chains = tuple(core.middlewares.values())
         for owner, error in (one for chain in chains for one in chain.strangers()):
             loader.failed(owner, error)
-        loader.withdraw(core.resources, core.operations_resources, *chains)
+        mounts = (core.resources, core.operations_resources)
+        loader.withdraw(*mounts, *chains, core.authenticators)
         frozen = (core.resources, core.operations_resources, core.operations, core.content_types)
         for part in (*frozen, self.routes):
             part.freeze()

@@ -513,6 +513,19 @@ class Doorman:
         return user and Verified(user, self.expires)
 
 
+async def test_a_plugin_that_did_not_start_vouches_for_nobody() -> None:
+    """What it would have checked before it vouches may be what it could not set up."""
+
+    def fail(scope: Scope) -> None:
+        Doorman().handle_application(scope)
+        message = "no settings"
+        raise ConfigError(message)
+
+    async with running(handle_application=fail, resources={"open": Open}) as server:
+        assert (401, 401) == await statuses(server, "Bearer door")
+        assert (200, 200) == await statuses(server, f"Bearer {server.api_key}")
+
+
 @pytest.mark.parametrize(("lives", "asked"), [(None, 1), (60.0, 1), (-1.0, 3)])
 async def test_a_plugin_vouches_for_a_credential_of_its_own(
     lives: float | None, asked: int
