@@ -21,7 +21,7 @@ import msgspec
 from .errors import HarperError, InvalidBody, PayloadTooLarge
 from .forms import Parts
 from .names import CONTENT_TYPE
-from .pointers import pointer, told
+from .pointers import hint, pointer, told
 from .sse import encode_json
 
 T = TypeVar("T")
@@ -220,9 +220,13 @@ def _uncollected() -> Generator[None]:
             gc.enable()
 
 
-def refused(error: msgspec.ValidationError) -> InvalidBody:
-    """The refusal for a value of the wrong shape, with its path as `param` and JSON pointer."""
+def refused(error: msgspec.ValidationError, kind: Any = None) -> InvalidBody:
+    """The refusal for a value of the wrong shape, with its path as `param` and JSON pointer.
+
+    Where `kind` is the Struct it was meant for, it says the nearest field, or the words expected.
+    """
     text, path = told(str(error))
+    text += hint(text, path, kind)
     return InvalidBody(
         f"{path}: {text}" if path else text,
         param=path or None,

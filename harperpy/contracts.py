@@ -276,6 +276,6 @@ def _query_reader(kind: Any) -> Callable[[RequestTarget], Any]:
         try:
             return msgspec.convert(values, kind, strict=False)
         except msgspec.ValidationError as error:
-            raise refused(error) from error
+            raise refused(error, kind) from error
 
     return read

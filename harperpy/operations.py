@@ -133,7 +133,7 @@ class Operations:
         try:
             request = msgspec.convert(parameters, operation.request_type)
         except msgspec.ValidationError as error:
-            raise refused(error) from error
+            raise refused(error, operation.request_type) from error
         given = (request, context)[: operation.parameters]
         return await settled(operation.function(*given))
 

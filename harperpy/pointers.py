@@ -7,13 +7,19 @@ it was is found by asking again with ever fewer of the keys.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from enum import Enum
+from typing import Any, Literal, cast, get_args, get_origin
+
+import msgspec
+
+from .spelling import nearest
 
 _PLACE = re.compile(r" - at (`key` in )?`\$(.*)`$", re.DOTALL)
 _FIELD = re.compile(r"Object (?:missing required|contains unknown) field `(.+)`", re.DOTALL)
 _STEP = re.compile(r"\[(\d+|\.\.\.)\]|\.?([^.\[\]]+)")
 _KEY = "..."
+_NAME = re.compile(r"[^.\[\]]+")
 
 
 def told(message: str) -> tuple[str, str]:
@@ -30,6 +36,31 @@ def told(message: str) -> tuple[str, str]:
 def pointer(path: str) -> str:
     """The path as a JSON pointer (RFC 6901)."""
     return _joined(_steps(path))
+
+
+def hint(message: str, path: str, kind: Any) -> str:
+    """The half-sentence that helps with a field of a Struct: its nearest name, or its words."""
+    if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)) or not _NAME.fullmatch(
+        path
+    ):
+        return ""
+    fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+    if message.startswith("Object contains unknown"):
+        return f"; {nearest(path, fields, 'fields')}"
+    if message.startswith("Invalid enum value") and (words := [*_words(fields.get(path))]):
+        return f"; expected {', '.join(words)}"
+    return ""
+
+
+def _words(hinted: Any) -> Iterator[str]:
+    """The words of a `Literal` or an `Enum`, within a union and a list too."""
+    if isinstance(hinted, type) and issubclass(hinted, Enum):
+        yield from (str(one.value) for one in hinted)
+    for one in get_args(hinted):
+        if get_origin(hinted) is Literal:
+            yield str(one)
+        else:
+            yield from _words(one)
 
 
 def exact(path: str, document: Any, complaint: Callable[[Any], str]) -> str:

@@ -108,7 +108,14 @@ REFUSED: dict[str, str] = {
     "re-fuse": "not now",
     "reindex": "Object missing required field `batch`",
     "reindex batch=many": "Expected `int`, got `str`",
-    "reindex batch=1 bathc=2": "Object contains unknown field `bathc`",
+    "reindex batch=1 bathc=2": "Object contains unknown field `bathc`; did you mean 'batch'?",
+    "set_limits scope=team name=a concurrent=1": (
+        "scope: Invalid enum value 'team'; expected key, user, tenant, model, backend"
+    ),
+    "set_limits scope=user name=a requestsPerMinute=1": (
+        "Object contains unknown field `requestsPerMinute`; did you mean 'requests_per_minute'?"
+    ),
+    "list_users all=true": "Object contains unknown field `all`; there are no fields",
 }
 
 

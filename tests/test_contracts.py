@@ -388,7 +388,7 @@ async def test_a_query_is_decoded_from_text(
         ("limit=0", "/limit", "Expected `int` >= 1"),
         ("limit=1&limit=2", "/limit", "Expected one value, got several"),
         ("exact=perhaps", "/exact", "Expected `bool`, got `str`"),
-        ("colour=green", "/colour", "Invalid enum value 'green'"),
+        ("colour=green", "/colour", "Invalid enum value 'green'; expected red, blue"),
     ],
 )
 async def test_a_query_that_does_not_fit_is_refused_with_a_pointer(
