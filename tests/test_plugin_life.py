@@ -105,7 +105,8 @@ async def test_what_a_plugin_never_mounted_is_404(tmp_path: Path, file: str) -> 
     assert [404, 404] == [answer.status for answer in answers]
     assert all("vault" not in answer.text for answer in answers)
     assert "degraded" == told["status"]
-    failed = {"status": "error", "error": "RuntimeError: the vault is shut"}
+    cause = f"RuntimeError: the vault is shut ({file}, line 11)"
+    failed = {"status": "error", "error": cause}
     assert failed == told["plugins"][name]
     assert 200 == other.status
 

@@ -130,7 +130,7 @@ WRONG_ORDERS: dict[str, tuple[dict[str, str], str, dict[str, str]]] = {
         {"a": starting("b"), "b": starting("c"), "c": starting(more=RAISES), "d": starting()},
         "",
         {
-            "c": "ValueError: no disk",
+            "c": "ValueError: no disk (c.py, line 9)",
             "b": "it requires c, which did not start",
             "a": "it requires b, which did not start",
         },
@@ -138,7 +138,7 @@ WRONG_ORDERS: dict[str, tuple[dict[str, str], str, dict[str, str]]] = {
     "what is required cannot be imported": (
         {"a": starting("b"), "b": RAISES},
         "",
-        {"b": "ValueError: no disk", "a": "it requires b, which did not start"},
+        {"b": "ValueError: no disk (b.py, line 1)", "a": "it requires b, which did not start"},
     ),
     "the backends of what is required fail": (
         {
@@ -147,7 +147,7 @@ WRONG_ORDERS: dict[str, tuple[dict[str, str], str, dict[str, str]]] = {
             "c": MAKES,
         },
         "",
-        {"b": "ValueError: no disk", "a": "it requires b, which did not start"},
+        {"b": "ValueError: no disk (b.py, line 2)", "a": "it requires b, which did not start"},
     ),
     "a text": (
         {"a": "requires = 'users'\ndef handle_application(scope): ...\n"},
