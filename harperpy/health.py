@@ -103,6 +103,8 @@ def _place(error: BaseException, directory: Path) -> str:
     place = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         file = Path(frame.f_code.co_filename).resolve()
-        if file.is_relative_to(directory) and "site-packages" not in file.parts:
+        own = file.is_relative_to(directory) and "site-packages" not in file.parts
+        # Python's own code says `<frozen importlib>`, which is no file.
+        if own and file.is_file():
             place = f" ({file.relative_to(directory)}, line {line})"
     return place

@@ -219,6 +219,17 @@ async def test_check_says_what_is_wrong(tmp_path: Path, text: str, words: list[s
     assert [] == [word for word in words if word not in line]
 
 
+async def test_only_lines_of_the_project_are_named(project: Path, tmp_path: Path) -> None:
+    """Where what failed is not of the project, no line of Python's own is named in its place."""
+    (tmp_path / "elsewhere.py").write_text("raise ValueError('no good')")
+    config = f"{FREE}{ECHO}plugins: {{bad: {{package: elsewhere}}}}\n"
+    (project / "config.yaml").write_text(config)
+
+    done = await harperpy(project, "check", PYTHONPATH=str(tmp_path))
+
+    assert (1, "plugin bad does not start: ValueError: no good\n") == (done.code, done.err)
+
+
 @pytest.mark.parametrize("command", ["dev", "run"])
 async def test_a_missing_variable_stops_the_start(tmp_path: Path, command: str) -> None:
     """Nothing is served with an empty key."""
