@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeAlias, cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeAlias, cast, get_args, get_origin
 
 import msgspec
 
 from .errors import ClientError
+from .pointers import told
 from .spelling import closest
 
 Verb: TypeAlias = Literal["read", "create", "update", "delete"]
@@ -342,8 +343,20 @@ def _converted(value: Any, kind: Any, key: str, errors: list[str]) -> Any:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        errors.append(f"{key}: {error}")
+        errors += [*_misfits(value, kind, key)] or [f"{key}: {error}"]
         return None
+
+
+def _misfits(value: Any, kind: Any, key: str) -> Iterator[str]:
+    """What is wrong with the items of a map, of which msgspec does not say the names."""
+    if get_origin(kind) is dict and isinstance(value, dict):
+        for name, item in cast("dict[str, Any]", value).items():
+            try:
+                msgspec.convert(item, get_args(kind)[1])
+            except msgspec.ValidationError as error:
+                text, path = told(str(error))
+                words = f"; expected {', '.join(_VERBS)}" if "enum" in text else ""
+                yield f"{key}.{name}{path}: {text}{words}"
 
 
 def _database(name: str, document: Mapping[str, Any]) -> tuple[dict[str, TableRights], list[str]]:

@@ -24,7 +24,7 @@ WRONG: list[tuple[dict[str, Any], list[str], dict[str, list[str]]]] = [
     ({"super_user": "yes"}, ["super_user: Expected `bool`, got `str`"], {}),
     (
         {"resources": {"a": ["raed"]}},
-        ["resources: Invalid enum value 'raed' - at `$[...][0]`"],
+        ["resources.a[0]: Invalid enum value 'raed'; expected read, create, update, delete"],
         {},
     ),
     (
