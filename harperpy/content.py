@@ -3,16 +3,7 @@
 from __future__ import annotations
 
 import builtins
-import gc
-from collections.abc import (
-    AsyncIterable,
-    AsyncIterator,
-    Callable,
-    Generator,
-    Iterable,
-    Mapping,
-)
-from contextlib import contextmanager
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -29,8 +20,6 @@ T = TypeVar("T")
 _ANY = msgspec.json.Decoder()
 _JSON = ("", "application/json")
 _MULTIPART = "multipart/form-data"
-# What is made of fewer bytes the collector may look at.
-_LARGE_BYTES = 65_536
 _NO_DECODERS: Mapping[str, Callable[[bytes], Any]] = MappingProxyType({})
 
 
@@ -171,8 +160,7 @@ def body_of(
 
 def _read(data: bytes, decoder: Callable[[bytes], Any], content_type: str) -> Any:
     try:
-        with _uncollected():
-            return decoder(data)
+        return decoder(data)
     except HarperError:
         raise
     except Exception as error:
@@ -187,9 +175,6 @@ def decode_json(
 
     `what` is what a refusal of no JSON at all calls it.
     """
-    if len(data) >= _LARGE_BYTES and gc.isenabled():
-        with _uncollected():
-            return decode_json(data, kind, what=what)
     try:
         if isinstance(kind, msgspec.json.Decoder):
             return kind.decode(data)
@@ -202,22 +187,6 @@ def decode_json(
     except RecursionError as error:
         message = f"{what} is nested too deeply"
         raise InvalidBody(message) from error
-
-
-@contextmanager
-def _uncollected() -> Generator[None]:
-    """No garbage is looked for meanwhile, where none is made.
-
-    Else the collector looks at millions of small arrays again and again as they become more, which
-    takes ten times as long as reading them.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def refused(error: msgspec.ValidationError, kind: Any = None) -> InvalidBody:

@@ -14,6 +14,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 _ANY = msgspec.json.Decoder()
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class Reader(Generic[T]):
@@ -35,8 +36,8 @@ class Reader(Generic[T]):
         """
         if data.is_json:
             try:
-                return decode_json(data.whole or await data.bytes(), self._strict), {}
-            except InvalidBody:
+                return self._strict.decode(data.whole or await data.bytes()), {}
+            except _UNREADABLE:
                 pass  # It holds something else, or what is wrong with it is told below.
         try:
             request = await data.decode(self._decoder)
@@ -50,6 +51,6 @@ class Reader(Generic[T]):
 def _anything(body: bytes) -> Any:
     """A body as it is; None for one that Python has no value for."""
     try:
-        return decode_json(body, _ANY)
-    except InvalidBody:
+        return _ANY.decode(body)
+    except _UNREADABLE:
         return None
