@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from importlib import metadata
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -66,6 +67,17 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ours = {entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")}
     (Path(paths["purelib"]) / "dependencies.pth").write_text("\n".join(sorted(ours)))
     return python
+
+
+def lend_commands(python: Path) -> None:
+    """The commands of our dependencies, which tests and templates expect beside an interpreter."""
+    for command in metadata.entry_points(group="console_scripts"):
+        script = python.with_name(command.name)
+        if not script.exists():
+            name, run_it = command.attr.partition(".")[0], f"sys.exit({command.attr}())"
+            lines = (f"#!{python} -P", "import sys", f"from {command.module} import {name}", run_it)
+            script.write_text("\n".join((*lines, "")))
+            script.chmod(0o755)
 
 
 @pytest.fixture
@@ -138,4 +150,5 @@ def test_the_wheel_is_strictly_typed(python: Path, empty: Path) -> None:
 @pytest.mark.slow
 def test_the_tests_pass_on_the_wheel(python: Path) -> None:
     """What holds in the clone holds for what a user installs."""
+    lend_commands(python)
     run(python, "-P", "-m", "pytest", "-m", "not slow", f"--ignore={Path(__file__)}", cwd=ROOT)
