@@ -97,6 +97,7 @@ from .permission import (
     read_permission,
 )
 from .prompts import paired
+from .queries import has_part
 from .reconciling import Difference, Served, Unequal, difference
 from .registry import Entry, Resources
 from .rendering import Reply
@@ -270,6 +271,7 @@ __all__ = [
     "estimate_tokens",
     "extract_tenant_id",
     "get_context",
+    "has_part",
     "hookimpl",
     "json_response",
     "load_config",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from contextvars import copy_context
 from typing import Any, TypeVar
 
@@ -42,12 +42,23 @@ class Background:
         """Let all of them end, and cut off what does not in time."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
-        for task, abort in list(self._tasks.items()):
+        for abort in list(self._tasks.values()):
             abort(SHUTDOWN)
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancelled(self._tasks, seconds, logger)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         del self._tasks[task]
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("detached task %s failed", task.get_name(), exc_info=error)
+
+
+async def cancelled(
+    tasks: Collection[asyncio.Task[Any]], seconds: float, log: logging.Logger
+) -> None:
+    """Cancel them, and wait for them so long; those that go on all the same are named."""
+    for task in list(tasks):
+        task.cancel()
+    if tasks:
+        await asyncio.wait(list(tasks), timeout=seconds)
+    if left := sorted(task.get_name() for task in tasks if not task.done()):
+        log.error("tasks do not end when they are cancelled: %s", ", ".join(left))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+
+import click
 
 from .registry import Entry
 from .resource import PERMISSIONS
@@ -44,6 +47,12 @@ def banner(server: Server, version: str) -> str:
     if server.first_start is not None:
         lines += ["", *_first_start(server)]
     return "\n".join(lines)
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print it, if it can be: a full disk, or a terminal that was closed, ends no server."""
+    with contextlib.suppress(OSError):
+        click.echo(text, err=err)
 
 
 def _warnings(config: Config) -> Iterator[str]:

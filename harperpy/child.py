@@ -9,12 +9,13 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 
+from .ending import END_SECONDS, STOPS, cut_off
 from .held import Held
-from .serving import CONFIG, HAND_OVER, READY, RESTART, STOPS, TAKEN, Inherited
+from .serving import CONFIG, HAND_OVER, READY, RESTART, TAKEN, Inherited
 
 # A server that is still there so long after it was asked to hand over hangs.
 _HANG_SECONDS = 3.0
@@ -115,3 +116,17 @@ async def start(command: Sequence[str], held: Held, *, first: bool) -> Child:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         theirs.close()
     return Child(process, ours)
+
+
+async def end(children: Collection[Child], hurry: asyncio.Event) -> list[int]:
+    """Have all end, at once where they do not in time or nobody waits; their exit codes."""
+    ending = asyncio.gather(*(child.stop() for child in children))
+    hurrying = asyncio.ensure_future(hurry.wait())
+    waited = (ending, hurrying)
+    await asyncio.wait(waited, timeout=END_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+    hurrying.cancel()
+    if not ending.done():
+        cut_off()
+        for child in children:
+            child.kill()
+    return await ending

@@ -15,15 +15,16 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
+from .ending import start_again
 from .health import Health
 from .processors import processes
 from .reload import Parent
 from .scaffold import TEMPLATES, write_project
 from .sections import Config, DatabaseConfig
 from .server import Server
-from .serving import Inherited, Serving, serve, start_again
+from .serving import Inherited, Serving, serve
 from .spelling import nearest
-from .target import Target, config_of, import_from, run_to_end, show, told
+from .target import Target, config_of, import_from, open_streams, run_to_end, show, told
 from .words import parameters
 from .workers import Workers
 
@@ -70,6 +71,7 @@ def main() -> None:
     Any other word is an operation of the server: 'harperpy list_users', 'harperpy drop_user
     username=ada'. Those of plugins are listed by 'harperpy commands'.
     """
+    open_streams()
 
 
 @main.command()

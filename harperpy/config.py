@@ -54,6 +54,8 @@ def parse_config(text: str, *, source: str, environ: Mapping[str, str]) -> Confi
     document = Document(report, environ)
     tree = document.read(text)
     config = _Decoder(report, document.variables).section(Config, {} if tree is None else tree, ())
+    if not report.lines:
+        _check_ports(config, report)
     if report.lines or not isinstance(config, Config):
         raise ConfigError("\n".join(report.lines))
     return config
@@ -74,6 +76,13 @@ def redacted(config: Config) -> dict[str, Any]:
 
 def _masked_values(blocks: Mapping[str, Plain]) -> dict[str, Any]:
     return {name: masked(block) for name, block in blocks.items()}
+
+
+def _check_ports(config: Config, report: Report) -> None:
+    http, network = config.http, config.operations_api.network
+    if http.port == network.port != 0 and http.host in (None, network.host):
+        sentence = f"expected another port than http.port's, got {network.port} for both"
+        report.add(("operationsApi", "network", "port"), sentence)
 
 
 class _Decoder:

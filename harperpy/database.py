@@ -311,18 +311,32 @@ def _read_only(connection: sqlite3.Connection, _: object) -> None:
     connection.execute("PRAGMA query_only = ON")
 
 
-def read_secret(root: Path) -> bytes:
+def read_secret(root: Path, *, make: bool = True) -> bytes:
     """The server's own 32 random bytes in `ROOT/secret.key`, made on first use, mode 0600.
 
-    Raises `ConfigError` for a file that holds fewer: anybody could sign with what is in none.
+    Raises `ConfigError` for a file that cannot be used, or holds fewer: anybody could sign with
+    what is in none.
     """
     path = root / "secret.key"
-    root.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(os.urandom(_SECRET_BYTES))
-    if len(secret := path.read_bytes()) < _SECRET_BYTES:
+    try:
+        if make and not path.exists():
+            _make_secret(path)
+        secret = path.read_bytes()
+    except OSError as error:
+        message = f"cannot use {path}: {error.strerror}"
+        raise ConfigError(message) from error
+    if len(secret) < _SECRET_BYTES:
         message = f"{path}: expected {_SECRET_BYTES} bytes, got {len(secret)}: restore or remove it"
         raise ConfigError(message)
     return secret
+
+
+def _make_secret(path: Path) -> None:
+    """All of it or nothing, wherever the process ends: one that is short is never mended."""
+    new = path.with_suffix(".new")
+    handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(os.urandom(_SECRET_BYTES))
+        file.flush()
+        os.fsync(handle)
+    new.replace(path)

@@ -175,7 +175,7 @@ class Dispatch:
                 return
             for name, value in own.items():
                 reply.headers.setdefault(name, value)
-            if reply.keepalive is not None and request.method == "GET":
+            if reply.keepalive is not None and request.method in ("GET", "QUERY"):
                 reply.check = partial(self._check, context, found)
         if context.etag is not None or context.last_modified is not None:
             stamp(reply, context)

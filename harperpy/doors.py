@@ -27,6 +27,9 @@ _PROXY_HEADERS = (
     "x-real-ip",
 )
 
+# What a browser says of who asks: its user, or a page that came from here.
+_OWN_SITES = ("none", "same-origin")
+
 logger = logging.getLogger("harperpy.auth")
 
 
@@ -68,7 +71,9 @@ def is_local(request: Request) -> bool:
     for_others = any(name in request.headers for name in (*_PROXY_HEADERS, "origin"))
     name = _PORT.sub("", request.headers.get("host", "").lower())
     named = name in _LOCAL_NAMES or name.endswith(".localhost")
-    return request.peer in _LOOPBACK and named and not for_others
+    # Pictures and links of pages elsewhere are asked for without an origin.
+    own = request.headers.get("sec-fetch-site", "none") in _OWN_SITES
+    return request.peer in _LOOPBACK and named and own and not for_others
 
 
 def challenge(headers: CIMultiDict[str], context: Context) -> None:

@@ -63,7 +63,7 @@ class Wanted(msgspec.Struct, frozen=True):
                 if path in found or ignored or not matches(pattern, parts):
                     continue
                 # A link may lead out of the project, and so to what it keeps from others.
-                if path.resolve().is_relative_to(directory):
+                if _is_within(path, directory):
                     inside = "/".join(parts[len(_prefix(pattern)) :])
                     _note(path, self.base + inside, found)
         return dict(sorted(found.items()))
@@ -196,6 +196,14 @@ def _walk(directory: Path, pattern: Segments, data: Path) -> Iterator[Path]:
 def _is_named(name: str, pattern: Segments) -> bool:
     dotted = (part for part in pattern if part.startswith("."))
     return name in pattern or any(fnmatchcase(name, part) for part in dotted)
+
+
+def _is_within(path: Path, directory: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(directory)
+    except (OSError, RuntimeError):
+        # It leads to itself.
+        return False
 
 
 def _note(path: Path, url_path: str, found: dict[Path, FileEntry]) -> None:

@@ -88,29 +88,39 @@ def put_together(
     )
 
 
-async def first_start(people: People, environ: Mapping[str, str], *, dev: bool) -> str | None:
-    """Make the first super user, once. Returns its password if it was made up here.
+async def lacks_first(people: People, environ: Mapping[str, str], *, dev: bool) -> bool:
+    """Whether the first super user is to be made.
 
     Raises `ConfigError` when there is none and the environment names none either.
     """
-    name, password = (environ.get(f"HDB_ADMIN_{what}") for what in ("USERNAME", "PASSWORD"))
+    name, password = _named(environ)
     if bool(name) != bool(password):
         message = "set HDB_ADMIN_USERNAME and HDB_ADMIN_PASSWORD both, or neither"
         raise ConfigError(message)
     if await people.first_super_user() is not None:
-        return None
-    if name and password:
-        await people.add_user(name, password, SUPER_USER.role)
-        return None
-    if not dev:
+        return False
+    if not (name or dev):
         message = (
             "no super user exists yet: set HDB_ADMIN_USERNAME and HDB_ADMIN_PASSWORD "
             "for the first start, or use 'harperpy dev'"
         )
         raise ConfigError(message)
+    return True
+
+
+async def make_first(people: People, environ: Mapping[str, str]) -> str | None:
+    """Make the first super user. Returns its password if it was made up here."""
+    name, password = _named(environ)
+    if name and password:
+        await people.add_user(name, password, SUPER_USER.role)
+        return None
     made_up = secrets.token_urlsafe(15)
     await people.add_user("HDB_ADMIN", made_up, SUPER_USER.role)
     return made_up
+
+
+def _named(environ: Mapping[str, str]) -> tuple[str | None, str | None]:
+    return environ.get("HDB_ADMIN_USERNAME"), environ.get("HDB_ADMIN_PASSWORD")
 
 
 def _database(config: Config, root: Path, worker: Worker) -> Database:

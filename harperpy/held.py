@@ -8,7 +8,8 @@ import fcntl
 import os
 import socket
 import sys
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,6 +25,8 @@ _DEV_HOSTS = ("127.0.0.1", "::1")
 _RUN_HOSTS = ("0.0.0.0", "::")  # noqa: S104  # 'run' serves all interfaces, by contract
 _NO_SUCH_FAMILY = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}
 BACKLOG = 1024
+_BRIEFLY = "briefly"
+_BRIEF_SECONDS, _LOOK_SECONDS = 10.0, 0.02
 SOCKET_NAME = "operations.sock"
 LOCAL = "local"
 """What the socket of that name is called among those of the ports."""
@@ -64,28 +67,48 @@ def data_root(config: Config, directory: Path, root: Path | None) -> Path:
     return root or Path(config.root_path or directory / ".harperpy")
 
 
-def lock_root(root: Path) -> TextIO:
-    """Make the folder and hold it for this process; the lock ends with it, however it ends."""
+def lock_root(root: Path, *, briefly: bool = False) -> TextIO:
+    """Make the folder and hold it for this process; the lock ends with it, however it ends.
+
+    Who holds it `briefly`, as a command does, is waited for. Raises `ConfigError`.
+    """
     try:
         root.mkdir(parents=True, exist_ok=True)
         root.chmod(0o700)
     except OSError as error:
         message = f"cannot use {root} as data folder: {error.strerror}"
         raise ConfigError(message) from error
-    lock = (root / "harperpy.lock").open("a+", encoding="utf-8")
-    os.fchmod(lock.fileno(), 0o600)
+    file = root / "harperpy.lock"
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = file.open("a+", encoding="utf-8")
+        os.fchmod(lock.fileno(), 0o600)
+        _lock(lock, root)
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} {_BRIEFLY}" if briefly else f"{os.getpid()}")
+        lock.flush()
     except OSError as error:
-        lock.seek(0)
-        holder = lock.read().strip() or "unknown"
-        lock.close()
-        message = f"another harperpy (process {holder}) already uses the data folder {root}"
+        message = f"cannot use {file}: {error.strerror}"
         raise ConfigError(message) from error
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
     return lock
+
+
+def _lock(lock: TextIO, root: Path) -> None:
+    deadline = time.monotonic() + _BRIEF_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            holder, _, how = lock.read().strip().partition(" ")
+            # Who has just taken it may not have said yet who it is.
+            if (how == _BRIEFLY or not holder) and time.monotonic() < deadline:
+                time.sleep(_LOOK_SECONDS)
+                continue
+            lock.close()
+            who = f"another harperpy (process {holder or 'unknown'})"
+            message = f"{who} already uses the data folder {root}"
+            raise ConfigError(message) from error
+        return
 
 
 class Worker(msgspec.Struct, frozen=True):
@@ -242,6 +265,13 @@ def listen(place: Place) -> list[socket.socket]:
             raise port_taken(error, host, port, place.key) from error
         port = made[0].getsockname()[1]
     return made
+
+
+def try_places(wanted: Mapping[str, Place], taken: Collection[int]) -> None:
+    """Raises `ConfigError` where one cannot be had; the ports `taken` are as good as had."""
+    for place in wanted.values():
+        if place.port not in taken:
+            _close([listen(place)])
 
 
 def listen_apart(place: Place, count: int) -> list[list[socket.socket]]:

@@ -121,7 +121,7 @@ class Keys:
         delete = sa.delete(hdb_token).where(hdb_token.c.id == key_id, _IS_KEY)
         if username is not None:
             delete = delete.where(hdb_token.c.user == username)
-        deed, of_tokens = Deed(hdb_token), Deed(hdb_token)
+        deed = Deed(hdb_token)
 
         def work(connection: sa.Connection) -> None:
             told = delete.returning(hdb_token.c.user, hdb_token.c.kind, hdb_token.c.name)
@@ -130,7 +130,7 @@ class Keys:
                 raise NotFound(message)
             before = {"user": row.user, "kind": row.kind, "name": row.name}
             deed.note(connection, "delete", key_id, before=before)
-            end_tokens(connection, of_tokens, row.user, hdb_token.c.key_id == key_id)
+            end_tokens(connection, deed, row.user, hdb_token.c.key_id == key_id)
 
         await self._database.run(work, self._changed)
 

@@ -80,7 +80,7 @@ WorkerCount = Annotated[
 Count = Annotated[int, Meta(ge=0, description="an integer of 0 or more")]
 # More no store could count.
 Limit = Annotated[int, Meta(ge=1, le=2**53, description="an integer between 1 and 2^53")]
-LimitOrNone = Annotated[int, Meta(ge=0, le=2**53, description="an integer between 0 and 2^53")]
+LimitOrZero = Annotated[int, Meta(ge=0, le=2**53, description="an integer between 0 and 2^53")]
 Size = Annotated[int, Meta(ge=1, description=_SIZE_TEXT, extra={"parse": _in_units(_BYTE_UNITS)})]
 SizeOrOff = Annotated[
     int,

@@ -37,15 +37,21 @@ class Listener:
         loop = asyncio.get_running_loop()
         self._places.append(await loop.create_server(self.connections, host, port, backlog=BACKLOG))
 
-    def stop(self) -> None:
-        """Take no more connections."""
-        for place in self._places:
+    async def stop(self) -> None:
+        """Take no more connections; those that were taken are begun."""
+        places, self._places = self._places, []
+        loop = asyncio.get_running_loop()
+        for place in places:
+            for one in place.sockets:
+                loop.remove_reader(one)
+        # A connection is begun in the turn after the one that took it; a closed server drops it.
+        await asyncio.sleep(0)
+        for place in places:
             place.close()
-        self._places.clear()
 
     async def close(self, seconds: float) -> None:
         """Stop, let what runs end within so many seconds, and cut off what does not."""
-        self.stop()
+        await self.stop()
         # What came in before is to have begun.
         await asyncio.sleep(0)
         self.connections.pre_shutdown()

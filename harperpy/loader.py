@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import importlib.metadata
-import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +20,7 @@ from .backend import ModelBackend, settled
 from .errors import ConfigError, HarperError, RegistrationError
 from .health import Health, PluginStatus, cause
 from .hookspecs import BackendFactory, ModelEntry, check_hooks
+from .importing import import_file, import_package
 from .middleware import Middlewares
 from .options import Change
 from .ordering import missing, ordered, required
@@ -55,15 +54,19 @@ BUILT_IN = (
 _START_SECONDS = 30.0
 # What a plugin may raise; `sys.exit()` ends no server.
 _WHATEVER = (Exception, SystemExit)
-_OWN_OPTIONS = ("path", "package", "timeout")
+_OWN_OPTIONS = ("path", "package", "timeout", "required")
 
 
 class Plugin(msgspec.Struct):
-    """A plugin by name: where it lives, its options, and how long its start may take (seconds)."""
+    """A plugin by name: where it lives, its options, and how long its start may take (seconds).
+
+    Without one that is `required` no server starts.
+    """
 
     name: str
     options: Mapping[str, Any]
     seconds: float = _START_SECONDS
+    required: bool = False
 
     @property
     def module_name(self) -> str:
@@ -136,6 +139,16 @@ class Loader:
         for plugin in self.plugins:
             if not self._is_down(plugin.name):
                 self._register(plugin.name, found[plugin.name])
+        self.insist()
+
+    def insist(self) -> None:
+        """Raises `ConfigError` where a plugin has failed that config.yaml calls `required`."""
+        for plugin in self.plugins:
+            status = self._health.plugins[plugin.name]
+            if plugin.required and status.status == "error":
+                where = f"config.yaml: plugins.{plugin.name}"
+                message = f"{where}: it is required, and did not start: {status.error}"
+                raise ConfigError(message)
 
     def _put_in_order(self) -> None:
         """Each plugin after those that it requires; else the order of config.yaml stays."""
@@ -305,9 +318,9 @@ class Loader:
         if plugin.name in self._given:
             return self._given[plugin.name]
         if path := plugin.options.get("path"):
-            return _import_file(plugin.name, (self._directory / str(path)).resolve())
+            return import_file(plugin.name, (self._directory / str(path)).resolve())
         if plugin.name in BUILT_IN or plugin.options.get("package"):
-            return _import_package(plugin)
+            return import_package(plugin.name, plugin.module_name)
         for entry_point in importlib.metadata.entry_points(group="harperpy", name=plugin.name):
             found = entry_point.load()
             return found if isinstance(found, ModuleType) else sys.modules[found.__module__]
@@ -334,7 +347,11 @@ def _named(plugins: Mapping[str, Any]) -> Iterator[Plugin]:
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
             message = f"config.yaml: plugins.{name}.timeout: expected a positive number of ms"
             raise ConfigError(message)
-        yield Plugin(name, values, timeout / 1000)
+        needed = values.get("required", False)
+        if not isinstance(needed, bool):
+            message = f"config.yaml: plugins.{name}.required: expected true or false"
+            raise ConfigError(message)
+        yield Plugin(name, values, timeout / 1000, needed)
 
 
 def _order(config: Config, other: Config) -> list[str]:
@@ -357,35 +374,3 @@ def _too_slow(plugin: Plugin, scope: Scope) -> TimeoutError:
     tasks = ", ".join(scope.pending)
     still = f"; its tasks that still run: {tasks}" if tasks else ""
     return TimeoutError(f"handle_application took more than {plugin.seconds:g} s{still}")
-
-
-def _import_package(plugin: Plugin) -> ModuleType:
-    try:
-        return importlib.import_module(plugin.module_name)
-    except ModuleNotFoundError as error:
-        if plugin.module_name != error.name:
-            raise
-        message = f"config.yaml: plugins.{plugin.name}.package: no module is called '{error.name}'"
-        raise ConfigError(message) from error
-
-
-def _import_file(name: str, path: Path) -> ModuleType:
-    """A module from a file, or a package from a folder, under a name of its own."""
-    file = path / "__init__.py" if path.is_dir() else path
-    if not file.is_file():
-        message = f"config.yaml: plugins.{name}.path: expected a Python file or package at {path}"
-        raise ConfigError(message)
-    unique = f"harperpy_plugin_{name}_{abs(hash(file))}"
-    places = [str(path)] if path.is_dir() else None
-    spec = importlib.util.spec_from_file_location(unique, file, submodule_search_locations=places)
-    if spec is None or spec.loader is None:
-        message = f"config.yaml: plugins.{name}.path: {path} is not a Python file"
-        raise ConfigError(message)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[unique] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[unique]
-        raise
-    return module

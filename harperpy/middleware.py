@@ -235,13 +235,22 @@ def _calling(function: Middleware, name: str, url_path: str | None) -> Callable[
 
     def wrap(following: Stage) -> Stage:
         async def stage(way: Way) -> Reply:
-            if prefix and not _beneath(way.context.path, prefix):
+            if prefix and not _reaches(way.context, prefix):
                 return await following(way)
             return await _Turn(name, way, following).take(function)
 
         return stage
 
     return wrap
+
+
+def _reaches(context: Context, prefix: list[str]) -> bool:
+    """Whether a request may be for what is beneath these segments: `/it.csv` is for `/it`."""
+    path = context.path
+    if _beneath(path, prefix):
+        return True
+    asked = context.types.of_extension(path)
+    return asked is not None and _beneath(asked[0], prefix)
 
 
 def _beneath(path: str, prefix: list[str]) -> bool:

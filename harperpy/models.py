@@ -20,7 +20,7 @@ from .backend import (
 )
 from .batches import Batched
 from .calls import Call, with_allowed_tools
-from .errors import BackendError, HarperError, InvalidBody, NotImplementedYet
+from .errors import BackendError, ConfigError, HarperError, InvalidBody, NotImplementedYet
 from .fanout import all_of, interleaved, joined, topped_up
 from .messages import (
     EmbedInput,
@@ -146,17 +146,21 @@ class Models:
         return interleaved({index: one(index) for index in range(count)})
 
     async def open(self) -> None:
-        """Let every backend begin its own preparations; called once when the server starts."""
-        await asyncio.gather(*(backend.open() for backend in self._backends()))
+        """Let every backend begin its own preparations; called once when the server starts.
+
+        Raises `ConfigError` for one that fails.
+        """
+        await asyncio.gather(*map(_open, self._registrations()))
         self._routes.opened()
 
     async def close(self) -> None:
         """Let go of every backend's connections."""
-        closing = (backend.close() for backend in self._backends())
+        closing = (one.backend.close() for one in self._registrations())
         await asyncio.gather(*closing, return_exceptions=True)
 
-    def _backends(self) -> Iterable[ModelBackend]:
-        return {id(one.backend): one.backend for one in self._routes}.values()
+    def _registrations(self) -> Iterable[Registration]:
+        """One of each backend."""
+        return {id(one.backend): one for one in self._routes}.values()
 
     def _embedding(
         self, call: Call, candidate: Candidate, opts: EmbedOpts, _: Recorder
@@ -195,6 +199,17 @@ def _permission(caller: Caller) -> Permission | None:
     """What the caller's role may; the server itself, and whoever is not known, ask any model."""
     user = caller.user
     return None if user is None else user.role.permission
+
+
+async def _open(registration: Registration) -> None:
+    try:
+        await registration.backend.open()
+    except HarperError:
+        raise
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}".removesuffix(": ")
+        message = f"models: {registration.kind} {registration.name!r} does not open: {told}"
+        raise ConfigError(message) from error
 
 
 def _asked(

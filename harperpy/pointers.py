@@ -20,6 +20,8 @@ _FIELD = re.compile(r"Object (?:missing required|contains unknown) field `(.+)`"
 _STEP = re.compile(r"\[(\d+|\.\.\.)\]|\.?([^.\[\]]+)")
 _KEY = "..."
 _NAME = re.compile(r"[^.\[\]]+")
+# A client may call a field whatever it likes, and is told it several times.
+_LONGEST = 1000
 
 
 def told(message: str) -> tuple[str, str]:
@@ -30,7 +32,7 @@ def told(message: str) -> tuple[str, str]:
         path = place[2].removeprefix(".") + ("[...]" if place[1] else "")
     if field := _FIELD.fullmatch(message):
         path = f"{path}.{field[1]}" if path else field[1]
-    return message, path
+    return message[:_LONGEST], path[:_LONGEST]
 
 
 def pointer(path: str) -> str:
@@ -40,9 +42,9 @@ def pointer(path: str) -> str:
 
 def hint(message: str, path: str, kind: Any) -> str:
     """The half-sentence that helps with a field of a Struct: its nearest name, or its words."""
-    if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)) or not _NAME.fullmatch(
-        path
-    ):
+    if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
+        return ""
+    if not _NAME.fullmatch(path):
         return ""
     fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
     if message.startswith("Object contains unknown"):

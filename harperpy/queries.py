@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 from urllib.parse import unquote_plus
 
 import msgspec
@@ -30,26 +30,29 @@ _COMPARISONS: dict[str, Callable[[Any, Any], sa.ColumnElement[bool]]] = {
 }
 
 
-def _contains(column: sa.Column[Any], text: str) -> sa.ColumnElement[bool]:
-    # LIKE would not tell small letters from capital ones.
-    return sa.func.instr(column, text) > 0
+def has_part(
+    column: sa.Column[Any], how: Literal["contains", "starts_with", "ends_with"], text: str
+) -> sa.ColumnElement[bool]:
+    """Whether a column's texts contain, start or end with a text, which is not empty.
+
+    Capitals count, which LIKE would not tell from small letters.
+    """
+    match how:
+        case "contains":
+            return sa.func.instr(column, text) > 0
+        case "starts_with":
+            # The first half is for the index.
+            return (column >= text) & (sa.func.substr(column, 1, len(text)) == text)
+        case "ends_with":
+            return sa.func.substr(column, -len(text)) == text
 
 
-def _starts(column: sa.Column[Any], text: str) -> sa.ColumnElement[bool]:
-    # The first half is for the index.
-    return (column >= text) & (sa.func.substr(column, 1, len(text)) == text)
-
-
-def _ends(column: sa.Column[Any], text: str) -> sa.ColumnElement[bool]:
-    return sa.func.substr(column, -len(text)) == text
-
-
-# Of a text, which may be so long: the first is looked for at each place of each value.
-_PARTS: dict[str, Callable[[sa.Column[Any], str], sa.ColumnElement[bool]]] = {
-    "=ct=": _contains,
-    "=sw=": _starts,
-    "=ew=": _ends,
+_PARTS: dict[str, Literal["contains", "starts_with", "ends_with"]] = {
+    "=ct=": "contains",
+    "=sw=": "starts_with",
+    "=ew=": "ends_with",
 }
+# It is looked for at each place of each value.
 _LONGEST_PART = 200
 _CONDITION = re.compile(r"([^=!]+)(!=|==|=[a-z]{2}=|=)(.*)", re.DOTALL)
 # In Harper's queries it is an or; taken as part of the value it would find nothing, in silence.
@@ -119,7 +122,7 @@ def _part(column: sa.Column[Any], sign: str, text: str) -> sa.ColumnElement[bool
         _refuse(column.name, f"{sign} is for texts alone")
     if not 0 < len(text) <= _LONGEST_PART:
         _refuse(column.name, f"{sign}: expected a text of 1 to {_LONGEST_PART} characters")
-    return _PARTS[sign](column, text)
+    return has_part(column, _PARTS[sign], text)
 
 
 def _ordered(column: sa.Column[Any]) -> sa.ColumnElement[Any]:

@@ -33,7 +33,7 @@ from .resource import (
     granted,
     left_to_roles,
 )
-from .signatures import Signature, not_static
+from .signatures import Signature, miswritten, not_static
 from .spelling import closest
 from .table_resource import TableResource
 
@@ -142,7 +142,7 @@ class Resources:
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
         self._patterns: dict[str, Entry] = {}
-        self._frozen = False
+        self._frozen, self._deepest = False, 0
         self.selective = False
         """Whether any mount is hidden for a protocol."""
 
@@ -190,6 +190,7 @@ class Resources:
             raise ResourceConflict(message)
         place[key] = entry
         self._patterns = dict(sorted(self._patterns.items(), key=_rank))
+        self._deepest = max(self._deepest, path.count("/") + 1)
         self.selective = any(entry.protocols != PROTOCOLS for entry in self)
 
     def fail(self, owner: str) -> None:
@@ -214,7 +215,8 @@ class Resources:
         if entry and protocol in entry.protocols:
             return entry, target_of("", search)
         segments = path.split("/")
-        for count in range(len(segments), -1, -1):
+        # A path may have thousands: no more of them are looked at than a mount has.
+        for count in range(min(len(segments), self._deepest), -1, -1):
             if not count and (found := self._match_pattern(segments, search, protocol)):
                 return found
             name = "/".join(map(decoded_segment, segments[:count]))
@@ -276,6 +278,8 @@ def _check(resource: Any) -> None:
     if resource.keepalive <= 0:
         message = f"{resource.__name__}.keepalive: expected seconds, more than 0"
         raise RegistrationError(message)
+    if wrong := miswritten(resource, VERBS):
+        raise RegistrationError(wrong)
     hooks = [name for name in dir(Resource) if name.startswith(("allow_", "present_"))]
     for name in (*VERBS, *hooks):
         found = inspect.getattr_static(resource, name, None)

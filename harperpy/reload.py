@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
-import click
-
-from .child import Child, start
+from .banner import say
+from .child import Child, end, start
+from .ending import HARD_STOP, STOPS, Ending
 from .errors import ConfigError
 from .held import Held, Holder, data_root, places
 from .sections import Config
-from .serving import STOPS, Serving
+from .serving import Serving
 
 _LOOK_SECONDS = 0.3
 _SETTLED_SECONDS = 0.05
@@ -65,14 +66,15 @@ class Parent:
         self._what = what
         self._arguments = arguments
         self._holder = Holder()
-        self._stop = asyncio.Event()
+        self._stop, self._hurry = asyncio.Event(), asyncio.Event()
         self._child: Child | None = None
         self._was_ready = False
 
     async def run(self) -> int:
         """Serve until a signal; the exit code. Raises `ConfigError` if the start is refused."""
+        ending = Ending(self._stop.set, self._hurry.set)
         for number in STOPS:
-            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
+            asyncio.get_running_loop().add_signal_handler(number, ending.heard, number)
         self._stopping = asyncio.ensure_future(self._stop.wait())
         config = self._what.config()
         self._root = data_root(config, self._what.directory, self._what.root)
@@ -96,7 +98,10 @@ class Parent:
         )
         if self._stop.is_set():
             self._held.close_sockets()
-            return await child.stop() if child else 0
+            (code,) = await end([child], self._hurry) if child else [0]
+            # All is done: one more of them would only spoil the exit code.
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+            return HARD_STOP if self._hurry.is_set() else code
         if child is not None and child.ended in done:
             return await self._lost(child)
         if child is not None and child.ready in done:
@@ -113,6 +118,8 @@ class Parent:
     async def _changed(self, child: Child | None, seen: Files) -> None:
         """Let the server take it over if it can, or start anew."""
         await self._settle(seen)
+        if self._stop.is_set():
+            return
         if child is not None and child.ready.done() and not child.told:
             await self._told(child)
         changed = differing(self._running, self._seen)
@@ -129,7 +136,7 @@ class Parent:
             await child.ended
         elif self._was_ready:
             seconds = time.monotonic() - self._began
-            click.echo(f"restarted: {self._why} ({seconds:.1f} s)")
+            say(f"restarted: {self._why} ({seconds:.1f} s)")
         else:
             self._was_ready = True
 
@@ -139,7 +146,7 @@ class Parent:
         if code == 0 or not self._was_ready:
             return code
         self._child = None
-        click.echo("harperpy: the server is down and waits for a file to change", err=True)
+        say("harperpy: the server is down and waits for a file to change", err=True)
         return None
 
     async def _restart(self, why: str) -> None:
@@ -151,7 +158,7 @@ class Parent:
             _compile(differing(self._running, self._seen))
             self._held = self._hold(config)
         except ConfigError as error:
-            click.echo(f"harperpy: {error}", err=True)
+            say(f"harperpy: {error}", err=True)
             return
         self._running = self._seen
         if self._child is not None:
@@ -171,9 +178,9 @@ class Parent:
         return await asyncio.to_thread(look, self._what.directory, self._root)
 
     async def _settle(self, seen: Files) -> None:
-        """Wait while more files are being written."""
+        """Wait while more files are being written, unless a signal comes."""
         before: Files = {}
-        while seen != before:
+        while seen != before and not self._stop.is_set():
             before = seen
             await asyncio.sleep(_SETTLED_SECONDS)
             seen = await self._look()

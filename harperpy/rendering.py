@@ -355,8 +355,11 @@ def _head(reply: Reply, media: str, flow: Flow, resource: type[Resource], contex
     if flow.agreed:
         vary(reply.headers, "Accept")
     _name(media, reply.headers)
-    if media == EVENTS:
+    if media == EVENTS or not flow.raw:
         reply.keepalive = resource.keepalive
+    if media != EVENTS:
+        reply.quiet = True
+    else:
         for name, value in _STREAM_HEADERS.items():
             reply.headers.setdefault(name, value)
 

@@ -72,7 +72,8 @@ class Resource:
     that it has returned goes on for as long as it likes."""
     keepalive: ClassVar[float] = 15.0
     """Seconds of silence after which an event stream sends a comment; how often it is asked whether
-    who reads it, or has a WebSocket, may go on, and a WebSocket's client whether it is there."""
+    who gets the items of a stream, or has a WebSocket, may go on, and a WebSocket's client whether
+    it is there."""
     settles_credentials: ClassVar[bool] = False
     """Whether a refused credential reaches the verb, as `context.rejection`."""
     api_key_headers: ClassVar[Collection[str]] = ()

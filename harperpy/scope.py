@@ -15,6 +15,7 @@ from .accounting import Ledger
 from .analytics import Analytics
 from .auth import Authenticators
 from .backend import settled
+from .background import cancelled
 from .billing import Billing
 from .database import Database
 from .entries import EVENTS, EntryHandler, FileEntry, Wanted, wanted
@@ -117,7 +118,7 @@ class Scope:
     plugin_name: str
     """Its name in config.yaml."""
     options: Options
-    """Its block of config.yaml, without `path`, `package` and `timeout`."""
+    """Its block of config.yaml, without `path`, `package`, `timeout` and `required`."""
     secrets: Secrets
     """The environment's: `secrets.get("NAME")`."""
     directory: Path
@@ -302,15 +303,21 @@ class Scope:
     async def close(self) -> None:
         """Withdraw its middlewares, end its tasks, then call its closers, failing ones or not."""
         self.server.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancelled(self._tasks, _CLOSE_SECONDS, self.logger)
         while self._closers:
-            try:
-                async with asyncio.timeout(_CLOSE_SECONDS):
-                    await settled(self._closers.pop()())
-            except Exception:
-                self.logger.exception("closing failed")
+            await self._call(self._closers.pop())
+
+    async def _call(self, closer: Callable[[], Awaitable[None] | None]) -> None:
+        before = _cancels()
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await settled(closer())
+        except (Exception, SystemExit):
+            self.logger.exception("closing failed")
+        except asyncio.CancelledError:
+            # That of a task which it has cancelled, and waited for, is the closer's own.
+            if _cancels() > before:
+                raise
 
     def _aim(self) -> None:
         """Let the handlers of the option `files` follow it."""
@@ -381,3 +388,9 @@ class Scope:
         if not task.cancelled() and (error := task.exception()) is not None:
             self.first_error = self.first_error or error
             self.logger.error("task %s failed", task.get_name(), exc_info=error)
+
+
+def _cancels() -> int:
+    """How often somebody has cancelled the running task."""
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()

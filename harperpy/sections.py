@@ -21,7 +21,7 @@ from .leaves import (
     Kind,
     Level,
     Limit,
-    LimitOrNone,
+    LimitOrZero,
     LockTimeout,
     MeterStore,
     Money,
@@ -264,7 +264,7 @@ class BudgetConfig(Section, frozen=True, kw_only=True):
     which then cost it nothing.
     """
 
-    tokens: LimitOrNone | None = None
+    tokens: LimitOrZero | None = None
     cost: Money | None = None
     period: Period = "month"
     unknown_price: Unpriced = "refuse"

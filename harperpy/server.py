@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,7 +21,7 @@ from .cors import Cors
 from .database import read_secret
 from .dispatch import Dispatch
 from .doors import AuthLog
-from .founding import first_start, put_together
+from .founding import lacks_first, make_first, put_together
 from .health import Health
 from .held import (
     LOCAL,
@@ -35,6 +35,7 @@ from .held import (
     no_such_family,
     places,
     port_taken,
+    try_places,
 )
 from .listener import Listener
 from .loader import Loader
@@ -114,10 +115,13 @@ class Server:
             if not self._given:
                 await self._serve_socket(local_socket(self.root))
             await self._apply()
-            # After all that may fail: what is made up here is shown once, by who started it.
-            await self._meet_the_first()
+            people, environ = self.core.people, self._environ
+            lacks_first_user = await lacks_first(people, environ, dev=self.dev)
             await self.core.billing.open()
             await self.core.models.open()
+            if lacks_first_user:
+                # After all that may fail, or take long: what is made up here is shown once.
+                await self._meet_the_first()
         except BaseException:
             await self.stop()
             raise
@@ -130,15 +134,20 @@ class Server:
     async def open(self) -> None:
         """Start without ports, for the command line while no server runs."""
         try:
-            await self._open()
+            await self._open(briefly=True)
             await self._apply()
         except BaseException:
             await self.stop()
             raise
 
-    async def rehearse(self) -> None:
-        """Do what a start does before the plugins' own hooks, and close. Raises `ConfigError`."""
+    async def rehearse(self, taken: Collection[int] | None = None) -> None:
+        """Do what a start does before the plugins' own hooks, and close. Raises `ConfigError`.
+
+        With `taken`, the ports of the server whose place it is to take, all others are tried too.
+        """
         try:
+            if taken is not None:
+                try_places(places(self.config, dev=self.dev), taken)
             await self._open()
             self.loader.find()
             self.loader.make_models(self.config, self.routes)
@@ -216,9 +225,10 @@ class Server:
         user = await self.core.people.first_super_user()
         return user or User("operations.sock", SUPER_USER)
 
-    async def _open(self) -> None:
-        self._lock = self._held.lock if self._held else lock_root(self.root)
-        secret = read_secret(self.root)
+    async def _open(self, *, briefly: bool = False) -> None:
+        self._lock = self._held.lock if self._held else lock_root(self.root, briefly=briefly)
+        first = self._held is None or self._held.first
+        secret = read_secret(self.root, make=first)
         self.routes = Routes(int((self.root / "secret.key").stat().st_mtime))
         core = put_together(
             self.config,
@@ -232,7 +242,7 @@ class Server:
             worker=self._worker,
             operate=self.operate,
         )
-        await core.database.open(make=self._held is None or self._held.first)
+        await core.database.open(make=first)
         await core.people.open()
         self.core = core
         self.loader = Loader(
@@ -246,9 +256,9 @@ class Server:
         )
 
     async def _meet_the_first(self) -> None:
-        """On the very first start, make the administrator."""
+        """Make the administrator."""
         core = self.core
-        password = await first_start(core.people, self._environ, dev=self.dev)
+        password = await make_first(core.people, self._environ)
         if password is not None:
             _, key = await core.keys.add("HDB_ADMIN", "first")
             self.first_start = FirstStart("HDB_ADMIN", password, key)
@@ -264,6 +274,7 @@ class Server:
             loader.failed(owner, error)
         mounts = (core.resources, core.operations_resources)
         loader.withdraw(*mounts, *chains, core.authenticators)
+        loader.insist()
         frozen = (core.resources, core.operations_resources, core.operations, core.content_types)
         for part in (*frozen, self.routes):
             part.freeze()
@@ -283,8 +294,7 @@ class Server:
 
     async def _hand_over(self) -> None:
         """Take no more connections, and answer the first request of each that was taken."""
-        for listener in self._listeners:
-            listener.stop()
+        await asyncio.gather(*(listener.stop() for listener in self._listeners))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FIRST_REQUEST_SECONDS):
                 # What was taken in this turn of the loop is seen in the next ones.

@@ -9,18 +9,17 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import click
 import msgspec
 
 from .accounting import current_caller
-from .banner import banner, http_url, ready
+from .banner import banner, http_url, ready, say
 from .config import load_config
+from .ending import AGAIN, STOPS, Ending, alone
 from .errors import ConfigError
 from .held import Worker, inherit
 from .secret import mask_bare
@@ -30,10 +29,9 @@ from .server import Server
 # A child's words, then its parent's.
 READY, TAKEN, RESTART = b"r", b"t", b"n"
 HAND_OVER, CONFIG = b"h", b"c"
-STOPS = (signal.SIGINT, signal.SIGTERM)
-AGAIN = signal.SIGUSR1
 # A request makes few cycles, and a look for them takes as long as several requests.
 _GARBAGE = 50_000
+_LONGEST_LINE = 8000
 _CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -62,8 +60,8 @@ class Serving(msgspec.Struct, frozen=True):
 
 async def serve(what: Serving, inherited: Inherited | None = None) -> bool:
     """Serve until a signal, or a parent, ends it; whether it is to be started again."""
-    stop, again = asyncio.Event(), asyncio.Event()
-    _listen(stop, again, alone=inherited is None)
+    stop = asyncio.Event()
+    ending = _listen(stop, by_itself=inherited is None)
     # A parent blocks them until somebody is there to hear.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     parent = _Parent(inherited.control, stop) if inherited else None
@@ -84,7 +82,7 @@ async def serve(what: Serving, inherited: Inherited | None = None) -> bool:
         held=held,
     )
     if not await _before(stop, server.start()):
-        return again.is_set()
+        return ending.again
     try:
         # First of all: who reads the banner may change a file at once, and that is a restart.
         if parent and what.dev:
@@ -95,9 +93,9 @@ async def serve(what: Serving, inherited: Inherited | None = None) -> bool:
             server.health.on_order = lambda: os.kill(serving, AGAIN)
         # A configuration that names another data folder may make its first start here.
         if inherited is None or inherited.first or server.first_start:
-            click.echo(banner(server, what.version))
+            say(banner(server, what.version))
             if not parent or what.dev:
-                click.echo(ready(http_url(server)))
+                say(ready(http_url(server)))
         if held is not None:
             # Not before: threads that are there by now may run anywhere.
             held.worker.settle()
@@ -107,7 +105,7 @@ async def serve(what: Serving, inherited: Inherited | None = None) -> bool:
         await stop.wait()
     finally:
         await server.stop(hand_over=parent is not None and parent.takes_over)
-    return again.is_set()
+    return ending.again
 
 
 def _spare_the_collector() -> None:
@@ -116,30 +114,18 @@ def _spare_the_collector() -> None:
     gc.set_threshold(_GARBAGE)
 
 
-def _listen(stop: asyncio.Event, again: asyncio.Event, *, alone: bool) -> None:
-    """Hear the signals. Who is told to end does not come back, whatever is said before or after."""
+def _listen(stop: asyncio.Event, *, by_itself: bool) -> Ending:
+    """Hear the signals. Who has a parent is ended by it, by force if it must be."""
     loop = asyncio.get_running_loop()
-
-    def end() -> None:
-        again.clear()
-        stop.set()
-
-    def begin_anew() -> None:
-        if not stop.is_set():
-            again.set()
-            stop.set()
-
     for number in STOPS:
-        loop.add_signal_handler(number, end)
-    if alone:
-        loop.add_signal_handler(AGAIN, begin_anew)
-
-
-def start_again() -> NoReturn:
-    """Become the command that was given, anew."""
-    # What a parent blocked for its end would stay blocked.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  # our own command
+        loop.add_signal_handler(number, stop.set)
+    ending = alone()
+    if by_itself:
+        loop.add_signal_handler(AGAIN, stop.set)
+        for number in (*STOPS, AGAIN):
+            # The loop still hears of them: it reads what Python writes for it.
+            signal.signal(number, ending.heard)
+    return ending
 
 
 def _takes_over(server: Server, what: Serving) -> bool:
@@ -150,7 +136,7 @@ def _takes_over(server: Server, what: Serving) -> bool:
         # Whoever starts anew says what is wrong.
         return False
     if changed:
-        click.echo(f"taken over: {', '.join(changed)}")
+        say(f"taken over: {', '.join(changed)}")
     return bool(changed)
 
 
@@ -215,8 +201,12 @@ class _Masked(logging.Formatter):
     """Keeps keys out of the log, whoever's exception they stand in, and a message on its line."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        text = super().formatMessage(record)
+        if len(text) > _LONGEST_LINE:
+            # Half a word might be half of a secret.
+            text = f"{text[:_LONGEST_LINE].rpartition(' ')[0]} [...]"
         # What a client sends stands in messages, too: it begins no line and moves no cursor.
-        return _CONTROL.sub(lambda found: repr(found[0])[1:-1], super().formatMessage(record))
+        return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
     def format(self, record: logging.LogRecord) -> str:
         return mask_bare(super().format(record))

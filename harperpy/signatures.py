@@ -7,7 +7,7 @@ import re
 import types
 import typing
 from collections import abc
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from msgspec import UNSET
@@ -151,4 +151,14 @@ def not_static(found: object, name: str) -> str | None:
         return f"must be static: write @staticmethod on the line above 'def {name}'"
     if "self" in function.__code__.co_varnames[: min(1, function.__code__.co_argcount)]:
         return f"is static, and is given no 'self': write 'def {name}(target, ...)'"
+    return None
+
+
+def miswritten(resource: type[Any], verbs: Collection[str]) -> str | None:
+    """What is wrong with a method that is a verb but for its capitals: nobody would ask it."""
+    # What a class has inside may well be a type: `class Query(Struct)`.
+    for name in dir(resource):
+        verb = name.lower()
+        if verb in verbs and name != verb and inspect.isroutine(getattr(resource, name)):
+            return f"{resource.__name__}.{name} is no verb; did you mean '{verb}'?"
     return None

@@ -6,9 +6,14 @@ import difflib
 import re
 from collections.abc import Iterable
 
+# Nothing is called by a longer name, and to compare a body of one takes a second.
+_LONGEST = 256
+
 
 def closest(name: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
     """The nearest of the known names, whatever their case, dashes and underscores."""
+    if len(name) > _LONGEST:
+        return None
     spelled = {_letters(each): each for each in known}
     near = difflib.get_close_matches(_letters(name), spelled, n=1, cutoff=likeness)
     return spelled[near[0]] if near else None

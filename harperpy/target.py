@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import os
 import sys
@@ -139,9 +140,30 @@ def told(work: Callable[[], T], operation: str = "") -> T:
 
 
 def show(result: Any, *, as_json: bool) -> None:
-    """Print what an operation answers, if it answers anything."""
-    if text := answer(result, as_json=as_json):
+    """Print what an operation answers, if it answers anything; exit code 1 where it cannot be."""
+    if not (text := answer(result, as_json=as_json)):
+        return
+    try:
+        _print(text)
+    except BrokenPipeError:
+        # Who read it has enough, as `head` does.
+        raise
+    except (OSError, UnicodeEncodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        click.echo(f"harperpy: the answer cannot be written: {reason}", err=True)
+        # Python would try once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _print(text: str) -> None:
+    # It is None where it was closed.
+    if not isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase):
         click.echo(text)
+        return
+    # With PYTHONUNBUFFERED the rest of what a pipe does not take at once would be dropped.
+    with open(sys.stdout.fileno(), "w", encoding=sys.stdout.encoding, closefd=False) as buffered:
+        click.echo(text, file=buffered)
 
 
 def run_to_end(work: Coroutine[Any, Any, T]) -> T:
@@ -151,6 +173,18 @@ def run_to_end(work: Coroutine[Any, Any, T]) -> T:
     except ImportError:
         return asyncio.run(work)
     return uvloop.run(work)
+
+
+def open_streams() -> None:
+    """Give the standard streams that were closed (`>&-`) a file.
+
+    Else the loop's own would get their numbers, and uvloop ends the process.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def config_of(directory: Path) -> Config:

@@ -8,24 +8,18 @@ import signal
 import time
 from tempfile import TemporaryFile
 
-import click
-
-from .banner import local_url, ready
-from .child import Child, start
+from .banner import local_url, ready, say
+from .child import Child, end, start
+from .ending import AGAIN, HARD_STOP, STOPS, Ending
 from .epoch import Epoch
 from .held import SOCKET_NAME, Worker, data_root, hold, places
 from .processors import shared
 from .sections import Config
-from .serving import AGAIN, STOPS, Serving
+from .serving import Serving
 
 # Who lived so long is started again at once when it dies.
 _QUICK_SECONDS = 10.0
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
-# Ten for the requests that run, and some for the plugins to close.
-_END_SECONDS = 20.0
-_HARD_STOP = 128 + signal.SIGINT
-# One Ctrl-C may come twice: from the terminal, and from who started us.
-_DOUBLED_SECONDS = 0.5
 
 
 class Workers:
@@ -38,12 +32,17 @@ class Workers:
         self._root = data_root(config, what.directory, what.root)
         self._children: dict[int, Child] = {}
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
-        self.again = False
+        self._ending = Ending(self._stop.set, self._hurry.set)
+
+    @property
+    def again(self) -> bool:
+        """Whether all are to be started again."""
+        return self._ending.again
 
     async def run(self) -> int:
         """Serve until a signal; the exit code. Raises `ConfigError` if the start is refused."""
         for number in (*STOPS, AGAIN):
-            asyncio.get_running_loop().add_signal_handler(number, self._signalled, number)
+            asyncio.get_running_loop().add_signal_handler(number, self._ending.heard, number)
         count = self._count
         processors = shared(count) if self._config.http.pin_workers else ()
         self._held = hold(self._root, places(self._config, dev=False), count)
@@ -59,15 +58,6 @@ class Workers:
                 (self._root / SOCKET_NAME).unlink(missing_ok=True)
                 self._held[0].lock.close()
 
-    def _signalled(self, number: int) -> None:
-        # Who is told to end does not come back, whatever was said before or is said after.
-        self.again = number == AGAIN and (self.again or not self._stop.is_set())
-        if not self._stop.is_set():
-            self._stop.set()
-            self._stopped = time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self._stopped > _DOUBLED_SECONDS:
-            self._hurry.set()
-
     async def _until_stopped(self) -> int:
         serving = asyncio.ensure_future(self._serve())
         stopping = asyncio.ensure_future(self._stop.wait())
@@ -75,11 +65,13 @@ class Workers:
         for task in (serving, stopping):
             task.cancel()
         await asyncio.wait((serving, stopping))
-        await self._end()
+        for held in self._held:
+            held.close_sockets()
+        await end(self._children.values(), self._hurry)
         # All is done: one more of them would only spoil the exit code.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         if self._hurry.is_set():
-            return _HARD_STOP
+            return HARD_STOP
         return 0 if serving.cancelled() else serving.result()
 
     async def _serve(self) -> int:
@@ -92,7 +84,7 @@ class Workers:
                 if not await asyncio.shield(self._children[index].ready):
                     return await self._children[index].stop()
         port = self._held[0].sockets["rest"][0].getsockname()[1]
-        click.echo(ready(local_url(self._config.http.host, port), len(self._held)))
+        say(ready(local_url(self._config.http.host, port), len(self._held)))
         await asyncio.gather(*(self._keep(index) for index in range(len(self._held))))
         return 0
 
@@ -115,7 +107,7 @@ class Workers:
             self._epoch.move()
             how = f"ended with exit code {code}" if code >= 0 else _killed(-code)
             told = f"harperpy: worker {index} (process {child.pid}) {how} and is started again"
-            click.echo(told, err=True)
+            say(told, err=True)
             await child.stop()
             quick = quick + 1 if time.monotonic() - child.began < _QUICK_SECONDS else 0
             await asyncio.sleep(_pause(quick))
@@ -127,7 +119,7 @@ class Workers:
         try:
             await self._start(index)
         except OSError as error:
-            click.echo(f"harperpy: worker {index} cannot be started: {error.strerror}", err=True)
+            say(f"harperpy: worker {index} cannot be started: {error.strerror}", err=True)
             self._leave_queues(index)
             await asyncio.sleep(_LONGEST_PAUSE)
             return False
@@ -137,21 +129,6 @@ class Workers:
         # Where there is no room for a socket either, they wait.
         with contextlib.suppress(OSError):
             self._held[index].leave_queues()
-
-    async def _end(self) -> None:
-        """Have all end, at once where they do not in time or nobody waits."""
-        for held in self._held:
-            held.close_sockets()
-        ending = asyncio.gather(*(child.stop() for child in self._children.values()))
-        hurry = asyncio.ensure_future(self._hurry.wait())
-        waited = (ending, hurry)
-        await asyncio.wait(waited, timeout=_END_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        hurry.cancel()
-        if not ending.done():
-            click.echo("harperpy: what did not end in time is cut off", err=True)
-            for child in self._children.values():
-                child.kill()
-        await ending
 
 
 def _pause(quick: int) -> float:

@@ -6,11 +6,12 @@ class defined in it is mounted at its `path`, or at its name; a `TableResource` 
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import sys
 from types import ModuleType
 
-from harperpy import Resource, Scope, TableResource
+from harperpy import RegistrationError, Resource, Scope, TableResource
 
 _FILE = "resources.py"
 
@@ -34,6 +35,10 @@ async def handle_application(scope: Scope) -> None:
         if waiting is not None:
             await waiting
         return
+    functions = [name for name, value in vars(module).items() if callable(value)]
+    for near in difflib.get_close_matches("handle_application", functions, 1, 0.9):
+        message = f"{_FILE}: '{near}' is no hook; did you mean 'handle_application'?"
+        raise RegistrationError(message)
     for resource in _resources(module):
         if issubclass(resource, TableResource):
             resource = await resource.of(scope.database.tables)  # noqa: PLW2901  # the same, with its table

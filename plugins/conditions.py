@@ -10,7 +10,7 @@ import msgspec
 import sqlalchemy as sa
 from msgspec import Meta
 
-from harperpy import InvalidBody
+from harperpy import InvalidBody, has_part
 
 from .places import Place
 
@@ -156,18 +156,16 @@ def _contains(_: Place, column: sa.Column[Any], value: Any, param: str) -> Compa
         # It is looked for at each place of each value.
         message = f"{param}: expected at most {_LONGEST_PART} characters"
         raise InvalidBody(message, param=param)
-    return sa.func.instr(column, _text(column, value, param)) > 0
+    return has_part(column, "contains", _text(column, value, param))
 
 
 def _starts(_: Place, column: sa.Column[Any], value: Any, param: str) -> Compared:
-    text = _text(column, value, param)
-    # The first half is for the index.
-    return (column >= text) & (sa.func.substr(column, 1, len(text)) == text)
+    return has_part(column, "starts_with", _text(column, value, param))
 
 
 def _ends(_: Place, column: sa.Column[Any], value: Any, param: str) -> Compared:
     text = _text(column, value, param)
-    return (sa.func.substr(column, -len(text)) == text) if text else column.is_not(None)
+    return has_part(column, "ends_with", text) if text else column.is_not(None)
 
 
 _COMPARATORS: dict[str, Compare] = {

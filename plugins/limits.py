@@ -45,12 +45,15 @@ class DropLimits(msgspec.Struct, forbid_unknown_fields=True):
     model: Text | None = None
 
 
-def handle_application(scope: Scope) -> None:
-    """Add the operations."""
+async def handle_application(scope: Scope) -> None:
+    """Add the operations, and say which of config.yaml's limits hold for nobody."""
     operations = LimitOperations(scope)
     scope.operations.add("set_limits", operations.set_limits, SetLimits)
     scope.operations.add("list_limits", operations.list_limits, NoParameters, reads=True)
     scope.operations.add("drop_limits", operations.drop_limits, DropLimits)
+    for at, rule in enumerate(scope.config.limits.rules):
+        if rule.per == "key" and (wrong := await operations.wrong_key(rule.match)):
+            scope.logger.warning("config.yaml: limits.rules[%d].match: %s", at, wrong)
 
 
 class LimitOperations:
@@ -73,19 +76,22 @@ class LimitOperations:
                 "set_limits: expected requests_per_minute, tokens_per_minute, concurrent or budget"
             )
             raise InvalidBody(message)
-        if request.scope == "key" and not {*request.name} & {*"*?["}:
-            await self._check_key(request.name)
+        if request.scope == "key" and (wrong := await self.wrong_key(request.name)):
+            message = f"name: {wrong}"
+            raise InvalidBody(message, param="name")
         await self._quotas.put(_rule(request))
         return f"limits of {request.scope} {request.name} successfully set"
 
-    async def _check_key(self, name: str) -> None:
-        """Raises `InvalidBody` for what is no key's id: a limit by its name would hold for none."""
+    async def wrong_key(self, match: str) -> str | None:
+        """What is wrong with what is no key's id and no pattern: it would hold for none."""
+        if {*match} & {*"*?["}:
+            return None
         keys = await self._keys.list()
-        if name not in {key.id for key in keys}:
-            near = [key.id for key in keys if key.name == name]
-            hint = f": the id of {name} is {', '.join(near)}" if near else ""
-            message = f"name: expected the id of an API key (see list_api_keys){hint}"
-            raise InvalidBody(message, param="name")
+        if any(match == key.id for key in keys):
+            return None
+        near = [key.id for key in keys if key.name == match]
+        hint = f": the id of {match} is {', '.join(near)}" if near else ""
+        return f"expected the id of an API key (see list_api_keys){hint}"
 
     async def list_limits(self) -> list[dict[str, Any]]:
         """All limits: config.yaml's, then those that are stored."""

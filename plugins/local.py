@@ -208,13 +208,12 @@ class LocalChat(ModelBackend):
                     yield chunk
 
     def _body(self, prompt: Prompt, opts: GenerateOpts) -> bytes:
-        extra: dict[str, Any] = {
-            "temperature": 0,
-            "max_tokens": _MOST_TOKENS,
-            # Without it llama.cpp does not notice who leaves while it reads the prompt.
-            "return_progress": True,
-        }
-        opts.provider_options = {**extra, **opts.provider_options}
+        extra = {"temperature": 0, "max_tokens": _MOST_TOKENS, **opts.provider_options}
+        # Without it llama.cpp does not notice who leaves while it reads the prompt.
+        extra["return_progress"] = True
+        # By this name, too, it would hear how long an answer may be.
+        extra.pop("n_predict", None)
+        opts.provider_options = extra
         opts.model = self._runner.name
         return chat_body(prompt, opts, "max_tokens", stream=True)
 

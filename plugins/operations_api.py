@@ -39,6 +39,8 @@ from . import (
 )
 from .trial import trouble
 
+# Who they are takes less; what is read of a longer body would be all the server's time.
+_MOST_OF_STRANGERS = 64 * 1024
 _MORE = (sql, searching, recording, describing, usage, modelling, status, settings, machine, logs)
 
 
@@ -108,8 +110,9 @@ class ServerOperations:
 
     async def restart_service(self, request: RestartService, context: Context) -> str:
         """Start a part of the server anew, which is all of it."""
-        path = self._scope.config_file_path
-        if told := await asyncio.to_thread(trouble, path, self._scope.directory):
+        scope = self._scope
+        path, running = scope.config_file_path, scope.config
+        if told := await asyncio.to_thread(trouble, path, scope.directory, running):
             message = f"the server stays as it is: {told}"
             raise ClientError(message, status=409)
         deed = Deed("server")
@@ -131,6 +134,8 @@ class ServerOperations:
 async def _read(data: Body, context: Context) -> dict[str, Any]:
     """The object that names an operation. Who is not known is told of that first."""
     stranger = (context.rejection or AccessViolation(None)) if context.user is None else None
+    if stranger is not None:
+        await _take(data, stranger)
     try:
         body = await data
     except InvalidBody as error:
@@ -139,6 +144,16 @@ async def _read(data: Body, context: Context) -> dict[str, Any]:
         message = "Invalid JSON."
         raise stranger or ClientError(message)
     return cast("dict[str, Any]", body)
+
+
+async def _take(data: Body, stranger: HarperError) -> None:
+    """Have a short body here. Raises what is said to strangers for a longer one, undecoded."""
+    taken = bytearray()
+    async for chunk in data.stream():
+        taken += chunk
+        if len(taken) > _MOST_OF_STRANGERS:
+            raise stranger
+    data.whole = bytes(taken)
 
 
 def _shown(request_type: type[Any]) -> str:

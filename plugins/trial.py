@@ -13,22 +13,25 @@ from pathlib import Path
 
 import msgspec
 
-from harperpy import ConfigError, Server, load_config
+from harperpy import Config, ConfigError, Server, load_config
 
 _SECONDS = 60.0
 _REFUSED = 3
 
 
-def trouble(config: Path, directory: Path) -> str | None:
+def trouble(config: Path, directory: Path, running: Config | None = None) -> str | None:
     """Why no server of this folder could start with the file, in one sentence; None if one could.
 
     All but the plugins' own hooks is done as in a start, which takes a second. Not on the loop.
+    The ports are tried where it is to take the place of a `running` one, whose own may stay.
     """
-    paths = [str(path.resolve()) for path in (config, directory)]
+    given = [str(path.resolve()) for path in (config, directory)]
+    if running is not None:
+        given += map(str, (running.http.port, running.operations_api.network.port))
     # Without -P the folder that it runs in would come before all packages.
-    command = [sys.executable, "-P", "-m", "harperpy.plugins.trial", *paths]
+    command = [sys.executable, "-P", "-m", "harperpy.plugins.trial", *given]
     try:
-        ended = subprocess.run(  # noqa: S603  # of our own words and two paths
+        ended = subprocess.run(  # noqa: S603  # of our own words, paths and numbers
             command, capture_output=True, text=True, check=False, timeout=_SECONDS
         )
     except subprocess.TimeoutExpired:
@@ -38,27 +41,28 @@ def trouble(config: Path, directory: Path) -> str | None:
     return f"a trial start ended with exit code {ended.returncode}" if ended.returncode else None
 
 
-async def _rehearse(config: Path, directory: Path) -> None:
+async def _rehearse(config: Path, directory: Path, taken: list[int]) -> None:
     with tempfile.TemporaryDirectory() as root:
         tried = load_config(config, os.environ)
         # The real one is in use.
         tried = msgspec.structs.replace(tried, database=type(tried.database)())
-        await Server(tried, directory=directory, root=Path(root), offline=True).rehearse()
+        server = Server(tried, directory=directory, root=Path(root), offline=True)
+        await server.rehearse(taken or None)
 
 
-def main(config: Path, directory: Path) -> None:
+def main(config: str, directory: str, *taken: str) -> None:
     """Exit with a code of its own, and the sentence on stdout, where the file is refused."""
     logging.disable(logging.CRITICAL)
     # As the command line does, whose project's modules plugins import.
-    sys.path.insert(0, str(directory))
+    sys.path.insert(0, directory)
     try:
         # What plugins print is no part of the sentence.
         with contextlib.redirect_stdout(sys.stderr):
-            asyncio.run(_rehearse(config, directory))
+            asyncio.run(_rehearse(Path(config), Path(directory), [*map(int, taken)]))
     except ConfigError as error:
         print(error)  # noqa: T201  # what who started it reads
         sys.exit(_REFUSED)
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(*sys.argv[1:])

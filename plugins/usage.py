@@ -28,7 +28,9 @@ _TOKENS = (
 _CREATED = "__createdtime__"
 
 Moment: TypeAlias = Annotated[str, Meta(min_length=1)] | int | float
-Some: TypeAlias = Annotated[str, Meta(min_length=1)] | list[str] | None
+Some: TypeAlias = (
+    Annotated[str, Meta(min_length=1)] | Annotated[list[str], Meta(max_length=1000)] | None
+)
 
 
 class GetUsage(msgspec.Struct, forbid_unknown_fields=True):

@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,6 +124,17 @@ class Serving:
         os.kill(self.process.pid, number)
         async with asyncio.timeout(SECONDS):
             return await self.process.wait()
+
+    async def interrupt(self) -> int:
+        """Press Ctrl-C until it has ended; the exit code."""
+        ended = asyncio.ensure_future(self.process.wait())
+        async with asyncio.timeout(SECONDS):
+            while not ended.done():
+                # Its exit code is taken by a thread, before the loop hears of it.
+                with suppress(ProcessLookupError):
+                    os.kill(self.process.pid, signal.SIGINT)
+                await asyncio.wait((ended,), timeout=0.05)
+        return await ended
 
 
 async def until(process: asyncio.subprocess.Process, start: str) -> str:

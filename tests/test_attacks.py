@@ -1689,6 +1689,20 @@ TRUSTED: dict[str, tuple[int, str]] = {
             "",
         )
     },
+    **{
+        f"a picture or a link of a page that is {site}": (
+            401,
+            f"Host: localhost:9926\r\nSec-Fetch-Site: {site}\r\n",
+        )
+        for site in ("cross-site", "same-site")
+    },
+    **{
+        f"a browser whose user asks: {site}": (
+            200,
+            f"Host: localhost:9926\r\nSec-Fetch-Site: {site}\r\n",
+        )
+        for site in ("none", "same-origin")
+    },
     "this very machine": (200, "Host: localhost:9926\r\n"),
     "this very machine by number": (200, "Host: 127.0.0.1\r\n"),
 }
@@ -1744,6 +1758,18 @@ async def test_nobody_else_is_local(trusting: Victim, status: int, head: str) ->
         text = f"{line}\r\n{head}{length}Connection: close\r\n\r\n{body}"
 
         assert status == (await trusting.raw(text, port)).status
+
+
+async def test_what_a_stranger_sends_makes_no_long_line_of_the_log(victim: Victim) -> None:
+    """Nor a short one with half of a secret at its end: the last word goes as a whole."""
+    login = {"username": "you " * 1000 + "https://me:hunter2" + "2" * 9000, "password": "x"}
+
+    assert 401 == (await victim.op("", "create_authentication_tokens", **login)).status
+
+    (line,) = [line for line in victim.log.getvalue().splitlines() if "you you" in line]
+    assert "login failed" in line
+    assert len(line) < 10_000
+    assert "hunter2" not in line
 
 
 async def test_afterwards_all_is_as_before_and_no_secret_is_anywhere(victim: Victim) -> None:

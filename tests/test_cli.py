@@ -5,13 +5,15 @@ import signal
 import sqlite3
 import stat
 import sys
-from contextlib import closing, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, closing, suppress
 from importlib import metadata
 from pathlib import Path
 
 import aiohttp
 import pytest
 
+from asking import exchange
 from commands import (
     ADMIN,
     ECHO,
@@ -19,6 +21,7 @@ from commands import (
     FREE,
     SECONDS,
     SECRETS,
+    Serving,
     closed,
     configured,
     execute,
@@ -34,6 +37,7 @@ from commands import (
     streaming,
     until,
 )
+from harperpy.ending import HARD_STOP
 from harperpy.scaffold import TEMPLATES
 from helpers import basic, events
 
@@ -310,6 +314,27 @@ async def test_a_first_start_that_fails_keeps_the_secrets_for_the_next(project: 
         assert 200 == (await get(f"{server.url}/v1/models", f"Bearer {server.key}"))[0]
 
 
+async def test_a_first_start_that_is_stopped_keeps_the_secrets_for_the_next(project: Path) -> None:
+    """Until all that takes long is done nobody is made whose key nobody has seen."""
+    (project / "resources.py").write_text(
+        "import asyncio\n\nfrom harperpy import ModelBackend\n\n\n"
+        "class Slow(ModelBackend):\n    name = 'slow'\n\n    async def open(self):\n"
+        "        print('opening', flush=True)\n        await asyncio.Event().wait()\n\n"
+        "    def generate(self, prompt, opts):\n        return ''\n\n\n"
+        "def handle_application(scope):\n"
+        "    scope.models.register_backend('generative', 'slow', Slow())\n"
+    )
+    async with started(project, "dev") as process:
+        await until(process, "opening")
+        process.terminate()
+        async with asyncio.timeout(SECONDS):
+            assert 0 == await process.wait()
+    (project / "resources.py").unlink()
+
+    async with serving(project) as server:
+        assert 200 == (await get(f"{server.url}/v1/models", f"Bearer {server.key}"))[0]
+
+
 # Where it is served, and to whom
 
 
@@ -391,6 +416,30 @@ async def test_one_data_folder_is_one_servers(project: Path) -> None:
         assert f"another harperpy (process {pid}) already uses the data folder .harperpy" == told
         assert 200 == (await get(f"{first.url}/v1/models", f"Bearer {first.key}"))[0]
         assert "HDB_ADMIN" == (await said(project, "user", "list"))[0]["username"]
+
+
+@pytest.mark.parametrize("command", ["dev", "run"])
+async def test_a_start_waits_for_a_command_that_has_the_folder(project: Path, command: str) -> None:
+    """What the command does on the database is soon over; no server stays away for it."""
+    waits = "from pathlib import Path\nprint('held', flush=True)\nwhile not Path('go').exists():\n"
+    (project / "resources.py").write_text(f"import time\n{waits}    time.sleep(0.01)\n")
+    lock = project / ".harperpy" / "harperpy.lock"
+    async with started(project, "user", "list") as asked:
+        await until(asked, "held")
+        async with started(project, command, environ=ADMIN) as process:
+            async with asyncio.timeout(SECONDS):
+                while lock not in opened(process.pid):  # noqa: ASYNC110  # nobody tells of it
+                    await asyncio.sleep(0.01)
+            (project / "go").touch()
+            assert 0 == await asked.wait()
+            assert 0 == await Serving(process, await until(process, "Ready on")).end()
+
+
+def opened(pid: int) -> set[Path]:
+    """The files that a process has open; none where it is no more."""
+    with suppress(OSError):
+        return {file.readlink() for file in Path(f"/proc/{pid}/fd").iterdir()}
+    return set()
 
 
 # Operations
@@ -580,6 +629,68 @@ async def handle_application(scope):
         assert server.key
 
 
+BUSY = """
+import asyncio
+import time
+
+from harperpy import Resource
+
+
+class Busy(Resource):
+    public = True
+
+    @staticmethod
+    def get():
+        print("busy", flush=True)
+        while True:
+            time.sleep(0.01)
+
+
+class Threads(Resource):
+    public = True
+
+    @staticmethod
+    async def get():
+        print("busy", flush=True)
+        await asyncio.to_thread(Busy.get)
+"""
+
+
+@asynccontextmanager
+async def busy(project: Path, path: str, *arguments: str) -> AsyncIterator[Serving]:
+    """A server one of whose requests never ends, whatever it is told."""
+    (project / "resources.py").write_text(BUSY)
+    async with started(project, *arguments, environ=ADMIN) as process:
+        server = Serving(process, await until(process, "Ready on"))
+        asked = asyncio.create_task(exchange(f"{server.url}/{path}"))
+        await until(process, "busy")
+        yield server
+        await asyncio.wait((asked,))
+        asked.exception()
+
+
+@pytest.mark.parametrize("arguments", [("dev",), ("dev", "--no-reload"), ("run",)])
+async def test_a_second_ctrl_c_ends_a_server_that_hears_nothing(
+    project: Path, arguments: Sequence[str]
+) -> None:
+    """Also where the project's own code keeps the loop busy; the exit code says so."""
+    async with busy(project, "Busy", *arguments) as server:
+        assert HARD_STOP == await server.interrupt()
+
+    assert "cut off" in (project / "log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["Busy", "Threads"])
+@pytest.mark.parametrize("command", ["dev", "run"])
+async def test_what_does_not_end_in_time_is_cut_off(project: Path, command: str, path: str) -> None:
+    """Whatever does not let a server end, be it its loop or a thread."""
+    async with busy(project, path, command) as server:
+        await server.end()
+
+    assert "cut off" in (project / "log").read_text()
+
+
 async def test_a_killed_server_is_no_obstacle(project: Path) -> None:
     """Its socket and lock stay behind; commands and the next start work, and no row is lost."""
     async with serving(project) as server:
@@ -612,6 +723,12 @@ async def test_a_data_folder_that_cannot_be_used(project: Path) -> None:
     root.mkdir()
     (root / "system.db").write_text("this is no database, however long it may be " * 100)
     assert "system.db" in await refusal(project, "dev", "--root", "data")
+    (root / "harperpy.lock").unlink()
+    (root / "harperpy.lock").mkdir()
+    for command in ("dev", "run"):
+        assert "cannot use data/harperpy.lock: " in await refusal(
+            project, command, "--root", "data"
+        )
 
 
 async def test_a_newer_database_is_left_alone(project: Path) -> None:

@@ -1,14 +1,30 @@
 """`scope.commands`: what plugins add to the command line, run as people run it."""
 
+import asyncio
+import fcntl
 import json
+import os
+import signal
+import struct
+import termios
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 import pytest
 
-from commands import configured, harperpy, names, refusal, said, serving
+from commands import (
+    SECONDS,
+    configured,
+    environment,
+    execute,
+    harperpy,
+    names,
+    refusal,
+    said,
+    serving,
+)
 from harperpy import RegistrationError, Scope
 from harperpy.cli import main
 from harperpy.operations import COMMAND_LINE
@@ -193,13 +209,15 @@ async def test_a_data_folder_alone_is_a_project(tmp_path: Path) -> None:
     assert [] == await said(tmp_path, "user", "list")
 
 
+NUMBERS = (
+    "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < 10000)"
+    " SELECT x FROM c"
+)
+
+
 async def test_rows_that_were_cut_off_are_told(project: Path) -> None:
     """On stderr, with and without a server; what comes out is the rows alone."""
-    many = (
-        "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < 10001)"
-        " SELECT x FROM c"
-    )
-    few = many.replace("10001", "10000")
+    few, many = NUMBERS, NUMBERS.replace("10000", "10001")
 
     async def answered(select: str) -> tuple[int, str]:
         done = await harperpy(project, "sql", select, "--json")
@@ -210,6 +228,58 @@ async def test_rows_that_were_cut_off_are_told(project: Path) -> None:
     assert [(10_000, ""), (10_000, cut)] == [await answered(few), await answered(many)]
     async with serving(project):
         assert [(10_000, ""), (10_000, cut)] == [await answered(few), await answered(many)]
+
+
+PIPE_BYTES = 65_536
+
+
+async def test_what_is_printed_is_whole_where_python_does_not_buffer(project: Path) -> None:
+    """Also when a write to a pipe that is full is interrupted, as by stopping the process."""
+    command = ("harperpy", "sql", NUMBERS, "--json")
+    reading, writing = os.pipe()
+    environ = environment(PYTHONUNBUFFERED="1")
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=project, env=environ, stdout=writing
+    )
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        async with asyncio.timeout(SECONDS):
+            while waiting(pipe) < PIPE_BYTES:  # noqa: ASYNC110  # no event says that it is full
+                await asyncio.sleep(0.02)
+        process.send_signal(signal.SIGSTOP)
+        process.send_signal(signal.SIGCONT)
+        printed = await asyncio.to_thread(pipe.read)
+
+    assert 0 == await process.wait()
+    assert 10_000 == len(json.loads(printed))
+
+
+NO_ANSWER = {
+    "on a full disk": ("> /dev/full", 1, "the answer cannot be written: No space left on device"),
+    "to who reads no more": ("| true", 0, ""),
+    "without a stream": (">&-", 0, ""),
+    "without any stream": ("<&- >&- 2>&-", 0, ""),
+}
+
+
+@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize(("where", "code", "told"), NO_ANSWER.values(), ids=NO_ANSWER)
+async def test_what_nobody_takes_is_told_in_a_sentence(
+    project: Path, where: str, code: int, told: str, buffered: str
+) -> None:
+    """Where there is anybody to tell; and the command ends as it should."""
+    line = f"harperpy sql 'SELECT 1' {where}"
+
+    done = await execute(project, "sh", "-c", line, PYTHONUNBUFFERED=buffered)
+
+    assert (code, "") == (done.code, done.out)
+    assert (f"harperpy: {told}\n" if told else "") == done.err
+
+
+def waiting(pipe: IO[bytes]) -> int:
+    """How many bytes are in a pipe."""
+    count: int = struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]
+    return count
 
 
 WRONG_ROLES = {

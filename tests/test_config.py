@@ -11,6 +11,7 @@ from harperpy.config import load_config, parse_config, redacted
 from harperpy.errors import ConfigError, HarperError
 from harperpy.secret import Secret, decode_hook, encode_hook, mask
 from harperpy.sections import Config, ModelConfig
+from harperpy.spelling import closest
 
 DEFAULT_MODELS = {"default": ModelConfig(backend="local"), "echo": ModelConfig(backend="echo")}
 
@@ -330,6 +331,10 @@ SQLITE = "expected an SQLite URL such as sqlite:///data/system.db (no other data
         (
             "http: {corsAccessList: 5}",
             "http.corsAccessList: expected a string or a list of strings, got 5",
+        ),
+        (
+            "http: {port: 9925}",
+            "operationsApi.network.port: expected another port than http.port's, got 9925 for both",
         ),
         ("http: {maxBodySize: 0}", f"http.maxBodySize: {SIZE}, got 0"),
         (
@@ -703,6 +708,12 @@ def test_mask(text: str, expected: str) -> None:
     """Secrets inside a text are hidden, its harmless parts are not, and twice is as once."""
     assert expected == mask(text)
     assert expected == mask(expected)
+
+
+def test_no_name_is_near_to_a_very_long_one() -> None:
+    """To find one takes a second where a client calls something by a name of megabytes."""
+    assert "x" * 200 == closest("x" * 201, ["x" * 200])
+    assert closest("x" * 1001, ["x" * 1000]) is None
 
 
 QUICK = ["key" * 5000, "x" * 20_000, "a.key-" * 3000 + ":"]

@@ -21,7 +21,7 @@ from harperpy import (
     define_backend,
 )
 from harperpy.testing import ECHO, RunningServer, running
-from helpers import ask, ask_raw
+from helpers import HELLO, ask, ask_raw
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -558,8 +558,9 @@ def test_for_who_asks_and_leaves_next_to_nothing_is_made(kind: str, loops: Any) 
             asyncio.timeout(SECONDS),
             running(ECHO, resources=mounts, handle_application=apply) as server,
         ):
-            # From then on nothing is to be waited for to know who asks.
-            assert 200 == (await ask(server, "GET", "/v1/models")).status
+            # From then on nothing is to be waited for to know who asks, and what they may.
+            hello = {**HELLO, "model": "default"}
+            assert 200 == (await ask(server, "POST", "/v1/chat/completions", json=hello)).status
             with socket.create_connection(("127.0.0.1", server.server.http_port)) as made:
                 made.sendall(request(server, kind))
             await flood.ended.wait()

@@ -314,6 +314,15 @@ async def test_a_body_that_does_not_fit_is_refused_with_a_pointer(
     assert [{"path": path, "message": message}] == answer.json["errors"]
 
 
+async def test_a_long_name_of_a_field_makes_no_long_answer(typed: RunningServer) -> None:
+    """It is told several times, and a little that is sent could become very much."""
+    answer = await post(typed, '{"title": "a", "' + "more" * 100_000 + '": 1}')
+
+    assert 400 == answer.status
+    assert "unknown field `moremore" in answer.text
+    assert len(answer.text) < 10_000
+
+
 @pytest.mark.parametrize(
     ("body", "media", "detail"),
     [

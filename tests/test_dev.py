@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,9 @@ from commands import (
     until,
 )
 from helpers import events
+
+# More than a look at the files takes, and the pause before it.
+OFTEN = 100
 
 
 @pytest.fixture
@@ -184,6 +188,24 @@ async def test_a_signal_ends_both_after_a_restart(project: Path, number: int) ->
     assert "Traceback" not in (project / "log").read_text()
     async with serving(project) as again:
         assert (200, "two") == await get(f"{again.url}/Word")
+
+
+async def test_a_signal_ends_it_while_files_are_written_without_end(project: Path) -> None:
+    """It waits until they are whole before it starts anew, and hears the signal meanwhile."""
+
+    async def write() -> None:
+        for number in count():
+            put(project / "made.py", "#" * number)
+            await asyncio.sleep(0.01)
+            if number == OFTEN:
+                seen.set()
+
+    seen = asyncio.Event()
+    async with serving(project) as server:
+        writing = asyncio.create_task(write())
+        await seen.wait()
+        assert 0 == await server.end(signal.SIGINT)
+        writing.cancel()
 
 
 async def test_a_server_that_crashes_is_started_by_the_next_change(project: Path) -> None:

@@ -209,13 +209,17 @@ async def test_what_cannot_handle_is_refused(
 
 
 async def test_no_link_leads_out_of_the_project(tmp_path: Path, hook: SimpleNamespace) -> None:
-    """Neither to a file nor to a folder; one that stays inside is followed, a pipe is no file."""
+    """Neither to a file nor to a folder; one that stays inside is followed, a pipe is no file.
+
+    Nor is what leads to itself: before Python 3.13 it has no end.
+    """
     project = tmp_path / "project"
     lay(tmp_path, "secret.txt", "outside/a.txt", "project/web/b.txt")
     put(project / "pages.py", "from harperpy_test_hook import apply as handle_application\n")
     (project / "web" / "secret.txt").symlink_to(tmp_path / "secret.txt")
     (project / "out").symlink_to(tmp_path / "outside")
     (project / "web" / "same.txt").symlink_to("b.txt")
+    (project / "web" / "itself.txt").symlink_to("itself.txt")
     os.mkfifo(project / "web" / "pipe")
     seen = await handled(project, hook, "files: ['web/*', 'out/*']")
     assert {"/b.txt": "web/b.txt", "/same.txt": "web/same.txt"} == seen

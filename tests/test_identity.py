@@ -18,7 +18,7 @@ import pytest
 from databases import busy
 from harperpy import ConfigError, InvalidBody, InvalidCredentials, Resource, Scope, User, Verified
 from harperpy.auth import Bearer, Credential
-from harperpy.database import Database
+from harperpy.database import Database, read_secret
 from harperpy.testing import ECHO, RunningServer, running
 from helpers import ask, basic, error_of, operation, until
 
@@ -138,6 +138,33 @@ async def test_a_secret_that_is_not_whole_signs_nothing(tmp_path: Path, left: by
     with pytest.raises(ConfigError, match=rf"secret\.key: expected 32 bytes, got {len(left)}"):
         async with running(root=tmp_path):
             pass
+
+
+async def test_a_secret_that_cannot_be_used_is_told_in_a_sentence(tmp_path: Path) -> None:
+    """Whatever stands in its place."""
+    (tmp_path / "secret.key").mkdir()
+
+    with pytest.raises(ConfigError, match=r"cannot use .*secret\.key: Is a directory"):
+        async with running(root=tmp_path):
+            pass
+
+
+async def test_a_secret_is_there_whole_or_not(tmp_path: Path) -> None:
+    """What a start has left that was killed as it made one is no secret, and made anew."""
+    (tmp_path / "secret.new").write_bytes(b"x")
+    async with running(root=tmp_path):
+        pass
+
+    assert 32 == len((tmp_path / "secret.key").read_bytes())
+    assert not (tmp_path / "secret.new").exists()
+
+
+def test_who_joins_a_data_folder_makes_no_secret(tmp_path: Path) -> None:
+    """A worker whose folder was moved away would sign with one of its own."""
+    with pytest.raises(ConfigError, match=r"cannot use .*secret\.key: No such file"):
+        read_secret(tmp_path, make=False)
+
+    assert [] == [*tmp_path.iterdir()]
 
 
 async def test_only_the_owner_may_open_the_data_folder(tmp_path: Path) -> None:

@@ -116,6 +116,13 @@ async def test_it_stops_where_it_is_told(client: openai.AsyncOpenAI) -> None:
     assert "length" == cut.finish_reason
 
 
+async def test_an_answer_is_no_longer_by_another_name(client: openai.AsyncOpenAI) -> None:
+    """What llama.cpp calls `max_tokens` among its own parameters changes nothing."""
+    own = {"n_predict": 200}
+    cut = await ask(client, "Count to five.", logprobs=True, max_tokens=2, extra_body=own)
+    assert 2 == len(cut.logprobs.content)
+
+
 async def test_a_seed_makes_an_answer_repeatable(client: openai.AsyncOpenAI) -> None:
     """The same seed at a high temperature gives the same answer."""
     options = {"temperature": 1.0, "seed": 7, "max_tokens": 12}

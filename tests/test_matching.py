@@ -1,5 +1,6 @@
 """Which mount answers a path as clients may write it, and which paths none can have."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -77,6 +78,15 @@ async def test_a_path_finds_the_mount_of_its_decoded_segments(
         answer = await got(server, path)
 
     assert (200, found) == (answer.status, answer.json) if found else 404 == answer.status
+
+
+@pytest.mark.parametrize("segment", ["/", "/a", "/%61"])
+async def test_a_path_of_thousands_of_segments_keeps_nobody_waiting(segment: str) -> None:
+    """A stranger who sends a few of them does not hold up the server, whatever they lead to."""
+    path = segment * (16_000 // len(segment))
+    async with running(resources=MOUNTS) as server, asyncio.timeout(20):
+        for _ in range(5):
+            assert (await got(server, path)).status in {200, 404}
 
 
 async def test_the_root_takes_what_nothing_else_does() -> None:

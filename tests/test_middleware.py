@@ -478,6 +478,11 @@ async def test_after_resources_it_is_asked_only_where_nothing_is_mounted() -> No
         ("it/a", "/it/%61/b", True),
         ("it/a", "/it%2Fa", False),
         ("it/a", "/it/ab", False),
+        ("it", "/it.json", True),
+        ("it", "/%69t.csv?x=1", True),
+        ("it/a", "/it/a.yaml", True),
+        ("it", "/it.txt", False),
+        ("it", "/items.json", False),
     ],
 )
 async def test_a_url_path_keeps_it_to_a_path_and_all_beneath(

@@ -12,6 +12,7 @@ from harperpy.plugins.openai import OpenAI
 from harperpy.plugins.openai_names import ServedNames
 
 from harperpy import (
+    ConfigError,
     GenerateOpts,
     GenerateResult,
     ModelBackend,
@@ -342,7 +343,6 @@ async def test_only_a_pattern_that_renames_nothing_is_asked(upstream: ScriptedUp
     """Exact names, patterns with a `model:` and a `default` without one need no list."""
     general = f'  embedding: {{default: {{backend: openai, baseUrl: "{upstream.url}"}}}}'
     async with running(config(upstream.url) + general) as server:
-        assert 1 == under_way()
         await fetched(server)
 
     assert ["/v1/models"] == [request.path for request in upstream.listed]
@@ -422,6 +422,25 @@ async def test_a_backend_may_learn_what_it_is_before_the_first_call() -> None:
 
     assert {"mine", "learnt"} <= set(names)
     assert "learnt {'1': 2.0}" == answer.json["choices"][0]["message"]["content"]
+
+
+async def test_a_backend_that_does_not_open_is_named() -> None:
+    """The start is refused in one sentence."""
+
+    class Broken(Learner):
+        """Has nobody to learn from."""
+
+        async def open(self) -> None:
+            """Fail."""
+            raise LookupError(self.name)
+
+    def register(scope: Scope) -> None:
+        scope.models.register_backend("generative", "mine", Broken())
+
+    message = "models: generative 'mine' does not open: LookupError: learner"
+    with pytest.raises(ConfigError, match=message):
+        async with running(handle_application=register):
+            pass
 
 
 async def test_a_listing_tells_what_a_backend_says_now() -> None:

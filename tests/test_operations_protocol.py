@@ -1,6 +1,7 @@
 """The operations port as Harper's clients know it: its protocol, statuses, texts and synonyms."""
 
 import csv
+import gzip
 import io
 from collections.abc import AsyncIterator
 from typing import Any
@@ -348,6 +349,24 @@ async def test_a_body_that_cannot_be_read_is_400(
     for stranger in ("hk_wrong", "nonsense"):
         status, told, _ = await send(server, body, Content_Type=kind, key=stranger)
         assert (401, {"error"}) == (status, set(msgspec.json.decode(told)))
+
+
+@pytest.mark.parametrize(
+    ("more", "packed", "status"), [(0, False, 200), (70_000, False, 401), (70_000, True, 401)]
+)
+async def test_a_long_body_of_a_stranger_is_not_decoded(
+    server: RunningServer, more: int, status: int, *, packed: bool
+) -> None:
+    """Not even for what anyone may: a little that is sent could become very much to read."""
+    login = {"operation": "create_authentication_tokens", "username": "ada"}
+    body = msgspec.json.encode({**login, "password": "hunter2hunter2"}) + b" " * more
+    headers = {"Content-Encoding": "gzip"} if packed else {}
+    data = gzip.compress(body) if packed else body
+
+    assert 200 == (await send(server, data, **headers))[0]
+    for stranger in ("", "Bearer hk_wrong"):
+        sent = await send(server, data, Authorization=stranger, **headers)
+        assert status == sent[0]
 
 
 @pytest.mark.parametrize("path", ["/x", "/list_users", "/health/x", "/v1/models"])

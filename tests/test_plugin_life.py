@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,68 @@ async def test_who_asks_while_the_server_stops_is_told_to_come_back() -> None:
 
     assert (503, {"status": "stopping"}) == (health.status, health.json)
     assert (503, "1") == (other.status, other.headers["Retry-After"])
+
+
+async def its_own_cancel() -> None:
+    """What a closer does that cancels its task and waits for it."""
+    task = asyncio.ensure_future(asyncio.Event().wait())
+    task.cancel()
+    await task
+
+
+async def exits() -> None:
+    """What a closer does that thinks the process is its own."""
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize("closer", [its_own_cancel, exits])
+async def test_a_closer_takes_no_other_along(closer: Callable[[], Any], tmp_path: Path) -> None:
+    """Whatever it raises: what stands after it is closed, and the next server has the folder."""
+    done: list[str] = []
+
+    def apply(scope: Scope) -> None:
+        scope.on_close(lambda: done.append("closed"))
+        scope.on_close(closer)
+
+    for _ in range(2):
+        async with asyncio.timeout(SECONDS), running(handle_application=apply, root=tmp_path):
+            pass
+
+    assert ["closed", "closed"] == done
+
+
+@pytest.mark.parametrize("whose", ["plugin", "request"])
+async def test_who_is_deaf_to_its_cancel_keeps_nothing_open(
+    whose: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is named, waited for a while, and then left: what stands after it is closed."""
+    monkeypatch.setattr("harperpy.scope._CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr("harperpy.server._DETACHED_SECONDS", 0.05)
+    released = asyncio.Event()
+    done: list[str] = []
+
+    async def deaf() -> None:
+        while not released.is_set():
+            with suppress(asyncio.CancelledError):
+                await released.wait()
+
+    class Begins(Resource):
+        @staticmethod
+        async def post(target: Any, data: Any, context: Context) -> None:
+            del target, data
+            context.detach(deaf(), name="deaf")
+
+    def apply(scope: Scope) -> None:
+        scope.resources.set("it", Begins)
+        scope.on_close(lambda: done.append("closed"))
+        if whose == "plugin":
+            scope.create_task(deaf(), name="deaf")
+
+    async with asyncio.timeout(SECONDS):
+        async with running(handle_application=apply) as server:
+            if whose == "request":
+                assert 204 == (await ask(server, "POST", "/it")).status
+        released.set()
+
+    assert ["closed"] == done
+    assert "tasks do not end when they are cancelled: deaf" in caplog.text

@@ -515,6 +515,42 @@ async def test_a_timeout_is_a_positive_number(value: str) -> None:
     )
 
 
+FALLEN = {
+    "at its import": ("raise LookupError('gone')", "LookupError: gone (guard.py, line 1)"),
+    "at its start": (
+        "def handle_application(scope):\n    raise LookupError('gone')",
+        "LookupError: gone (guard.py, line 2)",
+    ),
+    "of another's fault": ("requires = ['nobody']\ndef handle_application(scope): ...", "nobody"),
+}
+
+
+@pytest.mark.parametrize(("code", "reason"), FALLEN.values(), ids=FALLEN)
+async def test_without_a_plugin_that_is_required_no_server_starts(
+    tmp_path: Path, code: str, reason: str
+) -> None:
+    """A guard that fell leaves no door open; without `required` the server starts, degraded."""
+    write(tmp_path, guard=code)
+    config = "plugins: {guard: {path: guard.py, required: %s}}"
+    async with echoing(config % "false", directory=tmp_path) as server:
+        assert reason in await cause(server, "guard")
+
+    with pytest.raises(ConfigError) as refused:
+        async with echoing(config % "true", directory=tmp_path):
+            pass
+
+    told = str(refused.value)
+    assert told.startswith("config.yaml: plugins.guard: it is required, and did not start: ")
+    assert reason in told
+
+
+async def test_a_plugin_is_required_or_not() -> None:
+    """Anything else stops the start, and is named."""
+    with pytest.raises(ConfigError, match=r"plugins\.echo\.required: expected true or false"):
+        async with echoing("plugins: {echo: {required: maybe}}"):
+            pass
+
+
 TOLD_OF_JSON = (
     "TypeError: the JSON object must be str, bytes or bytearray, not int (resources.py, line 3)"
 )
@@ -526,6 +562,14 @@ WRONG_CLASSES: dict[str, tuple[str, str]] = {
     "static, with self": (
         "class X(Resource):\n    @staticmethod\n    def get(self, target): ...",
         "X.get is static, and is given no 'self': write 'def get(target, ...)'",
+    ),
+    "a verb in capitals": (
+        "class X(Resource):\n    @staticmethod\n    def GET(): ...",
+        "X.GET is no verb; did you mean 'get'?",
+    ),
+    "a misspelt hook": (
+        "def handle_aplication(scope): ...",
+        "resources.py: 'handle_aplication' is no hook; did you mean 'handle_application'?",
     ),
     "raises": ("raise LookupError('gone')", "LookupError: gone (resources.py, line 2)"),
     "raises further in": ("import json\njson.loads(1)", TOLD_OF_JSON),

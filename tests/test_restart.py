@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from commands import ADMIN, ECHO, FREE, SECONDS, Serving, said, serving, until
+from commands import ADMIN, ECHO, FREE, SECONDS, Serving, said, serving, started, until
 from helpers import basic
 
 ONE = FREE + ECHO
@@ -89,6 +90,22 @@ async def test_a_config_that_nothing_starts_with_stops_no_server(
     assert 200 == (await operate(server, "get_status"))[0]
 
 
+@pytest.mark.parametrize("key", ["http_port", "operationsApi_network_port"])
+async def test_a_port_that_is_taken_stops_no_server(server: Serving, key: str) -> None:
+    """Nobody would be there to start it once more: it is refused, and the server goes on."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        await operate(server, "set_configuration", **{key: port})
+
+        status, told, _ = await operate(server, "restart")
+
+    assert 409 == status
+    assert f":{port} ({key.replace('_', '.')}): the port is in use" in told["error"]
+    assert 200 == (await operate(server, "get_status"))[0]
+
+
 async def test_who_is_told_to_end_does_not_come_back(server: Serving) -> None:
     """Neither by an order before nor by one after."""
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
@@ -103,3 +120,17 @@ async def test_the_command_line_restarts_too(server: Serving, tmp_path: Path) ->
     assert "Restarting harperpy." == await said(tmp_path, "restart")
     again = await ready(server)
     assert 0 == await again.end()
+
+
+@pytest.mark.slow
+async def test_what_does_not_end_comes_back_all_the_same(tmp_path: Path) -> None:
+    """A thread that never returns is cut off, and the server starts anew."""
+    (tmp_path / "config.yaml").write_text(ONE)
+    (tmp_path / "resources.py").write_text(
+        "import asyncio\nimport time\n\n\ndef handle_application(scope):\n"
+        "    scope.create_task(asyncio.to_thread(time.sleep, 3600))\n"
+    )
+    async with started(tmp_path, "run", environ=ADMIN) as process:
+        server = Serving(process, await until(process, "Ready on"))
+        await operate(server, "restart")
+        assert 200 == (await operate(await ready(server), "get_status"))[0]

@@ -1,6 +1,7 @@
-"""Event streams end when those who read them may not any more."""
+"""Streams end when those who read them may not any more."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -47,11 +48,25 @@ class Feed(Resource):
             cls.ended.put_nowait((name, context.signal.reason))
 
 
+class Items(Resource):
+    """Items without an end, in the type that is asked for."""
+
+    keepalive = 0.02
+
+    @staticmethod
+    async def get() -> AsyncIterator[dict[str, int]]:
+        """One, and never another."""
+        yield {"at": 1}
+        await asyncio.Event().wait()
+
+    query = get
+
+
 @pytest.fixture
 async def server() -> AsyncIterator[RunningServer]:
     """A server with the feed, and somebody who may read it."""
     Feed.begun, Feed.ended = asyncio.Queue(), asyncio.Queue()
-    async with running(ECHO, resources={"feed": Feed}) as server:
+    async with running(ECHO, resources={"feed": Feed, "items": Items}) as server:
         await server.operate("add_role", role="reader", permission=LENT)
         await server.operate("add_user", username="ada", password="pw", role="reader")
         yield server
@@ -102,6 +117,38 @@ async def test_who_may_not_go_on_hears_no_more(server: RunningServer, way: str, 
         assert "data: one" in said
         assert '"code":"access_revoked"' in said
         assert '"status":403' in said
+
+
+@pytest.mark.parametrize(
+    ("method", "accept", "told"),
+    [
+        ("GET", "application/x-ndjson", '"error":"access_revoked"'),
+        ("GET", "application/json", '"error":"access_revoked"'),
+        ("GET", "application/yaml", "at: 1"),
+        ("GET", "text/csv", "at"),
+        ("QUERY", "application/x-ndjson", '"error":"access_revoked"'),
+        ("QUERY", "text/event-stream", '"code":"access_revoked"'),
+    ],
+)
+async def test_streams_of_other_types_end_as_well(
+    server: RunningServer, method: str, accept: str, told: str
+) -> None:
+    """With a last item that says why, where the type has one, else broken off."""
+    made = await server.operate("add_api_key", name="k", username="ada")
+    headers = {"Authorization": f"Bearer {made['api_key']}", "Accept": accept}
+    said = b""
+    async with (
+        asyncio.timeout(30),
+        aiohttp.ClientSession(headers=headers) as client,
+        client.request(method, f"{server.url}/items") as response,
+    ):
+        said += await response.content.readany()
+        await server.operate("drop_api_key", id=made["id"])
+        with contextlib.suppress(aiohttp.ClientPayloadError):
+            while more := await response.content.readany():
+                said += more
+
+    assert told in said.decode()
 
 
 async def test_a_stream_ends_with_its_token(server: RunningServer) -> None:

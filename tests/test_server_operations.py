@@ -146,6 +146,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("get_usage", {"from": "yesterday"}, "from"),
     ("get_usage", {"to": "2026-13-01"}, "to"),
     ("get_usage", {"to": 1e30}, "to"),
+    ("get_usage", {"model": ["m"] * 1001}, "model"),
     ("get_usage", {"model": 7}, "model"),
     ("test_model", {"max_tokens": 0}, "max_tokens"),
     ("test_model", {"kind": "x"}, "kind"),

@@ -508,6 +508,26 @@ async def test_a_limit_by_the_name_of_a_key_is_refused(upstream: ScriptedUpstrea
     assert made["id"] not in told[1]
 
 
+async def test_a_limit_of_the_configuration_that_holds_for_no_key_is_told(
+    upstream: ScriptedUpstream, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning names its place and the id that was meant; ids and patterns are fine."""
+    async with running(root=tmp_path) as server:
+        made = await server.operate("add_api_key", name="laptop")
+    rates = [
+        f"{{per: key, match: '{match}', requestsPerMinute: 1}}"
+        for match in (made["id"], "hp*", "laptop")
+    ]
+
+    async with running(limited(upstream.url, *rates), root=tmp_path):
+        pass
+
+    [told] = [line for line in caplog.messages if "limits.rules" in line]
+    expected = "config.yaml: limits.rules[2].match: expected the id of an API key"
+    assert told.startswith(expected)
+    assert made["id"] in told
+
+
 @STORES
 async def test_nothing_is_admitted_that_nobody_can_count(
     upstream: ScriptedUpstream, store: str

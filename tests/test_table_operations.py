@@ -60,6 +60,7 @@ ROLES: dict[str, dict[str, Any]] = {
         )
     },
     "cats": {"cat": FULL},
+    "keyless": {"cat": limited(lives=["read"])},
     "none": {},
 }
 
@@ -602,6 +603,18 @@ async def test_a_hidden_attribute_is_neither_read_nor_compared_nor_written(
     assert 403 == status
     assert ["attribute 'chip' does not exist on 'data.dog'"] == told["invalid_schema_items"]
     assert "secret-chip" not in str(told)
+
+
+async def test_a_hidden_key_finds_no_record(admin: Caller) -> None:
+    """Who may not read the keys learns of none whether it is there, or whose it is."""
+    caller = await as_role(admin, "keyless")
+
+    for key in ("tom", "nobody"):
+        status, told = await caller.ask("search_by_id", table="cat", ids=[key])
+        assert 403 == status
+        assert ["attribute 'tag' does not exist on 'data.cat'"] == told["invalid_schema_items"]
+    everything = {"conditions": [{"attribute": "lives", "value": 9}]}
+    assert [{"lives": 9}] == await caller.get("search_by_conditions", table="cat", **everything)
 
 
 async def test_whole_records_are_without_what_is_hidden(admin: Caller) -> None:

@@ -151,4 +151,7 @@ def test_the_wheel_is_strictly_typed(python: Path, empty: Path) -> None:
 def test_the_tests_pass_on_the_wheel(python: Path) -> None:
     """What holds in the clone holds for what a user installs."""
     lend_commands(python)
-    run(python, "-P", "-m", "pytest", "-m", "not slow", f"--ignore={Path(__file__)}", cwd=ROOT)
+    # As without them, no current folder is on the path of what runs them side by side.
+    side_by_side = ("--dist=load", f"--tx=3*popen//python={python} -P")
+    pytest_ = (python, "-P", "-m", "pytest", *side_by_side, "-m", "not slow")
+    run(*pytest_, f"--ignore={Path(__file__)}", cwd=ROOT)

@@ -8,7 +8,7 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from commands import (
     until,
 )
 from harperpy import Ledger
+from harperpy.ending import HARD_STOP
 from helpers import basic, events
 from llama import weights
 
@@ -301,6 +302,18 @@ async def test_a_worker_that_always_dies_does_not_take_the_others_along(project:
     assert "worker 0" not in log
 
 
+async def test_a_log_that_takes_no_more_ends_no_server(project: Path) -> None:
+    """Where the disk that it lies on is full nothing is said, and the worker comes back."""
+    full = ("sh", "-c", 'exec "$@" 2> /dev/full', "sh")
+    async with serving(project, "run", environ=ADMIN, within=full) as server:
+        victim, other = map(int, children(server.process.pid))
+        os.kill(victim, signal.SIGKILL)
+        async with asyncio.timeout(SECONDS):
+            while victim in (found := await answering(server)):
+                pass
+        assert other in found
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only there another's limits can be set")
 async def test_a_machine_without_room_for_a_worker_keeps_the_others(project: Path) -> None:
     """Nobody waits for it, and it is started as soon as there is room."""
@@ -390,16 +403,8 @@ async def test_a_second_ctrl_c_waits_for_nobody(project: Path) -> None:
     slow(project)
     async with running(project) as server, pinned(server) as clients, streams(clients.values()):
         workers = children(server.process.pid)
-        server.process.send_signal(signal.SIGINT)
-        await closed(server.url)
-        async with asyncio.timeout(SECONDS):
-            while server.process.returncode is None:
-                # `send_signal` may take the exit code before the loop does, which then knows none.
-                with suppress(ProcessLookupError):
-                    os.kill(server.process.pid, signal.SIGINT)
-                await asyncio.wait([asyncio.ensure_future(server.process.wait())], timeout=0.05)
+        assert HARD_STOP == await server.interrupt()
 
-    assert 130 == server.process.returncode
     assert [] == [pid for pid in workers if os.path.exists(f"/proc/{pid}")]  # noqa: ASYNC240, PTH110  # no file
 
 
