@@ -13,12 +13,14 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
-from .ending import END_SECONDS, STOPS, cut_off
+from .ending import END_SECONDS, STOPS, WHERE, cut_off
 from .held import Held
-from .serving import CONFIG, HAND_OVER, READY, RESTART, TAKEN, Inherited
+from .serving import ALIVE, CONFIG, HAND_OVER, READY, RESTART, TAKEN, Inherited
 
 # A server that is still there so long after it was asked to hand over hangs.
 _HANG_SECONDS = 3.0
+# What it takes to write where all threads are.
+_TELL_SECONDS = 1.0
 _COMMAND = "from harperpy.cli import main; main(prog_name='harperpy')"
 
 
@@ -32,18 +34,29 @@ class Child:
         self.ready: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self.told = False
         self.wants_restart = False
-        self._answer: asyncio.Future[bool] | None = None
+        self._answer: asyncio.Future[bytes] | None = None
         self._hearing = asyncio.ensure_future(self._hear())
         self.began = time.monotonic()
 
     async def takes_over(self) -> bool:
         """Whether it uses the changed config.yaml as it is, without a new start."""
+        return await self._ask(CONFIG, _HANG_SECONDS) == TAKEN
+
+    async def moves(self, seconds: float) -> bool:
+        """Whether its loop comes to answer within so many seconds."""
+        # In two halves: where all were halted meanwhile, the first one ends before the answer.
+        for _ in range(2):
+            if await self._ask(ALIVE, seconds / 2) is not None:
+                return True
+        return self.ended.done()
+
+    async def _ask(self, word: bytes, seconds: float) -> bytes | None:
         self._answer = asyncio.get_running_loop().create_future()
         with contextlib.suppress(OSError):
-            self._line.send(CONFIG)
+            self._line.send(word)
         either = (self._answer, self.ended)
-        await asyncio.wait(either, timeout=_HANG_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        return self._answer.done() and self._answer.result()
+        await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        return self._answer.result() if self._answer.done() else None
 
     async def hand_over(self) -> None:
         """Have it answer whom it took, and end."""
@@ -66,6 +79,12 @@ class Child:
         """Have it end now."""
         self._send(signal.SIGKILL)
 
+    async def cut_off(self) -> None:
+        """Have it end now, and say before where it is."""
+        self._send(WHERE)
+        await asyncio.wait((self.ended,), timeout=_TELL_SECONDS)
+        self.kill()
+
     def _send(self, number: int) -> None:
         # Not by the process object: before Python 3.13 it may take the exit code away from asyncio.
         if not self.ended.done():
@@ -78,7 +97,7 @@ class Child:
                 if word == READY:
                     self.ready.set_result(True)
                 elif self._answer is not None and not self._answer.done():
-                    self._answer.set_result(word == TAKEN)
+                    self._answer.set_result(word)
                 elif word == RESTART:
                     self.wants_restart = True
         except OSError:

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 AGAIN = signal.SIGUSR1
+WHERE = signal.SIGUSR2
 # Ten for the requests that run, and some for the plugins to close.
 END_SECONDS = 20.0
 HARD_STOP = 128 + signal.SIGINT

@@ -59,8 +59,9 @@ class HttpConfig(Section, frozen=True, kw_only=True):
 
     By default `dev` serves this machine with `cors`, `run` all interfaces without. `workers` is how
     many processes `run` has serve it; `auto` is one for each processor that it may use. With
-    `pinWorkers` each keeps to one of them, where there are enough (on Linux). `timeout` is how long
-    a body may take to arrive, and a verb to return. Beyond `maxConcurrentRequests` (GET, HEAD,
+    `pinWorkers` each keeps to one of them, where there are enough (on Linux). One whose loop does
+    not turn for `workerTimeout` is killed and started again; 0 is never. `timeout` is how long a
+    body may take to arrive, and a verb to return. Beyond `maxConcurrentRequests` (GET, HEAD,
     OPTIONS and streams do not count) requests wait for `requestQueueLimit`, and are then 503; each
     worker counts by itself. `maxHeaderSize` bounds each line of a head, `headersTimeout` how long
     it takes. A whole answer of more than `compressionThreshold` bytes is gzip to who takes it; 0 is
@@ -71,6 +72,7 @@ class HttpConfig(Section, frozen=True, kw_only=True):
     host: Host | None = None
     workers: WorkerCount = 1
     pin_workers: Flag = True
+    worker_timeout: DurationOrOff = 60_000
     max_body_size: Size = 10_000_000
     cors: Flag | None = None
     cors_access_list: tuple[Text, ...] = ("*",)
@@ -82,6 +84,11 @@ class HttpConfig(Section, frozen=True, kw_only=True):
     request_queue_limit: Patience = 20_000
     compression_threshold: SizeOrOff = 0
     front: Flag = True
+
+    @property
+    def worker_timeout_seconds(self) -> float:
+        """How long a worker's loop may not turn, in seconds; 0 is no limit."""
+        return self.worker_timeout / 1000
 
     @property
     def timeout_seconds(self) -> float:

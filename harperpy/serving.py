@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import faulthandler
 import gc
 import logging
 import os
@@ -19,7 +21,7 @@ import msgspec
 from .accounting import current_caller
 from .banner import banner, http_url, ready, say
 from .config import load_config
-from .ending import AGAIN, STOPS, Ending, alone
+from .ending import AGAIN, STOPS, WHERE, Ending, alone
 from .errors import ConfigError
 from .held import Worker, inherit
 from .secret import mask_bare
@@ -27,7 +29,8 @@ from .sections import Config
 from .server import Server
 
 # A child's words, then its parent's.
-READY, TAKEN, RESTART = b"r", b"t", b"n"
+READY, TAKEN, RESTART, ALIVE = b"r", b"t", b"n", b"a"
+# What it is asked; ALIVE is its own answer.
 HAND_OVER, CONFIG = b"h", b"c"
 # A request makes few cycles, and a look for them takes as long as several requests.
 _GARBAGE = 50_000
@@ -151,7 +154,13 @@ class _Parent:
         self._line = socket.socket(fileno=control)
         self._line.set_inheritable(False)
         self._loop = asyncio.get_running_loop()
-        self._stop = stop
+        self._heard: dict[bytes, Callable[[], object]] = {
+            HAND_OVER: stop.set,
+            CONFIG: self._config_changed,
+            ALIVE: self._alive,
+        }
+        # For who hangs, and cannot say it otherwise.
+        faulthandler.register(WHERE)
         # No task: it must hear while the project's code keeps the loop busy.
         threading.Thread(target=self._hear, daemon=True, name="harperpy-parent").start()
 
@@ -167,11 +176,15 @@ class _Parent:
     def _config_changed(self) -> None:
         self._line.send(TAKEN if self._takes_over() else RESTART)
 
+    def _alive(self) -> None:
+        self._line.send(ALIVE)
+
     def _hear(self) -> None:
-        while word := self._line.recv(1):
-            self.takes_over = word == HAND_OVER
-            heard = self._stop.set if self.takes_over else self._config_changed
-            self._loop.call_soon_threadsafe(heard)
+        # A line whose other end had something left to read is reset, not ended.
+        with contextlib.suppress(ConnectionResetError):
+            while word := self._line.recv(1):
+                self.takes_over = word == HAND_OVER
+                self._loop.call_soon_threadsafe(self._heard[word])
         # The parent was killed, and so is its server: the signal goes no further than here.
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -20,6 +20,7 @@ from .serving import Serving
 # Who lived so long is started again at once when it dies.
 _QUICK_SECONDS = 10.0
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+_LOOK_SECONDS = 5.0
 
 
 class Workers:
@@ -100,7 +101,7 @@ class Workers:
         quick = 0
         while True:
             child = self._children[index]
-            code = await asyncio.shield(child.ended)
+            code = await self._end_of(index, child)
             if not await asyncio.shield(child.ready):
                 self._leave_queues(index)
             # It may have changed who may do what, and not have come to say so.
@@ -113,6 +114,19 @@ class Workers:
             await asyncio.sleep(_pause(quick))
             while not await self._start_again(index):
                 pass
+
+    async def _end_of(self, index: int, child: Child) -> int:
+        """A worker's exit code; one whose loop does not come to answer in time is killed."""
+        seconds = self._config.http.worker_timeout_seconds
+        if seconds and await asyncio.shield(child.ready):
+            while await child.moves(seconds):
+                if (await asyncio.wait((child.ended,), timeout=_LOOK_SECONDS))[0]:
+                    break
+            else:
+                what = f"worker {index} (process {child.pid}) has not moved for {seconds:g} s"
+                say(f"harperpy: {what} and is killed; it was here:", err=True)
+                await child.cut_off()
+        return await asyncio.shield(child.ended)
 
     async def _start_again(self, index: int) -> bool:
         """Start a worker anew; False, after a pause, where the machine has no room for it."""

@@ -255,7 +255,7 @@ models:
                 "http.quux: unknown key; the known keys are "
                 "compressionThreshold, cors, corsAccessList, front, headersTimeout, host, "
                 "keepAliveTimeout, maxBodySize, maxConcurrentRequests, maxHeaderSize, pinWorkers, "
-                "port, requestQueueLimit, timeout, workers"
+                "port, requestQueueLimit, timeout, workerTimeout, workers"
             ),
         ),
         (

@@ -1,6 +1,7 @@
 """`harperpy dev` starts anew when a file changes, and nobody is refused meanwhile."""
 
 import asyncio
+import os
 import signal
 from itertools import count
 from pathlib import Path
@@ -188,6 +189,15 @@ async def test_a_signal_ends_both_after_a_restart(project: Path, number: int) ->
     assert "Traceback" not in (project / "log").read_text()
     async with serving(project) as again:
         assert (200, "two") == await get(f"{again.url}/Word")
+
+
+async def test_a_server_ends_with_its_killed_parent(project: Path) -> None:
+    """Also where that had not heard yet what the server said last."""
+    async with serving(project) as server:
+        os.kill(server.process.pid, signal.SIGSTOP)
+        await said(project, "restart")
+        assert -signal.SIGKILL == await server.end(signal.SIGKILL)
+        await closed(server.url)
 
 
 async def test_a_signal_ends_it_while_files_are_written_without_end(project: Path) -> None:

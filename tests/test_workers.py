@@ -276,6 +276,38 @@ async def test_a_killed_worker_is_there_again_and_nobody_is_refused(project: Pat
     assert "Traceback" not in log
 
 
+HANGS = """
+import time
+
+
+class Hangs(Resource):
+    public = True
+
+    @staticmethod
+    def post():
+        while True:
+            time.sleep(0.01)
+"""
+
+
+async def test_a_worker_that_hangs_is_killed_and_there_again(project: Path) -> None:
+    """Whoever waits for it does not wait for ever, and the log says where it was."""
+    (project / "resources.py").write_text(PID + HANGS)
+    (project / "config.yaml").write_text(
+        config().replace("workers: 2", "workers: 2, workerTimeout: 500")
+    )
+    async with running(project) as server, pinned(server) as clients:
+        victim, session = clients.popitem()
+        with pytest.raises(aiohttp.ServerDisconnectedError):
+            await session.post("/Hangs")
+        log = await logged(project, "is started again", 1)
+        assert clients.keys() < await answering(server)
+
+    (line,) = (line for line in log.splitlines() if "has not moved for 0.5 s and is killed" in line)
+    assert f"(process {victim})" in line
+    assert 'resources.py", line 23 in post' in log
+
+
 async def test_operations_work_whichever_worker_is_gone(project: Path) -> None:
     """The socket in the data folder is the parent's: it waits, and is gone when that ends."""
     local = project / ".harperpy" / "operations.sock"
