@@ -12,9 +12,12 @@ from typing import Any, cast, overload
 
 import msgspec
 
-# A text, an object, and true, false or null have at least one of these; no number has. As numbers:
-# whether a byte is in bytes is asked much faster than whether bytes are.
-_NO_NUMBERS = tuple(b'"{lu')
+from .errors import BackendError
+
+# A text, an object, true, false, null and what others call infinite or no number have at least one
+# of these; no number has. As numbers: whether a byte is in bytes is asked much faster than whether
+# bytes are.
+_NO_NUMBERS = tuple(b'"{lunN')
 _begins = re.compile(rb"\[\s*[-\d]").match
 _MINUS, _RAISED = ord("-"), ord("E")
 # A vector has few numbers so small that they are written with an exponent.
@@ -37,7 +40,10 @@ class Vector(Sequence[float]):
 
     @classmethod
     def from_json(cls, text: bytes) -> Vector:
-        """Of valid JSON. Raises `ValueError` where it is no array of finite numbers, or empty."""
+        """Of an array. Raises `ValueError` where it is none of finite numbers, or empty.
+
+        It is parsed when its numbers are asked for: `BackendError` is raised then where it cannot.
+        """
         flat = _begins(text) is not None and text.find(b"[", 1) < 0
         vector = cls()
         vector._json = text
@@ -65,7 +71,7 @@ class Vector(Sequence[float]):
     def floats(self) -> array[float]:
         """All numbers."""
         if self._floats is None:
-            self._floats = array("f", _decode(self._json or b"[]"))
+            self._floats = array("f", _numbers(self._json or b"[]"))
         return self._floats
 
     def json(self) -> bytes:
@@ -107,6 +113,14 @@ def base64_of(numbers: Sequence[float]) -> str:
     if sys.byteorder == "big":
         floats.byteswap()
     return b64encode(floats.tobytes()).decode()
+
+
+def _numbers(text: bytes) -> list[float]:
+    try:
+        return _decode(text)
+    except msgspec.DecodeError as error:
+        message = "a vector holds what is no number"
+        raise BackendError(message) from error
 
 
 def _may_be_large(text: bytes) -> bool:

@@ -26,7 +26,7 @@ from harperpy import (
 )
 
 from .openai_answers import whole_answer
-from .openai_embeddings import embedded
+from .openai_embeddings import embedded, passed_on
 from .openai_exchange import Timeouts
 from .openai_names import MOST_BYTES, Listing, ServedNames
 from .openai_protocol import chat_body, encoded
@@ -129,7 +129,8 @@ class OpenAI(ModelBackend):
         }
         if opts.dimensions is not None:
             body["dimensions"] = opts.dimensions
-        return self._transport.whole("/embeddings", encoded(body), embedded, opts.call_id)
+        read = passed_on if opts.encoding_format == "float" else embedded
+        return self._transport.whole("/embeddings", encoded(body), read, opts.call_id)
 
     def generate(self, prompt: Prompt, opts: GenerateOpts) -> Coroutine[Any, Any, GenerateResult]:
         """A whole answer."""

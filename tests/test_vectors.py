@@ -26,7 +26,9 @@ class Embedded(Resource):
     @staticmethod
     async def post(target: Any, data: Any, context: Context) -> Any:
         """They are sequences of numbers."""
-        vectors = await context.models.embed((await data)["input"])
+        given = await data
+        encoding = given.get("encoding_format", "base64")
+        vectors = await context.models.embed(given["input"], encoding_format=encoding)
         assert all(isinstance(vector, Vector) for vector in vectors)
         assert all(isinstance(vector.floats, array) for vector in vectors)  # type: ignore[attr-defined]
         return {"vectors": vectors, "first": [vector[0] for vector in vectors]}
@@ -95,6 +97,7 @@ ODD = [
     *(b"[]", b'""', b"{}", b"null", b"7", b"[[1]]", b'["1"]', b"[null]", b"[true]", b"[1,false]"),
     *(b"[1e999]", b"[-1E400]", b"[1e40,1e-2]", b'"AAA"', b'"AAAAAAA="', b'"not base64!"'),
     *(f'"{one}"'.encode() for one in (NAN, INFINITE)),
+    *(b"[NaN]", b"[1,nan]", b"[1,-Infinity]", b"[-inf]", b"[1", b"1]"),
     b'{"0":1}',
 ]
 
@@ -112,6 +115,48 @@ async def test_what_is_no_vector_is_no_answer(
 
     assert 502 == status, text
     assert (False, "backend_error") == (row["success"], row["error_code"])
+
+
+PLACES = [
+    b'{"data":[{"embedding" : [1],"index":0}]}',
+    b'{"data": [{"embedding":\n [1], "index": 0}]}',
+    b'{"model":"\\"embedding\\":[2]","data":[{"embedding":[1]}]}',
+    b'{"\\"embedding":[2],"data":[{"embedding":[1]}]}',
+    b'{"extra":{"embedding":[2]},"data":[{"embedding":[1]}],"more":[3]}',
+    b'{"data":[{"embedding":[1]}],"extra":{"embedding":"none"}}',
+]
+
+
+@pytest.mark.parametrize("body", PLACES)
+async def test_an_array_is_found_wherever_it_stands(
+    gateway: RunningServer, upstream: ScriptedUpstream, body: bytes
+) -> None:
+    """And taken for nothing else that looks like it."""
+    upstream.script(Answer(body=body))
+
+    status, text = await embeddings(gateway, "float")
+
+    assert 200 == status, text
+    assert [[1]] == [one["embedding"] for one in msgspec.json.decode(text)["data"]]
+
+
+@pytest.mark.parametrize("body", [b'{"data":[{"embedding":0}]}', b'{"data":[{"embedding":[1]}'])
+async def test_a_number_in_the_place_of_an_array_is_none(
+    gateway: RunningServer, upstream: ScriptedUpstream, body: bytes
+) -> None:
+    """Nor is an answer that breaks off behind it one."""
+    upstream.script(Answer(body=body))
+    assert 502 == (await embeddings(gateway, "float"))[0]
+
+
+async def test_numbers_that_are_none_are_told_to_who_reads_them(
+    gateway: RunningServer, upstream: ScriptedUpstream
+) -> None:
+    """As the provider's failure, also where they were asked for as they came."""
+    upstream.script(sent(b"[1.2.3]"))
+    async with gateway.session() as client:
+        answer = await client.post("/embedded", json={"input": ["a"], "encoding_format": "float"})
+        assert 502 == answer.status, await answer.text()
 
 
 async def test_vectors_are_in_the_order_of_what_was_embedded(
