@@ -188,11 +188,18 @@ def _nobody(_: Sequence[GenerateChunk | str]) -> bool:
 async def _read_all(answer: Answer, most: int) -> bytes:
     """The whole body. Raises `BackendError` for one that is larger, or breaks off."""
     parts: list[bytes] = []
-    size = 0
-    while read := await answer.read():
-        size += len(read)
-        if size > most:
+    left = most
+
+    def take(read: bytes) -> bool:
+        nonlocal left
+        left -= len(read)
+        if left < 0:
             message = f"an answer of more than {most} bytes"
             raise BackendError(message)
         parts.append(read)
+        return True
+
+    answer.divert(take)
+    while read := await answer.read():
+        take(read)
     return b"".join(parts)
