@@ -23,6 +23,8 @@ MSGPACK = "application/x-msgpack"
 
 # More no client has a use for, and each is compared with each type.
 _MOST_RANGES = 100
+# What is longer as JSON takes seconds to lay out.
+_LAID_OUT = 32_768
 
 Encode = Callable[[Any], bytes]
 Decode = Callable[[bytes], Any]
@@ -212,13 +214,28 @@ def _decode_lines(data: bytes) -> list[Any]:
 
 
 def _encode_yaml(value: Any) -> bytes:
-    plain = msgspec.json.decode(encode_json(value))
+    data = encode_json(value)
+    if len(data) > _LAID_OUT:
+        # JSON is YAML too.
+        return encode_json(_FLOATS.decode(data)) + b"\n"
+    plain = msgspec.json.decode(data)
     try:
         text: str = yaml.safe_dump(plain, allow_unicode=True, sort_keys=False)
     except RecursionError as error:
         message = "Accept: application/yaml: it is nested too deeply for that"
         raise ClientError(message, status=406, code="not_acceptable") from error
     return text.encode()
+
+
+def _float(text: str) -> float | msgspec.Raw:
+    """A number as older YAML knows one too: with a point and a sign where it has an exponent."""
+    number = float(text)
+    if "e" not in (exact := repr(number)):
+        return number
+    return msgspec.Raw((exact if "." in exact else exact.replace("e", ".0e")).encode())
+
+
+_FLOATS = msgspec.json.Decoder(float_hook=_float)
 
 
 def _encode_document(value: Any) -> bytes:

@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import io
+import json
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
+import yaml
 
 from harperpy import (
     Body,
@@ -28,6 +30,7 @@ from helpers import Answered, ask
 
 PAGE = Path(__file__).parent.parent / "docs" / "content-types.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+JSON = "application/json"
 FORM = "application/x-www-form-urlencoded"
 LONG = "x" * 5000
 
@@ -154,6 +157,16 @@ async def test_a_stream_of_yaml_is_a_document_for_each_item() -> None:
     """Each item begins with `---`."""
     answer = await get("/items", accept="application/yaml")
     assert (200, "---\na: 1\n---\na: 2\n") == (answer.status, answer.text)
+
+
+async def test_a_long_answer_in_yaml_stops_nobody() -> None:
+    """It is not laid out, which takes seconds, and says the same: JSON is YAML too."""
+    numbers = [1, -1.5, 9e-6, 1e22, -2.5e-9, 2**70, None, True]
+    value = [{"n": numbers, "text": f"{at}: 9e-6, [ä\n\\"} for at in range(600)]
+    answer = await post("/raw", json.dumps(value), JSON, accept="application/yaml")
+    assert (200, "application/yaml") == (answer.status, answer.headers["Content-Type"])
+    assert 1 == answer.text.count("\n")
+    assert {"got": value} == yaml.safe_load(answer.text)
 
 
 @pytest.mark.parametrize(
