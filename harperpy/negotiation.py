@@ -20,6 +20,7 @@ TEXT = "text/plain"
 OCTETS = "application/octet-stream"
 CSV = "text/csv"
 MSGPACK = "application/x-msgpack"
+YAML = "application/yaml"
 
 # More no client has a use for, and each is compared with each type.
 _MOST_RANGES = 100
@@ -29,7 +30,7 @@ _LAID_OUT = 32_768
 Encode = Callable[[Any], bytes]
 Decode = Callable[[bytes], Any]
 
-encode_msgpack = msgspec.msgpack.Encoder(decimal_format="number", enc_hook=plain).encode
+_PACKER = msgspec.msgpack.Encoder(decimal_format="number", enc_hook=plain)
 
 
 class ContentType(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,7 +53,7 @@ class ContentType(msgspec.Struct, frozen=True, kw_only=True):
 def _built_in() -> dict[str, ContentType]:
     """The types in the order that settles ties."""
     packed = ContentType(
-        serialize=encode_msgpack,
+        serialize=_encode_packed,
         deserialize=msgspec.msgpack.decode,
         quality=0.9,
         extension="msgpack",
@@ -80,7 +81,7 @@ def _built_in() -> dict[str, ContentType]:
         ),
         NDJSON: lines,
         "application/ndjson": lines,
-        "application/yaml": documents,
+        YAML: documents,
         "application/x-yaml": documents,
         "text/yaml": documents,
         TEXT: ContentType(serialize=_encode_text, quality=0.2, by_wildcard=True),
@@ -205,6 +206,13 @@ def _encode_text(value: Any) -> bytes:
     return value.encode() if isinstance(value, str) else encode_json(value)
 
 
+def _encode_packed(value: Any) -> bytes:
+    try:
+        return _PACKER.encode(value)
+    except OverflowError as error:
+        raise _none_in(MSGPACK, "it holds an integer of more than 64 bits") from error
+
+
 def _encode_line(value: Any) -> bytes:
     return encode_json(value) + b"\n"
 
@@ -222,9 +230,12 @@ def _encode_yaml(value: Any) -> bytes:
     try:
         text: str = yaml.safe_dump(plain, allow_unicode=True, sort_keys=False)
     except RecursionError as error:
-        message = "Accept: application/yaml: it is nested too deeply for that"
-        raise ClientError(message, status=406, code="not_acceptable") from error
+        raise _none_in(YAML, "it is nested too deeply for that") from error
     return text.encode()
+
+
+def _none_in(media_type: str, why: str) -> ClientError:
+    return ClientError(f"Accept: {media_type}: {why}", status=406, code="not_acceptable")
 
 
 def _float(text: str) -> float | msgspec.Raw:

@@ -169,6 +169,15 @@ async def test_a_long_answer_in_yaml_stops_nobody() -> None:
     assert {"got": value} == yaml.safe_load(answer.text)
 
 
+async def test_an_integer_that_a_type_cannot_say_is_406() -> None:
+    """MessagePack has 64 bits for one; JSON, which has no bounds, has the value."""
+    value = json.dumps({"n": [2**70]})
+    refused = await post("/raw", value, JSON, accept="application/x-msgpack")
+    told = "Accept: application/x-msgpack: it holds an integer of more than 64 bits"
+    assert (406, told) == (refused.status, refused.json["detail"])
+    assert {"got": {"n": [2**70]}} == (await post("/raw", value, JSON, accept=JSON)).json
+
+
 @pytest.mark.parametrize(
     ("path", "media", "text"),
     [
