@@ -265,7 +265,12 @@ class Tables:
 
 def _bring_about(connection: sa.Connection, table: Table[Any]) -> None:
     _in_the_file(table.name, *table.sql.columns.values()).create(connection, checkfirst=True)
-    there = {one["name"]: one for one in sa.inspect(connection).get_columns(table.name)}
+    seen = sa.inspect(connection)
+    keys = seen.get_pk_constraint(table.name)["constrained_columns"]
+    if keys != [table.key]:
+        was = ", ".join(keys) or "none"
+        _refuse(f"table {table.name!r}: its key in the file is {was}, it cannot be {table.key}")
+    there = {one["name"]: one for one in seen.get_columns(table.name)}
     for column in table.sql.columns.values():
         if column.name not in there:
             _add(connection, table, column)

@@ -461,6 +461,7 @@ async def test_a_record_that_a_later_struct_does_not_take_is_named(
             {},
             "table 't': T cannot be array_like: records have names",
         ),
+        (struct(), {"key": "text"}, "table 't': its key in the file is id, it cannot be text"),
         (struct(), {"key": "ids"}, "table 't': T has no field 'ids'; did you mean 'id'?"),
         (struct(), {"index": ["txt"]}, "T has no field 'txt'; did you mean 'text'?"),
         (struct(("f", float, 0.0)), {"key": "f"}, "'f' cannot be its key; expected a str, an int"),
