@@ -166,17 +166,24 @@ def _compared(
 ) -> Iterator[Any]:
     """The values that the statement's condition compares the primary key with."""
     where: Any = getattr(statement, "whereclause", None)
-    context: Any = result.context
-    names: dict[Any, str] = context.compiled.bind_names
     for node in visitors.iterate(where) if where is not None else ():
         if not isinstance(node, BinaryExpression) or node.operator not in (eq, in_op):
             continue
         column: Any = node.left
         value: Any = node.right
-        if isinstance(column, sa.Column) and column.name in keys and value in names:
-            one_of_many = re.compile(rf"{re.escape(names[value])}(_\d+)?")
-            for given in _given(result):
-                yield from (given[name] for name in given if one_of_many.fullmatch(name))
+        of_a_key = isinstance(column, sa.Column) and column.name in keys
+        if of_a_key and isinstance(value, sa.BindParameter):
+            yield from _bound(value, _given(result))
+
+
+def _bound(value: Any, given: list[Row]) -> Iterator[Any]:
+    """What stands for a parameter: what was given by its name, or else the value that it has.
+
+    A statement like one that was run before has the names of that one, but values of its own.
+    """
+    named = [row[value.key] for row in given if value.key in row] or [value.effective_value]
+    for one in named:
+        yield from cast("list[Any]", one) if value.expanding else [one]
 
 
 def _key(value: Any) -> Any:

@@ -935,6 +935,29 @@ async def test_each_write_is_audited(
     } == row
 
 
+async def test_each_run_of_a_statement_is_audited_with_its_own_keys() -> None:
+    """A statement like an earlier one tells which records it changed, as the first did."""
+    by_name = sa.update(notes).where(notes.c.id == sa.bindparam("which")).values(stars=7)
+
+    async def changes(context: Context) -> None:
+        tx = context.transaction()
+        await tx.execute(ADD, [{"id": at, "text": "abc"} for at in (1, 2, 3)])
+        for at in (1, 2, 3):
+            await tx.execute(sa.update(notes).where(notes.c.id == at).values(stars=at))
+            await tx.execute(by_name, {"which": at})
+            await tx.execute(sa.delete(notes).where(notes.c.id.in_([at, at + 10])))
+
+    async with serving(changes) as server:
+        assert 204 == (await post(server)).status
+        _, *rows = await audited(server)
+    expected = [
+        one
+        for at in (1, 2, 3)
+        for one in (("update", [at]), ("update", [at]), ("delete", [at, at + 10]))
+    ]
+    assert expected == [(row["operation"], row["hash_values"]) for row in rows]
+
+
 async def test_what_changes_nothing_is_not_audited() -> None:
     """A read, and an update that met no record, leave no row."""
 
