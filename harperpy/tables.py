@@ -138,7 +138,7 @@ class Table(Generic[T]):
         self, on: Executes, key: Any, *, locked: bool = False
     ) -> dict[str, Any] | None:
         """As `get`, the record as it is kept: what is a set in it has the order it came in."""
-        asked = sa.select(self.sql).where(self._at(key))
+        asked = sa.select(self.sql).where(self.at(key))
         found = await on.execute(asked.with_for_update() if locked else asked)
         return found[0] if found else None
 
@@ -162,8 +162,8 @@ class Table(Generic[T]):
         if row[self.key] is None:
             message = f"{self.name}.{self.key}: expected a key, got None"
             raise Conflict(message)
-        others = {column: value for column, value in row.items() if column != self.key}
         adding = sqlite.insert(self.sql).values(row)
+        others = {column: adding.excluded[column] for column in row if column != self.key}
         known = [self.sql.c[self.key]]
         if others:
             await on.execute(adding.on_conflict_do_update(index_elements=known, set_=others))
@@ -174,22 +174,26 @@ class Table(Generic[T]):
         """Replace the record with its key; whether there was one."""
         row = self.row(record)
         key = row.pop(self.key)
-        changed = sa.update(self.sql).where(self._at(key)).values(row or {self.key: key})
+        changed = sa.update(self.sql).where(self.at(key)).values(row or {self.key: key})
         return bool(await on.execute(changed.returning(self.sql.c[self.key])))
 
     async def delete(self, on: Executes, key: Any) -> bool:
         """Remove a record; whether there was one."""
         column = self.sql.c[self.key]
-        return bool(await on.execute(sa.delete(self.sql).where(self._at(key)).returning(column)))
+        return bool(await on.execute(sa.delete(self.sql).where(self.at(key)).returning(column)))
+
+    def at(self, key: Any) -> sa.ColumnElement[bool]:
+        """The condition that finds the record with this key, for statements of your own."""
+        column = self.sql.c[self.key]
+        # SQLAlchemy would name it `id_1`, as a field may be called.
+        named = sa.bindparam('"key"', _plain(key), column.type)
+        same: sa.ColumnElement[bool] = column == named
+        return same
 
     def value(self, column: str, text: str) -> Any:
         """A column's value, read from text. Raises `msgspec.ValidationError`."""
         kind = self.fields[column].type
         return self.kept(column, msgspec.convert(text, kind, strict=False))
-
-    def _at(self, key: Any) -> sa.ColumnElement[bool]:
-        same: sa.ColumnElement[bool] = self.sql.c[self.key] == _plain(key)
-        return same
 
     def kept(self, column: str, value: Any) -> Any:
         """What a column holds of a value. Raises `InvalidBody` for what it cannot hold."""

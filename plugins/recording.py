@@ -131,8 +131,7 @@ async def _update(table: Table[Any], key: Any, fields: Record, at: int, tx: Tran
     row = table.row(_record(table, {**msgspec.to_builtins(before), **fields}, at))
     changes = {name: row[name] for name in fields if name in row and name != table.key}
     if changes:
-        where = table.sql.c[table.key] == key
-        await tx.execute(sa.update(table.sql).where(where).values(changes))
+        await tx.execute(sa.update(table.sql).where(table.at(key)).values(changes))
     return True
 
 

@@ -342,6 +342,34 @@ class Everything(msgspec.Struct):
     any: Any = None
 
 
+class Numbered(msgspec.Struct):
+    """Fields that are called as SQLAlchemy calls parameters."""
+
+    id: int | None = None
+    id_1: str = ""
+    param_1: str | None = None
+
+
+async def test_a_field_may_be_called_as_a_parameter_is() -> None:
+    """Records with `id_1` and `param_1` are replaced, changed and found, and audited."""
+
+    async def apply(scope: Scope) -> None:
+        table = await scope.database.tables.ensure("numbered", Numbered)
+        scope.resources.set("numbered", TableResource.over(table))
+
+    async with running(handle_application=apply) as server:
+        for verb in ("PUT", "PUT", "PATCH"):
+            written = await ask(server, verb, "/numbered/7", json={"id_1": verb, "param_1": "p"})
+            assert 204 == written.status
+        for name in ("update", "upsert"):
+            await server.operate(name, table="numbered", records=[{"id": 7, "param_1": name}])
+            found = await ask(server, "GET", f"/numbered?id_1=PATCH&param_1={name}")
+            assert [{"id": 7, "id_1": "PATCH", "param_1": name}] == found.json
+        audited = await server.operate("read_audit_log", table="numbered")
+    assert 5 * [[7]] == [row["hash_values"] for row in audited]
+    assert [{"param_1": "[6 characters]"}] == audited[0]["records"]
+
+
 async def test_every_kind_of_field_comes_back_as_it_was() -> None:
     """What a Struct holds goes through JSON and the table unchanged, but moments are in UTC."""
     sent = {
