@@ -25,7 +25,7 @@ Fields: TypeAlias = dict[str, Any]
 
 _OF_ALL = ("GET", "HEAD", "POST", "OPTIONS")
 _OF_ONE = ("GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS")
-_CUT = re.compile(r"(limit|offset)[=(]")
+_CUT = re.compile(r"(limit|offset)(=(?!=)|\()")
 
 
 class TableResource(Resource):
@@ -162,6 +162,7 @@ class TableResource(Resource):
         if len(rows) > limit > 0:
             kept = [part for part in target.search.split("&") if not _CUT.match(part)]
             there = "&".join([*filter(None, kept), f"limit={limit}&offset={query.offset + limit}"])
+            there = there.replace(">", "%3E")
             context.response_headers["Link"] = f'<{context.path}?{there}>; rel="next"'
         return [cls._shown(cls.table.read(row), query) for row in rows[:limit]]
 
