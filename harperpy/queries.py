@@ -90,6 +90,14 @@ def read_query(table: Table[Any], search: str) -> Query:
     return query
 
 
+def refuse_conditions(table: Table[Any], search: str) -> None:
+    """Raises `ClientError` for a condition on a field: in silence, all would be done without it."""
+    for part in search.split("&"):
+        found = None if _CALL.fullmatch(part) else _CONDITION.fullmatch(part)
+        if found and (name := unquote_plus(found[1])) in table.fields:
+            _refuse(name, "conditions are for lists; for a version of one there is If-Match")
+
+
 def _condition(table: Table[Any], part: str) -> sa.ColumnElement[bool]:
     found = _CONDITION.fullmatch(part)
     if found is None:

@@ -15,7 +15,7 @@ from .content import Body
 from .context import Context
 from .contracts import Contract
 from .errors import ClientError, InvalidBody, MethodNotAllowed, NotFound, RegistrationError
-from .queries import Query, read_query
+from .queries import Query, read_query, refuse_conditions
 from .request import RequestTarget
 from .resource import Resource
 from .sse import encode_json
@@ -185,6 +185,7 @@ class TableResource(Resource):
         """The key in the path. Raises `NotFound` for what cannot be one."""
         if target.id is None:
             raise MethodNotAllowed(context.method, _OF_ALL)
+        refuse_conditions(cls.table, target.search)
         try:
             return cls.table.value(cls.table.key, target.id)
         except (msgspec.ValidationError, InvalidBody) as error:
