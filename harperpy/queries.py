@@ -114,11 +114,11 @@ def _condition(table: Table[Any], part: str) -> sa.ColumnElement[bool]:
     if isinstance(column.type, sa.JSON):
         _refuse(name, "lists and maps cannot be compared")
     compare = _COMPARISONS[sign]
-    if text == "null" and column.nullable:
+    value = None if text == "null" and column.nullable else _value(table, name, text)
+    if value is None:
         if compare not in (operator.eq, operator.ne):
-            _refuse(name, f"null has no order: expected =null or !=null, got {sign}null")
+            _refuse(name, f"null has no order: expected =null or !=null, got {sign}{text}")
         return compare(column, None)
-    value = _value(table, name, text)
     if isinstance(column.type, Exact):
         return compare(_ordered(column), sa.cast(value, sa.Float))
     # SQLAlchemy itself would refuse that anything is less than true.

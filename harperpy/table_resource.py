@@ -121,19 +121,19 @@ class TableResource(Resource):
     async def put(cls, target: RequestTarget, data: Body, context: Context) -> None:
         """A record as given, whether it was there or not."""
         key = cls._key(target, context)
-        fields = cls._with_key(await _fields(data), key)
+        record = cls._record(await _fields(data), key)
         await cls._check_version(key, context)
-        await cls.table.put(context.transaction(), cls.table.record_of(fields))
+        await cls.table.put(context.transaction(), record)
 
     @classmethod
     async def patch(cls, target: RequestTarget, data: Body, context: Context) -> None:
         """Some fields of a record; the whole of it has to fit."""
         key = cls._key(target, context)
-        fields = cls._with_key(await _fields(data), key)
+        fields = await _fields(data)
         await cls._check_version(key, context)
         row = await cls._found(key, context, locked=True)
         before = msgspec.to_builtins(cls.table.read(row))
-        await cls.table.update(context.transaction(), cls.table.record_of({**before, **fields}))
+        await cls.table.update(context.transaction(), cls._record({**before, **fields}, key))
 
     @classmethod
     async def delete(cls, target: RequestTarget, context: Context) -> None:
@@ -187,9 +187,12 @@ class TableResource(Resource):
             raise MethodNotAllowed(context.method, _OF_ALL)
         refuse_conditions(cls.table, target.search)
         try:
-            return cls.table.value(cls.table.key, target.id)
+            key = cls.table.value(cls.table.key, target.id)
         except (msgspec.ValidationError, InvalidBody) as error:
             raise NotFound from error
+        if key is None:
+            raise NotFound
+        return key
 
     @classmethod
     def _check_key(cls, key: object, context: Context) -> None:
@@ -202,12 +205,15 @@ class TableResource(Resource):
             raise InvalidBody(message, param=cls.table.key)
 
     @classmethod
-    def _with_key(cls, fields: Fields, key: Any) -> Fields:
+    def _record(cls, fields: Fields, key: Any) -> Any:
+        """The record of these fields. Raises `InvalidBody` if it has another key than the path."""
         name = cls.table.key
-        if fields.get(name, key) != key:
-            message = f"{name}: expected {key!r} as in the path, got {fields[name]!r}"
+        record = cls.table.record_of({name: key, **fields})
+        given = getattr(record, cls.table.fields[name].name)
+        if cls.table.kept(name, given) != key:
+            message = f"{name}: expected {key!r} as in the path, got {given!r}"
             raise InvalidBody(message, param=name)
-        return {**fields, name: key}
+        return record
 
 
 def _version(row: Fields) -> str:

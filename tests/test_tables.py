@@ -246,6 +246,8 @@ async def test_a_bar_between_conditions_is_refused(query: str, said: str | None)
         ("PUT", "/notes", {"text": "a"}, 405, "Method PUT is not allowed here"),
         ("PUT", "/notes/1", {"text": "a", "id": 2}, 400, "id: expected 1 as in the path, got 2"),
         ("PUT", "/notes/x", {"text": "a"}, 404, "Not found"),
+        ("PUT", "/notes/null", {"text": "a"}, 404, "Not found"),
+        ("PATCH", "/notes/1", {"id": 2}, 400, "id: expected 1 as in the path, got 2"),
         ("PUT", f"/notes/{1 << 64}", {"text": "a"}, 404, "Not found"),
         ("PATCH", "/notes/1", {"numStars": "a"}, 400, "numStars: Expected `int`, got `str`"),
         ("PATCH", "/notes/1", {"text": None}, 400, "text: Expected `str`, got `null`"),
@@ -365,6 +367,44 @@ class Everything(msgspec.Struct):
     blobs: list[bytes] = []
     moments: list[dt.datetime] = []
     any: Any = None
+
+
+async def test_null_is_none_in_any_case_where_it_is_no_text() -> None:
+    """What has a moment is told from what has none, by `NULL` as well; it has no order."""
+    async with running(handle_application=mount) as server:
+        for given in ({"id": "a"}, {"id": "b", "moment": "2026-01-02T03:04:05Z"}):
+            assert 201 == (await ask(server, "POST", "/all", json=given)).status
+        for word in ("null", "NULL", "Null"):
+            for sign, known in (("=", "a"), ("==", "a"), ("!=", "b")):
+                found = await ask(server, "GET", f"/all?moment{sign}{word}&select(id)")
+                assert [known] == found.json
+            refused = await ask(server, "GET", f"/all?moment=gt={word}")
+            assert (400, True) == (refused.status, "null has no order" in refused.text)
+
+
+class Named(msgspec.Struct):
+    """A record with a key that can be written in several ways."""
+
+    id: uuid.UUID
+    text: str = ""
+
+
+async def test_a_uuid_in_capitals_names_the_same_record() -> None:
+    """In the path, in the body and in a condition."""
+
+    async def apply(scope: Scope) -> None:
+        table = await scope.database.tables.ensure("named", Named)
+        scope.resources.set("named", TableResource.over(table))
+
+    key = str(uuid.UUID(int=0xABC))
+    async with running(handle_application=apply) as server:
+        path = f"/named/{key.upper()}"
+        put = await ask(server, "PUT", path, json={"id": key.upper(), "text": "a"})
+        patched = await ask(server, "PATCH", path, json={"id": key.upper(), "text": "b"})
+        found = (await ask(server, "GET", f"/named?id={key.upper()}")).json
+        other = await ask(server, "PUT", path, json={"id": str(uuid.UUID(int=1))})
+    assert [204, 204, 400] == [put.status, patched.status, other.status]
+    assert [{"id": key, "text": "b"}] == found
 
 
 class Numbered(msgspec.Struct):
