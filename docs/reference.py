@@ -38,7 +38,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("ReplayBuffer", "json_response", "decode_json", "Problem", "FieldError"),
         *("encode_sse", "SSEDecoder", "Part", "Parts", "ContentType", "ContentTypes"),
     ),
-    "Tables": ("TableResource", "Tables", "Table", "has_part"),
+    "Tables": ("TableResource", "Tables", "Table", "has_part", "bounded"),
     "Context": (
         "get_context",
         "Context",

@@ -97,7 +97,7 @@ from .permission import (
     read_permission,
 )
 from .prompts import paired
-from .queries import has_part
+from .queries import bounded, has_part
 from .reconciling import Difference, Served, Unequal, difference
 from .registry import Entry, Resources
 from .rendering import Reply
@@ -261,6 +261,7 @@ __all__ = [
     "Waiting",
     "Waits",
     "base64_of",
+    "bounded",
     "caller_address",
     "completion_id",
     "decode_json",

@@ -47,6 +47,14 @@ def has_part(
             return sa.func.substr(column, -len(text)) == text
 
 
+def bounded(asked: sa.Select[Any]) -> sa.Select[Any]:
+    """A select whose rows may be 64 MiB together: a transaction refuses what is more with 400.
+
+    They are in memory several times before they are sent.
+    """
+    return asked.execution_options(most_bytes=_MOST_BYTES)
+
+
 _PARTS: dict[str, Literal["contains", "starts_with", "ends_with"]] = {
     "=ct=": "contains",
     "=sw=": "starts_with",
@@ -60,6 +68,7 @@ _OR = re.compile(r"\|([^=!|]+)[=!]")
 _CALL = re.compile(r"(select|sort|limit)(?:\((.*)\)|=(?!=)(.*))", re.DOTALL)
 _OFFSET = "offset="
 _MOST_CONDITIONS = 100
+_MOST_BYTES = 64 * 2**20
 
 
 class Query(msgspec.Struct):

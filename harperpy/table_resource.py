@@ -15,7 +15,7 @@ from .content import Body
 from .context import Context
 from .contracts import Contract
 from .errors import ClientError, InvalidBody, MethodNotAllowed, NotFound, RegistrationError
-from .queries import Query, read_query, refuse_conditions
+from .queries import Query, bounded, read_query, refuse_conditions
 from .request import RequestTarget
 from .resource import Resource
 from .sse import encode_json
@@ -158,7 +158,8 @@ class TableResource(Resource):
             raise ClientError(message, param="limit")
         order = [*query.order, cls.table.sql.c[cls.table.key]]
         asked = sa.select(cls.table.sql).where(*query.where).order_by(*order)
-        rows = await context.transaction().execute(asked.limit(limit + 1).offset(query.offset))
+        page = bounded(asked.limit(limit + 1).offset(query.offset))
+        rows = await context.transaction().execute(page)
         if len(rows) > limit > 0:
             kept = [part for part in target.search.split("&") if not _CUT.match(part)]
             there = "&".join([*filter(None, kept), f"limit={limit}&offset={query.offset + limit}"])

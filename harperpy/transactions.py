@@ -11,7 +11,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeAlias, TypeVar
@@ -22,8 +22,9 @@ from sqlalchemy import exc
 from .accounting import Caller
 from .audit import Author
 from .database import Database, plain_refusal
-from .errors import ServiceUnavailable, TransactionError
+from .errors import ClientError, ServiceUnavailable, TransactionError
 from .gate import gate_of
+from .sse import encode_json
 
 T = TypeVar("T")
 
@@ -221,7 +222,8 @@ def _run(
     try:
         with gate:
             result = connection.execute(statement, parameters)
-            rows = [dict(row) for row in result.mappings()] if result.returns_rows else []
+            most = statement.get_execution_options().get("most_bytes")
+            rows = list(_rows(result, most)) if result.returns_rows else []
     except exc.DBAPIError as error:
         if gate.refusal is not None:
             raise TransactionError(gate.refusal) from error
@@ -230,6 +232,24 @@ def _run(
     if author is not None and gate.written and touched:
         author.record(connection, statement, gate.written, result, rows)
     return rows
+
+
+def _rows(result: sa.CursorResult[Any], most: int | None) -> Iterator[dict[str, Any]]:
+    """The rows by column. Raises `ClientError` if they take more than `most` bytes together."""
+    size = 0
+    for row in result.mappings():
+        yield dict(row)
+        size += 0 if most is None else sum(map(_size, row.values()))
+        if most is not None and size > most:
+            mib = most // 2**20
+            message = f"the records are larger than {mib} MiB together: ask for fewer by limit"
+            raise ClientError(message, param="limit")
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, str | bytes):
+        return len(value)
+    return len(encode_json(value)) if isinstance(value, list | dict) else 0
 
 
 class _Session:

@@ -9,7 +9,7 @@ import msgspec
 import sqlalchemy as sa
 from msgspec import Meta
 
-from harperpy import AccessViolation, ClientError, Context, InvalidBody, Scope, User
+from harperpy import AccessViolation, ClientError, Context, InvalidBody, Scope, User, bounded
 
 from .conditions import SYNONYMS, Conditions, Group, compared, has
 from .places import DATA, Place, Places, Wanted, readable
@@ -107,12 +107,11 @@ class Searching:
             message = f"ids: expected at most {MOST_ROWS}"
             raise InvalidBody(message, param="ids")
         keys = [place.value(place.key, key, f"ids[{at}]") for at, key in enumerate(request.ids)]
-        found: dict[Any, dict[str, Any]] = {}
+        wanted = dict.fromkeys(keys)
         column = place.sql.c[place.key]
-        for some in _in_hundreds(keys):
-            rows = await self._rows(place, sa.select(place.sql).where(column.in_(some)), context)
-            found |= {row[place.key]: row for row in rows}
-        return [place.shown(found[key], attributes) for key in keys if key in found]
+        asked = sa.select(place.sql).where(column.in_([*wanted]))
+        found = {row[place.key]: row for row in await self._rows(place, asked, context)}
+        return [place.shown(found[key], attributes) for key in wanted if key in found]
 
     async def by_value(self, request: SearchByValue, context: Context) -> list[dict[str, Any]]:
         """The records whose attribute has the value."""
@@ -175,7 +174,7 @@ class Searching:
         self, place: Place, asked: sa.Select[Any], context: Context
     ) -> list[dict[str, Any]]:
         if place.table is not None:
-            return await context.transaction().execute(asked)
+            return await context.transaction().execute(bounded(asked))
         # What is on its way to the database is there before it is asked.
         await self._ledger.flush()
 
@@ -194,10 +193,6 @@ def _sorts(sort: Sort | None) -> Iterator[Sort]:
             raise ClientError(message, param="sort")
         yield sort
         sort = sort.next
-
-
-def _in_hundreds(keys: list[Any]) -> Iterator[list[Any]]:
-    return (keys[at : at + 100] for at in range(0, len(keys), 100))
 
 
 def _user(context: Context) -> User:

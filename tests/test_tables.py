@@ -636,6 +636,31 @@ async def test_a_subclass_keeps_the_verbs_that_it_does_not_override() -> None:
     assert 200 == found.status
 
 
+async def test_a_list_has_64_mib_at_most() -> None:
+    """What is larger is refused before it is all in memory, and fewer of its records are sent."""
+    many = [["x" * 1000] * 9_900]
+    told = "the records are larger than 64 MiB together: ask for fewer by limit"
+
+    async def apply(scope: Scope) -> None:
+        table = await scope.database.tables.ensure("everything", Everything)
+        scope.resources.set("all", TableResource.over(table))
+
+    async with running(handle_application=apply) as server:
+        for at in range(7):
+            records = [{"id": str(at), "any": many}]
+            await server.operate("insert", table="everything", records=records)
+        refused = await ask(server, "GET", "/all?limit=1000")
+        assert (400, told) == (refused.status, refused.json["detail"])
+        searched = {"table": "everything", "attribute": "flag", "value": False}
+        with pytest.raises(ClientError, match=told):
+            await server.operate("search_by_value", **searched)
+        assert 2 == len(await server.operate("search_by_value", **searched, limit=2))
+        assert 2 == len(
+            await server.operate("search_by_id", table="everything", ids=["0"] * 50 + ["1"])
+        )
+        assert 200 == (await ask(server, "GET", "/all?limit=2&select(id)")).status
+
+
 async def test_two_writers_of_one_record_follow_one_another() -> None:
     """No change of one field is lost to a change of another at the same time."""
     async with running(handle_application=mount) as server:
