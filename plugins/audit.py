@@ -42,7 +42,7 @@ class ReadAuditLog(msgspec.Struct, forbid_unknown_fields=True):
     database: str | None = None
     table: str | None = None
     search_type: Literal["hash_value", "timestamp", "username"] | None = None
-    search_values: list[str | Int64 | float] = []
+    search_values: Annotated[list[str | Int64 | float], msgspec.Meta(max_length=10_000)] = []
     limit: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1000
 
 

@@ -20,6 +20,9 @@ from .searching import OF_A_TABLE, Text
 
 Record = dict[str, Any]
 
+# More would take longer than others wait for their turn to write.
+_AT_ONCE = Meta(min_length=1, max_length=10_000)
+
 
 class Write(msgspec.Struct, forbid_unknown_fields=True):
     """Records, each a map of attributes."""
@@ -27,7 +30,7 @@ class Write(msgspec.Struct, forbid_unknown_fields=True):
     synonyms: ClassVar[Mapping[str, str]] = OF_A_TABLE
 
     table: Text
-    records: Annotated[list[Record], Meta(min_length=1)]
+    records: Annotated[list[Record], _AT_ONCE]
     database: Text = DATA
 
 
@@ -37,7 +40,7 @@ class Delete(msgspec.Struct, forbid_unknown_fields=True):
     synonyms: ClassVar[Mapping[str, str]] = {**OF_A_TABLE, "hash_values": "ids"}
 
     table: Text
-    ids: Annotated[list[Any], Meta(min_length=1)]
+    ids: Annotated[list[Any], _AT_ONCE]
     database: Text = DATA
 
 

@@ -309,6 +309,7 @@ async def test_it_is_searched_by_key_name_and_time(server: RunningServer) -> Non
         ({"search_type": "timestamp", "search_values": ["now"]}, "search_values: expected one or"),
         ({"search_type": "timestamp"}, "search_values: expected one or two times"),
         ({"limit": 0}, "limit"),
+        ({"search_values": ["a"] * 10_001, "search_type": "username"}, "search_values: Expected"),
     ],
 )
 async def test_a_search_that_makes_no_sense_is_refused(
