@@ -45,9 +45,11 @@ class _Moment(sa.TypeDecorator[dt.datetime]):
         aware = value if value.tzinfo else value.replace(tzinfo=dt.UTC)
         return str(aware.astimezone(dt.UTC).isoformat(timespec="microseconds"))
 
-    def process_result_value(self, value: Any, dialect: object) -> dt.datetime | None:
-        """What was given."""
-        return None if value is None else dt.datetime.fromisoformat(value)
+    def process_result_value(self, value: Any, dialect: object) -> Any:
+        """What was given; a text that an earlier Struct has left, for `read` to name its record."""
+        with suppress(ValueError, TypeError):
+            return dt.datetime.fromisoformat(value)
+        return value
 
 
 class Exact(sa.String):
@@ -226,6 +228,9 @@ class Table(Generic[T]):
             if column not in self.fields:
                 help_ = nearest(column, self.fields, "fields")
                 _refuse(f"{where}: {self.record.__name__} has no field {column!r}; {help_}")
+        for column, field in self.fields.items():
+            if field.default is msgspec.UNSET:
+                _refuse(f"{where}: {column!r} cannot be UNSET by default; write | None = None")
         if len({column.lower() for column in self.fields}) < len(self.fields):
             _refuse(f"{where}: fields of {self.record.__name__} differ in nothing but their case")
         if not isinstance(_bare(self._kinds[self.key])[0], _KEY_TYPES):

@@ -530,12 +530,13 @@ async def test_a_field_may_go_or_be_empty_later(tmp_path: Path) -> None:
     assert (1, None) == (old.empty, new.empty)
 
 
+@pytest.mark.parametrize("kind", [dt.date, dt.datetime, Decimal])
 async def test_a_record_that_a_later_struct_does_not_take_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A type that became narrower: the log says which one to mend."""
     await ensured(struct(("day", str, "today")), tmp_path)
-    later = struct(("day", dt.date, dt.date(2026, 1, 2)), name="Later one")
+    later = struct(("day", kind | None, None), name="Later one")
     assert [] == await ensured(later, tmp_path)
     assert re.search(r"table 't', record \d+: Invalid .* - at `\$\.day`", caplog.text)
 
@@ -558,6 +559,11 @@ async def test_a_record_that_a_later_struct_does_not_take_is_named(
         (struct(), {"key": "ids"}, "table 't': T has no field 'ids'; did you mean 'id'?"),
         (struct(), {"index": ["txt"]}, "T has no field 'txt'; did you mean 'text'?"),
         (struct(("f", float, 0.0)), {"key": "f"}, "'f' cannot be its key; expected a str, an int"),
+        (
+            struct(("u", str | msgspec.UnsetType, msgspec.UNSET)),
+            {},
+            "table 't': 'u' cannot be UNSET by default; write | None = None",
+        ),
         (struct(("Text", str, "")), {}, "table 't': fields of T differ in nothing but their case"),
         (struct(), {"name": "hdb_mine"}, "expected a name of letters, digits and _, not beginning"),
         (struct(), {"name": "a b"}, "table 'a b': expected a name of letters, digits and _"),
