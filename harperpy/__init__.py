@@ -110,6 +110,7 @@ from .secret import Secret, mask
 from .sections import BudgetConfig, Config, LimitConfig, ModelConfig
 from .server import Server
 from .signal import AbortController, AbortSignal
+from .spelling import nearest
 from .sse import SSE, SSEDecoder, encode_sse
 from .streaming import (
     completion_id,
@@ -277,6 +278,7 @@ __all__ = [
     "json_response",
     "load_config",
     "mask",
+    "nearest",
     "openai_error",
     "openai_finish_reason",
     "openai_logprobs",

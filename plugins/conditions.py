@@ -10,7 +10,7 @@ import msgspec
 import sqlalchemy as sa
 from msgspec import Meta
 
-from harperpy import InvalidBody, has_part
+from harperpy import InvalidBody, has_part, nearest
 
 from .places import Place
 
@@ -88,7 +88,8 @@ Compare: TypeAlias = Callable[[Place, sa.Column[Any], Any, str], Compared]
 def compared(place: Place, name: str, param: str, *, json: bool = False) -> sa.Column[Any]:
     """The column of an attribute. Raises `InvalidBody` for one that is not there."""
     if name not in place.attributes:
-        message = f"{param}: unknown attribute '{name}' of '{place.full_name}'"
+        help_ = nearest(name, place.attributes, "attributes")
+        message = f"{param}: unknown attribute '{name}' of '{place.full_name}'; {help_}"
         raise InvalidBody(message, param=param)
     column: sa.Column[Any] = place.sql.c[name]
     if isinstance(column.type, sa.JSON) and not json:

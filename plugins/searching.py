@@ -34,7 +34,7 @@ class SearchById(msgspec.Struct, forbid_unknown_fields=True):
     table: Text
     ids: list[Any]
     database: Text = DATA
-    get_attributes: list[str] | Literal["*"] = "*"
+    get_attributes: list[str] | Text = "*"
 
 
 class SearchByValue(msgspec.Struct, forbid_unknown_fields=True):
@@ -46,7 +46,7 @@ class SearchByValue(msgspec.Struct, forbid_unknown_fields=True):
     attribute: Text
     value: Any
     database: Text = DATA
-    get_attributes: list[str] | Literal["*"] = "*"
+    get_attributes: list[str] | Text = "*"
     limit: Limit | None = None
     offset: Offset = 0
 
@@ -68,7 +68,7 @@ class SearchByConditions(msgspec.Struct, forbid_unknown_fields=True):
     conditions: Annotated[list[dict[str, Any]], Meta(min_length=1)]
     database: Text = DATA
     operator: Literal["and", "or", "AND", "OR"] = "and"
-    get_attributes: list[str] | Literal["*"] = "*"
+    get_attributes: list[str] | Text = "*"
     sort: Sort | None = None
     limit: Limit | None = None
     offset: Offset = 0
@@ -147,7 +147,8 @@ class Searching:
     ) -> tuple[Place, tuple[str, ...]]:
         """The table, and the attributes to show of it: all that may be read, or those asked for."""
         asked = request.get_attributes
-        wanted = [] if "*" in asked else [*asked]
+        shown = [*map(str.strip, asked.split(","))] if isinstance(asked, str) else asked
+        wanted = [] if "*" in shown else [*shown]
         read: Wanted = {"read": [*wanted, *named]}
         place = self._places.opened(context.user, request.database, request.table, read)
         for name in wanted:

@@ -132,6 +132,8 @@ async def test_records_are_found_by_their_keys(admin: Caller) -> None:
     asked = {"schema": "data", "table": "dog", "hash_values": [3, 99, 1, "2"]}
     rows = await admin.get("search_by_hash", **asked, get_attributes=["name"])
     assert [{"name": "Bello"}, {"name": "Rex"}, {"name": "Ada"}] == rows
+    (some,) = await admin.get("search_by_id", table="dog", ids=[1], get_attributes="id, name")
+    assert {"id": 1, "name": "Rex"} == some
 
 
 BY_VALUE: dict[str, tuple[str, Any, list[str]]] = {
@@ -289,6 +291,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         "sort",
     ),
     ("search_by_conditions", {"conditions": [{"attribute": "age", "value": 1}] * 101}, "100"),
+    ("search_by_value", {"attribute": "nmae", "value": 1}, "did you mean 'name'?"),
+    ("search_by_id", {"ids": [1], "get_attributes": "nmae"}, "did you mean 'name'?"),
     ("insert", {"records": []}, "records"),
     ("insert", {"records": [{}]}, "records[0]"),
     ("insert", {"records": [{"name": "x"}] * 10_001}, "records: Expected `array` of length <= 1"),
@@ -464,20 +468,23 @@ async def test_tables_are_described(admin: Caller) -> None:
     assert "password" not in str(system["hdb_user"]["attributes"])
 
 
+DOG = "does not exist; did you mean 'dog'?"
+
+
 @pytest.mark.parametrize(
     ("name", "parameters", "told"),
     [
-        ("describe_table", {"table": "dgo"}, "table 'data.dgo' does not exist"),
+        ("describe_table", {"table": "dgo"}, f"table 'data.dgo' {DOG}"),
         ("describe_table", {"table": "dog", "schema": "x"}, "database 'x' does not exist"),
         ("describe_database", {"database": "x"}, "database 'x' does not exist"),
-        ("search_by_id", {"table": "dgo", "ids": [1]}, "table 'data.dgo' does not exist"),
-        ("delete", {"table": "DOG", "ids": [1]}, "table 'data.DOG' does not exist"),
+        ("search_by_id", {"table": "dgo", "ids": [1]}, f"table 'data.dgo' {DOG}"),
+        ("delete", {"table": "DOG", "ids": [1]}, f"table 'data.DOG' {DOG}"),
     ],
 )
 async def test_what_is_not_there_is_404(
     admin: Caller, name: str, parameters: dict[str, Any], told: str
 ) -> None:
-    """Said so to super users, who may know."""
+    """Said so to super users, who may know, with what they may have meant."""
     assert (404, {"error": told}) == await admin.ask(name, **parameters)
 
 
