@@ -14,14 +14,23 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from math import inf
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import event, exc
 
 from .accounting import current_caller
-from .errors import ConfigError, Conflict, ServiceUnavailable, TransactionError
+from .errors import (
+    ClientError,
+    ConfigError,
+    Conflict,
+    HarperError,
+    ServiceUnavailable,
+    TransactionError,
+)
 from .gate import Gate
 from .migrations import migrate
 from .processors import keep_to
@@ -32,6 +41,7 @@ T = TypeVar("T")
 
 _READERS = 4
 _LOOK_SECONDS = 0.1
+_STEPS_BETWEEN_LOOKS = 1000
 _SECRET_BYTES = 32
 _PASSING = frozenset(
     {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
@@ -73,6 +83,8 @@ class Database:
         self.tables = Tables(self.run)
         self._thread = ThreadPoolExecutor(1, "harperpy-database", keep_to, (*writes_on,))
         self._readers = ThreadPoolExecutor(_READERS, "harperpy-reader", keep_to, (*reads_on,))
+        # Who may call, and what, is not to wait for what others look for in their tables.
+        self._searchers = ThreadPoolExecutor(_READERS, "harperpy-search", keep_to, (*reads_on,))
         self._engine = self._make_engine(_begin_by_hand, fsync=fsync)
         event.listen(self._engine, "begin", _begin_to_write)
         self._writer = self._make_engine(_guard, _begin_by_hand, fsync=fsync, cached_statements=0)
@@ -178,9 +190,18 @@ class Database:
         """As `run`, for callers that do not wait; work is done in the order it is given."""
         return self._thread.submit(self._work, work)
 
-    async def read(self, work: Callable[[sa.Connection], T]) -> T:
-        """`work(connection)` of what is committed: it may not write, and waits for no writer."""
-        return await asyncio.wrap_future(self._readers.submit(self._read, work))
+    async def read(self, work: Callable[[sa.Connection], T], seconds: float | None = None) -> T:
+        """`work(connection)` of what is committed: it may not write, and waits for no writer.
+
+        It is stopped when nobody waits for it any more. Raises `ClientError` 408 for a statement
+        that is not done within `seconds`, if they are given.
+        """
+        left = Event()
+        threads = self._readers if seconds is None else self._searchers
+        try:
+            return await asyncio.wrap_future(threads.submit(self._read, work, seconds, left))
+        finally:
+            left.set()
 
     def occupy(self, work: Callable[[sa.Engine], None]) -> Future[None]:
         """Let `work(engine)` have the writing thread until it returns."""
@@ -189,7 +210,7 @@ class Database:
     async def close(self) -> None:
         """Finish what was given, then close the file."""
         self._thread.submit(self._engine.dispose)
-        for threads in (self._thread, self._readers):
+        for threads in (self._thread, self._readers, self._searchers):
             await asyncio.to_thread(threads.shutdown)
         self._writer.dispose()
         self._reader.dispose()
@@ -217,10 +238,18 @@ class Database:
                 raise refusal from error
             raise
 
-    def _read(self, work: Callable[[sa.Connection], T]) -> T:
+    def _read(self, work: Callable[[sa.Connection], T], seconds: float | None, left: Event) -> T:
+        end = inf if seconds is None else time.monotonic() + seconds
         try:
             with self._reader.connect() as connection:
-                return work(connection)
+                driver: Any = connection.connection.driver_connection
+                driver.set_progress_handler(
+                    lambda: left.is_set() or time.monotonic() > end, _STEPS_BETWEEN_LOOKS
+                )
+                try:
+                    return work(connection)
+                finally:
+                    driver.set_progress_handler(None, 0)
         except exc.OperationalError as error:
             if (refusal := plain_refusal(error)) is not None:
                 raise refusal from error
@@ -233,7 +262,7 @@ def _tell(loop: asyncio.AbstractEventLoop, then: Callable[[T], object], done: Fu
             loop.call_soon_threadsafe(then, done.result())
 
 
-def plain_refusal(error: BaseException) -> ServiceUnavailable | Conflict | None:
+def plain_refusal(error: BaseException) -> HarperError | None:
     """What a database's error means to who asked; None for one that only a developer can mend."""
     if isinstance(error, ServiceUnavailable):
         return error
@@ -243,6 +272,9 @@ def plain_refusal(error: BaseException) -> ServiceUnavailable | Conflict | None:
     if isinstance(cause, sqlite3.OperationalError) and _code(cause) in _PASSING:
         message = f"the database is busy: {cause}"
         return ServiceUnavailable(message, headers={"Retry-After": "1"})
+    if isinstance(cause, sqlite3.OperationalError) and _code(cause) == sqlite3.SQLITE_INTERRUPT:
+        message = "it took too long and was stopped: ask for less by conditions on indexed fields"
+        return ClientError(message, status=408)
     if isinstance(cause, sqlite3.IntegrityError) and _doubled(cause):
         return Conflict("There is a record with that key already.")
     return None

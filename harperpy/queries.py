@@ -48,11 +48,12 @@ def has_part(
 
 
 def bounded(asked: sa.Select[Any]) -> sa.Select[Any]:
-    """A select whose rows may be 64 MiB together: a transaction refuses what is more with 400.
+    """A select whose rows may be 64 MiB together, and that may take 5 seconds.
 
-    They are in memory several times before they are sent.
+    A transaction refuses what is more with 400 or 408: rows are in memory several times before they
+    are sent, and few can read at once.
     """
-    return asked.execution_options(most_bytes=_MOST_BYTES)
+    return asked.execution_options(most_bytes=_MOST_BYTES, most_seconds=_MOST_SECONDS)
 
 
 _PARTS: dict[str, Literal["contains", "starts_with", "ends_with"]] = {
@@ -69,6 +70,7 @@ _CALL = re.compile(r"(select|sort|limit)(?:\((.*)\)|=(?!=)(.*))", re.DOTALL)
 _OFFSET = "offset="
 _MOST_CONDITIONS = 100
 _MOST_BYTES = 64 * 2**20
+_MOST_SECONDS = 5.0
 
 
 class Query(msgspec.Struct):

@@ -74,7 +74,11 @@ class Transaction:
         if self._failed is not None:
             raise TransactionError(self._failed)
         if self._session is None and _only_reads(statement):
-            return await self._database.read(lambda one: _run(one, statement, parameters, None))
+            seconds = statement.get_execution_options().get("most_seconds")
+            return await self._database.read(
+                lambda one: _run(one, statement, parameters, None),
+                seconds or self._database.transaction_seconds,
+            )
         if not self.of_handler and not self._blocks:
             async with self:
                 return await self._write(statement, parameters)

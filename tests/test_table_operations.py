@@ -1,5 +1,6 @@
 """Operations on tables: what is found, written and described, and by whom."""
 
+import asyncio
 import datetime as dt
 from collections.abc import AsyncIterator
 from decimal import Decimal
@@ -330,6 +331,25 @@ async def test_what_does_not_fit_is_named(
     assert 400 == status
     assert told in body["error"]
     assert before == await admin.get("search_by_value", table="dog", attribute="id", value="*")
+
+
+async def test_a_long_search_ends_and_keeps_nobody_out(admin: Caller) -> None:
+    """It is 408 after five seconds; meanwhile keys are looked up, and who leaves ends theirs."""
+    for _ in range(30):
+        await admin.get("insert", table="dog", records=[{"name": "x" * 1_000_000}])
+    key = await admin.server.key_for("ann", role="super_user")
+    ends = [f"{'x' * 190}{at}" for at in range(100)]
+    conditions = [{"attribute": "name", "comparator": "ct", "value": end} for end in ends]
+    search = {"table": "dog", "operator": "or", "conditions": conditions}
+    left, *others = (
+        asyncio.create_task(admin.ask("search_by_conditions", **search)) for _ in range(5)
+    )
+    assert 200 == (await Caller(admin.server, key).ask("user_info"))[0]
+    assert not any(one.done() for one in others)
+    left.cancel()
+    for status, body in await asyncio.gather(*others):
+        assert (408, True) == (status, "was stopped: ask for less" in body["error"])
+    assert 1 == len(await admin.get("search_by_id", table="dog", ids=[1]))
 
 
 async def test_conditions_have_a_depth(admin: Caller) -> None:
