@@ -21,7 +21,7 @@ Method: TypeAlias = Literal["embed", "generate", "generateStream"]
 _LONGEST_TEXT = 256
 
 
-class Caller(msgspec.Struct, eq=False, kw_only=True):
+class Caller(msgspec.Struct, eq=False, kw_only=True, weakref=True):
     """On whose behalf models are called.
 
     `asking` counts the model calls that are waited for, `writing` says that the caller holds the

@@ -264,6 +264,14 @@ def _tell(loop: asyncio.AbstractEventLoop, then: Callable[[T], object], done: Fu
 
 def plain_refusal(error: BaseException) -> HarperError | None:
     """What a database's error means to who asked; None for one that only a developer can mend."""
+    refusal = _meaning(error)
+    if refusal is not None and refusal is not error:
+        # A frame of SQLAlchemy's holds the error that holds it, and with it all that waits.
+        error.__traceback__ = None
+    return refusal
+
+
+def _meaning(error: BaseException) -> HarperError | None:
     if isinstance(error, ServiceUnavailable):
         return error
     cause = error.orig if isinstance(error, exc.DBAPIError) else None

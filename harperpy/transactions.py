@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeAlias, TypeVar
+from weakref import ref
 
 import sqlalchemy as sa
 from sqlalchemy import exc
@@ -52,8 +53,8 @@ class Transaction:
 
     def __init__(self, database: Database, caller: Caller) -> None:
         self._database = database
-        self._caller = caller
-        self._author = Author(caller) if database.audited else None
+        # It holds its transaction: each would keep the other, and a large body, in memory.
+        self._of = ref(caller)
         self._starting = asyncio.Lock()
         self._session: _Session | None = None
         self._blocks: list[_Block] = []
@@ -131,6 +132,13 @@ class Transaction:
         return self._blocks.pop()
 
     @property
+    def _caller(self) -> Caller:
+        if (caller := self._of()) is None:
+            message = "the request of this transaction is over"
+            raise TransactionError(message)
+        return caller
+
+    @property
     def _depth(self) -> int:
         return sum(block.saved for block in self._blocks)
 
@@ -155,7 +163,8 @@ class Transaction:
 
     async def _write(self, statement: sa.Executable, parameters: Parameters) -> Rows:
         session = await self._begun()
-        author, depth = self._author, self._depth
+        author = Author(self._caller) if self._database.audited else None
+        depth = self._depth
 
         def work(connection: sa.Connection) -> Rows:
             session.save(connection, depth)
@@ -167,17 +176,17 @@ class Transaction:
         """The session that holds the write lock."""
         async with self._starting:
             if self._session is None:
-                if self._caller.asking:
+                if (caller := self._caller).asking:
                     message = (
                         "this request is waiting for a model, and no other writer may wait for it "
                         "too: write when the model has answered"
                     )
                     raise TransactionError(message)
-                self._caller.writing = True
+                caller.writing = True
                 try:
                     self._session = await _begin(self._database)
                 except BaseException:
-                    self._caller.writing = False
+                    caller.writing = False
                     raise
             return self._session
 
@@ -189,7 +198,8 @@ class Transaction:
             # Whoever is cancelled here stops waiting, but what was begun is done.
             await asyncio.shield(asyncio.wrap_future(end(session)))
         finally:
-            self._caller.writing = False
+            if (caller := self._of()) is not None:
+                caller.writing = False
 
 
 async def _begin(database: Database) -> _Session:

@@ -35,7 +35,7 @@ from harperpy import (
     json_response,
 )
 from harperpy.testing import ECHO, RunningServer, running
-from helpers import Answered, ask, operation, until
+from helpers import Answered, ask, operation, uncollected, until
 
 metadata = sa.MetaData()
 notes = sa.Table(
@@ -397,6 +397,41 @@ async def test_what_is_not_used_costs_no_statement() -> None:
             async with session.post("/0") as answer:
                 assert "done" == await answer.json()
         assert [] == heard
+
+
+async def conflicts() -> None:
+    """A key that is taken."""
+    tx = get_context().transaction()
+    await tx.execute(ADD.values(id=1, text="a"))
+    await tx.execute(ADD.values(id=1, text="b"))
+
+
+async def reads() -> Any:
+    """What is there."""
+    return await get_context().transaction().execute(ALL)
+
+
+async def writes_in_a_stream(context: Context) -> Any:
+    """A block in the generator of a stream."""
+
+    async def rows() -> AsyncIterator[int]:
+        async with context.transaction():
+            await write()
+        yield 1
+
+    return rows()
+
+
+async def test_a_request_that_has_ended_keeps_nothing_in_memory() -> None:
+    """Its body is let go of at once, however it used the transaction: nobody has to collect it."""
+    works = (returns, reads, conflicts, raises_in_a_block, writes_in_a_stream)
+    async with serving(*works) as server:
+        for at in range(len(works)):
+            await post(server, f"/{at}")
+        for at, work in enumerate(works):
+            with uncollected() as found:
+                await post(server, f"/{at}", json={"text": "a body"})
+            assert not {"Context", "Body", "Transaction"} & found, work
 
 
 async def test_who_only_reads_takes_no_lock() -> None:
