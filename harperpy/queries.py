@@ -122,10 +122,11 @@ def _condition(table: Table[Any], part: str) -> sa.ColumnElement[bool]:
     if sign not in _COMPARISONS:
         known = ", ".join((*_COMPARISONS, *_PARTS))
         _refuse(name, f"unknown comparison {sign!r}; there are {known}")
-    if isinstance(column.type, sa.JSON):
-        _refuse(name, "lists and maps cannot be compared")
     compare = _COMPARISONS[sign]
-    value = None if text == "null" and column.nullable else _value(table, name, text)
+    is_null = text == "null" and column.nullable
+    if isinstance(column.type, sa.JSON) and not is_null:
+        _refuse(name, "what is kept as JSON cannot be compared, but with null")
+    value = None if is_null else _value(table, name, text)
     if value is None:
         if compare not in (operator.eq, operator.ne):
             _refuse(name, f"null has no order: expected =null or !=null, got {sign}{text}")
@@ -159,6 +160,8 @@ def _value(table: Table[Any], name: str, text: str) -> Any:
 def _sort(query: Query, table: Table[Any], text: str) -> None:
     for name in _names(text):
         column = _ordered(_column(table, name.lstrip("+- ")))
+        if isinstance(column.type, sa.JSON):
+            _refuse("sort", f"{name.lstrip('+- ')}: what is kept as JSON has no order")
         if len(query.order) == len(table.fields):
             _refuse("sort", "expected each field once")
         query.order.append(column.desc() if name.startswith("-") else column.asc())

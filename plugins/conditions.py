@@ -76,7 +76,8 @@ class Conditions:
             raise InvalidBody(message, param="conditions")
 
         def made(place: Place) -> Compared:
-            column = compared(place, condition.attribute, f"{param}.attribute")
+            named, null = condition.attribute, condition.value is None
+            column = compared(place, named, f"{param}.attribute", json=null)
             return compare(place, column, condition.value, f"{param}.value")
 
         return made
@@ -93,7 +94,7 @@ def compared(place: Place, name: str, param: str, *, json: bool = False) -> sa.C
         raise InvalidBody(message, param=param)
     column: sa.Column[Any] = place.sql.c[name]
     if isinstance(column.type, sa.JSON) and not json:
-        message = f"{param}: {name}: lists and maps cannot be compared"
+        message = f"{param}: {name}: what is kept as JSON cannot be compared, but with null"
         raise InvalidBody(message, param=param)
     return column
 

@@ -116,7 +116,8 @@ class Searching:
     async def by_value(self, request: SearchByValue, context: Context) -> list[dict[str, Any]]:
         """The records whose attribute has the value."""
         place, attributes = self._opened(request, [request.attribute], context)
-        column = compared(place, request.attribute, "attribute")
+        null = request.value is None
+        column = compared(place, request.attribute, "attribute", json=null)
         where = has(place, column, request.value)
         asked = sa.select(place.sql).where(where).order_by(place.sql.c[place.key])
         return await self._page(place, asked, request, attributes, context)

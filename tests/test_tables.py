@@ -180,7 +180,8 @@ async def test_a_condition_on_one_record_is_refused(method: str, query: str) -> 
         ("tpic=a", "tpic: unknown field; did you mean 'topic'?"),
         ("numStars=x", "numStars: Expected `int`, got `str`"),
         ("numStars=99999999999999999999", "numStars: expected an integer of 64 bits"),
-        ("tags=a", "query: tags: lists and maps cannot be compared"),
+        ("tags=a", "query: tags: what is kept as JSON cannot be compared, but with null"),
+        ("sort(-tags)", "query: sort: tags: what is kept as JSON has no order"),
         ("topic=gt=null", "query: topic: null has no order: expected =null or !=null"),
         ("text=zz=1", "query: text: unknown comparison '=zz='; there are =, ==, !=, "),
         ("text", "query: text: expected FIELD=VALUE"),
@@ -380,6 +381,24 @@ async def test_null_is_none_in_any_case_where_it_is_no_text() -> None:
                 assert [known] == found.json
             refused = await ask(server, "GET", f"/all?moment=gt={word}")
             assert (400, True) == (refused.status, "null has no order" in refused.text)
+
+
+async def test_what_is_kept_as_json_is_told_from_what_is_null() -> None:
+    """By a query and by operations, and in no other way."""
+    async with running(handle_application=mount) as server:
+        for given in ({"id": "a"}, {"id": "b", "any": [None]}, {"id": "c", "any": {}}):
+            assert 201 == (await ask(server, "POST", "/all", json=given)).status
+        assert ["a"] == (await ask(server, "GET", "/all?any=null&select(id)")).json
+        assert ["b", "c"] == (await ask(server, "GET", "/all?any!=null&select(id)")).json
+        asked: dict[str, Any] = {"table": "everything", "get_attributes": "id"}
+        null = {"attribute": "any", "value": None}
+        assert [{"id": "a"}] == await server.operate("search_by_value", **asked, **null)
+        other = {**null, "comparator": "not_equal"}
+        for condition, ids in ((null, "a"), (other, "bc")):
+            found = await server.operate("search_by_conditions", **asked, conditions=[condition])
+            assert [{"id": id_} for id_ in ids] == found
+        with pytest.raises(ClientError, match="what is kept as JSON cannot be compared"):
+            await server.operate("search_by_value", **asked, attribute="any", value="[null]")
 
 
 class Named(msgspec.Struct):
