@@ -72,8 +72,8 @@ def _result(told: _Embeddings[Any], texts: list[bytes]) -> EmbedResult:
     given = list(zip(told.data, texts, strict=True))
     if len(given) > 1:
         given.sort(key=lambda one: one[0].index)
-    # What else it counts is no part of it.
-    tokens = None if told.usage is None else told.usage.prompt_tokens
+    # What else it counts is no part of it; some say the total alone.
+    tokens = None if told.usage is None else told.usage.asked
     usage = None if tokens is None else TokenUsage(embedding_tokens=tokens)
     return EmbedResult(vectors=[_vector(text) for _, text in given], usage=usage)
 

@@ -27,18 +27,32 @@ class Usage(msgspec.Struct, gc=False):
 
     prompt_tokens: _Count | None = None
     completion_tokens: _Count | None = None
+    total_tokens: _Count | None = None
     prompt_tokens_details: dict[str, Any] | None = None
     completion_tokens_details: dict[str, Any] | None = None
+    # What DeepSeek and Kimi call the tokens that the details should count.
+    prompt_cache_hit_tokens: Any = None
+    cached_tokens: Any = None
+
+    @property
+    def asked(self) -> int | None:
+        """What was asked, where nothing else is counted."""
+        return self.total_tokens if self.prompt_tokens is None else self.prompt_tokens
 
     def tokens(self) -> TokenUsage | None:
         """As harperpy counts; None where it says neither what was asked nor what was answered."""
         asked, answered = self.prompt_tokens, self.completion_tokens
         if asked is None and answered is None:
             return None
+        # xAI and Gemini count thoughts in the total alone: what is beyond the prompt was answered.
+        if asked is not None and (total := self.total_tokens) and total > asked + (answered or 0):
+            answered = total - asked
         usage = TokenUsage(prompt_tokens=asked, completion_tokens=answered)
         if details := self.prompt_tokens_details:
             usage.cached_tokens = _count(details.get("cached_tokens"))
             usage.prompt_details = _counts(details, _OF_PROMPT)
+        if usage.cached_tokens is None:
+            usage.cached_tokens = _count(self.prompt_cache_hit_tokens or self.cached_tokens)
         if details := self.completion_tokens_details:
             usage.reasoning_tokens = _count(details.get("reasoning_tokens"))
             usage.completion_details = _counts(details, _OF_COMPLETION)
@@ -63,7 +77,7 @@ def _mended(data: bytes | str) -> bytes:
     if "usage" in given:
         told = _decode(given["usage"], type=dict[str, msgspec.Raw])
         drop(told, prompt_tokens_details=dict, completion_tokens_details=dict)
-        for name in {"prompt_tokens", "completion_tokens"} & told.keys():
+        for name in {"prompt_tokens", "completion_tokens", "total_tokens"} & told.keys():
             told[name] = msgspec.Raw(_encode(_count(_decode(told[name]))))
         given["usage"] = msgspec.Raw(_encode(told))
     if "choices" in given:

@@ -606,3 +606,57 @@ async def test_usage_that_counts_nothing_is_estimated(
     else:
         completion = None if call == "embed" else 2
         assert (3, completion) == (prompt, row["completion_tokens"])
+
+
+@pytest.mark.parametrize("call", ["whole", "stream"])
+@pytest.mark.parametrize(
+    ("usage", "counted"),
+    [
+        # xAI and Gemini leave the tokens of thoughts out of the answer's.
+        ({"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 135,
+          "completion_tokens_details": {"reasoning_tokens": 94}}, (32, 103, None, 94)),
+        ({"prompt_tokens": 21, "completion_tokens": 0, "total_tokens": 81}, (21, 60, None, None)),
+        ({"prompt_tokens": 21, "total_tokens": 81}, (21, 60, None, None)),
+        ({"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}, (3, 2, None, None)),
+        ({"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": "99"}, (3, 2, None, None)),
+        # DeepSeek and Kimi have a place of their own for what was in their cache.
+        ({"prompt_tokens": 11, "completion_tokens": 2, "prompt_cache_hit_tokens": 8,
+          "prompt_cache_miss_tokens": 3}, (11, 2, 8, None)),
+        ({"prompt_tokens": 19, "completion_tokens": 13, "cached_tokens": 12}, (19, 13, 12, None)),
+        ({"prompt_tokens": 19, "completion_tokens": 13, "cached_tokens": 12,
+          "prompt_tokens_details": {"cached_tokens": 0}}, (19, 13, 0, None)),
+    ],
+)  # fmt: skip
+async def test_tokens_are_counted_wherever_a_provider_tells_them(
+    gateway: RunningServer, upstream: ScriptedUpstream, *, call: str, usage: Any, counted: Any
+) -> None:
+    """Thoughts that only the total counts are billed, and what was cached is billed as such."""
+    pieces = [chunk({"content": "hi"}), {"choices": [], "usage": usage}, "[DONE]"]
+    whole_one = Answer(body={**whole("hi"), "usage": usage})
+    upstream.script(whole_one if call == "whole" else Answer(events=pieces))
+    more = {"stream": True, "stream_options": {"include_usage": True}} if call == "stream" else {}
+    answer = await ask(gateway, "POST", "/v1/chat/completions", json={**HELLO, **more})
+    row = await only_row(gateway)
+
+    told = events(answer.text)[-2]["usage"] if call == "stream" else answer.json["usage"]
+    names = ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens")
+    assert counted == tuple(row[name] for name in names)
+    assert not row["usage_estimated"]
+    assert (*counted[:2], sum(counted[:2])) == (
+        told["prompt_tokens"],
+        told["completion_tokens"],
+        told["total_tokens"],
+    )
+
+
+async def test_embeddings_are_billed_by_the_total_where_nothing_else_is_told(
+    gateway: RunningServer, upstream: ScriptedUpstream
+) -> None:
+    """Voyage counts no `prompt_tokens`: nothing but what was asked is embedded."""
+    vectors = [{"index": 0, "embedding": [1.0]}]
+    upstream.script(Answer(body={"data": vectors, "usage": {"total_tokens": 77}}))
+    answer = await make(gateway, "embed")
+    row = await only_row(gateway)
+
+    assert {"prompt_tokens": 77, "total_tokens": 77} == answer.json["usage"]
+    assert (77, False) == (row["embedding_tokens"], row["usage_estimated"])
