@@ -65,6 +65,9 @@ itself adds of this list: `system_fingerprint`, `service_tier`, `moderation`, `r
 the same on all chunks of a stream. `finish_reason` is `tool_calls` whenever there are calls to
 make. Each answer carries `x-request-id`, `openai-processing-ms` and `openai-version`.
 
+A provider's own word for its end becomes one of OpenAI's (`max_tokens` is `length`). One that says
+`error` has failed: the next model is asked, or the answer is a 502.
+
 A stream that fails after it has begun ends with one `data: {"error": …}` and no `[DONE]`.
 
 ## Errors

@@ -105,6 +105,12 @@ _completion = msgspec.json.Decoder(_Completion).decode
 _event = msgspec.json.Decoder(_Chunk).decode
 _SILENCE, _NO_NEWS = _Said(), GenerateChunk()
 _NO_REASONS: frozenset[int] = frozenset()
+# Words of Mistral, Gemini, GLM and DeepSeek for what OpenAI has two of its own, and none.
+_REASONS = {
+    **dict.fromkeys(("length", "max_tokens", "model_length"), "length"),
+    **dict.fromkeys(("content_filter", "safety", "recitation", "sensitive"), "content_filter"),
+}
+_FAILED = frozenset({"error", "abort", "network_error", "insufficient_system_resource"})
 # How often a pattern is looked for in a stream whose events have none in common.
 _LOOKS = 3
 
@@ -156,10 +162,16 @@ def _tell(choice: _Choice, result: C) -> C:
 
 
 def finish_reason(given: str, *, calls: bool) -> Any:
-    """The standard reason for a provider's own word, in agreement with what the answer holds."""
-    if given in ("length", "content_filter"):
-        return given
-    return "tool_calls" if calls else "stop"
+    """The standard reason for a provider's own word, in agreement with what the answer holds.
+
+    Raises `BackendError` for one that says that the answer failed.
+    """
+    # Gemini tells after a colon what it did not like.
+    word = given.lower().partition(":")[0]
+    if word in _FAILED:
+        message = f"the provider's answer ended with {word!r}"
+        raise BackendError(message)
+    return _REASONS.get(word) or ("tool_calls" if calls else "stop")
 
 
 class ChunkReader:
@@ -314,6 +326,7 @@ class ChunkReader:
         likely = choice.logprobs and (choice.logprobs.content or choice.logprobs.refusal)
         reason = choice.finish_reason
         if reason:
+            reason = finish_reason(reason, calls=bool(calls))
             self.reasons |= {choice.index}
             deltas += calls.held_back()
         elif not (any(pieces) or likely):
@@ -326,7 +339,7 @@ class ChunkReader:
             delta_reasoning_content=said.thought,
             delta_annotations=said.annotations or None,
             delta_audio=said.audio or None,
-            finish_reason=finish_reason(reason, calls=bool(calls)) if reason else None,
+            finish_reason=reason or None,
             logprobs=choice.logprobs.content if choice.logprobs else None,
             refusal_logprobs=choice.logprobs.refusal if choice.logprobs else None,
         )

@@ -514,6 +514,10 @@ async def test_a_refusal_reaches_the_client(
         ("tool_calls", "stop"),
         ("function_call", "stop"),
         ("eos", "stop"),
+        ("model_length", "length"),
+        ("MAX_TOKENS", "length"),
+        ("sensitive", "content_filter"),
+        ("content_filter: SAFETY", "content_filter"),
     ],
 )
 async def test_the_reason_for_the_end_is_one_that_clients_know(

@@ -364,6 +364,29 @@ async def test_what_a_provider_says_of_a_refusal_is_the_callers_alone(
     assert "UpstreamRejected" in caplog.text or call == "in a stream"
 
 
+@pytest.mark.parametrize("call", ["whole", "stream"])
+@pytest.mark.parametrize("reason", ["error", "abort", "insufficient_system_resource"])
+async def test_an_answer_that_says_it_failed_is_no_answer(
+    upstream: ScriptedUpstream, call: str, reason: str
+) -> None:
+    """Half of one is not told as all of it: the next model is asked, or the stream breaks off."""
+    choice = {"index": 0, "message": {"content": "half"}, "finish_reason": reason}
+    said = Answer(events=[chunk({"content": "half"}), chunk({}, reason), "[DONE]"])
+    upstream.script(Answer(body={"choices": [choice]}) if call == "whole" else said)
+    spare = "    spare: {backend: echo}\n"
+    config = provider(upstream.url, "fallback: [spare]") + spare
+    async with running(config.replace("  embedding", f"{spare}  embedding")) as server:
+        answer = await make(server, call)
+        (row,) = await server.rows("backend_name = 'default'")
+
+    if call == "whole":
+        assert "hello" == answer.json["choices"][0]["message"]["content"]
+    else:
+        *_, last = events(answer.text)
+        assert "server_error" == last["error"]["type"]
+    assert (False, "backend_error") == (row["success"], row["error_code"])
+
+
 COMPLETE = [chunk({"content": "hi"}), chunk({}, finish_reason="stop")]
 
 
