@@ -341,4 +341,4 @@ def _add_call(calls: dict[int, ToolCall], delta: ToolCallDelta | ToolCall) -> No
     call = calls[index]
     call.name = call.name or delta.name or ""
     call.extra_content = delta.extra_content or call.extra_content
-    call.arguments = call.arguments_text() + as_json_text(delta.arguments)
+    call.arguments = as_json_text(call.arguments) + as_json_text(delta.arguments)

@@ -60,8 +60,11 @@ class ToolCall(msgspec.Struct, kw_only=True):
     extra_content: dict[str, Any] | None = None
 
     def arguments_text(self) -> str:
-        """The arguments as JSON text; the model's own bytes where they were kept."""
-        return as_json_text(self.arguments)
+        """The arguments as JSON text; the model's own bytes where they were kept.
+
+        Who calls a function with nothing calls it with an empty object: no text is no JSON.
+        """
+        return as_json_text(self.arguments) or ("{}" if self.type == "function" else "")
 
     def arguments_object(self) -> dict[str, Any]:
         """The arguments as an object. Raises `InvalidBody` when the model wrote no JSON object."""

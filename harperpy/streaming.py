@@ -381,7 +381,10 @@ def _call(choice: _Choice, delta: ToolCallDelta | ToolCall) -> dict[str, Any]:
     known = key in choice.calls
     index = choice.calls.setdefault(key, len(choice.calls))
     text = "input" if delta.type == "custom" else "arguments"
-    told: dict[str, Any] = {text: as_json_text(delta.arguments)}
+    if isinstance(delta, ToolCall) and not known:
+        told: dict[str, Any] = {text: delta.arguments_text()}
+    else:
+        told = {text: as_json_text(delta.arguments)}
     extra = {} if delta.extra_content is None else {"extra_content": delta.extra_content}
     if known:
         return {"index": index, delta.type: told, **extra}

@@ -299,7 +299,7 @@ class ChunkReader:
     def _ended(self, index: int) -> GenerateChunk:
         calls = self._calls.get(index) or Calls()
         reason = finish_reason("stop", calls=bool(calls))
-        held_back = calls.held_back() or None
+        held_back = calls.held_back(whole=True) or None
         return GenerateChunk(index=index, delta_tool_calls=held_back, finish_reason=reason)
 
     def _chunk(self, choice: _Choice) -> GenerateChunk | None:
@@ -328,7 +328,7 @@ class ChunkReader:
         if reason:
             reason = finish_reason(reason, calls=bool(calls))
             self.reasons |= {choice.index}
-            deltas += calls.held_back()
+            deltas += calls.held_back(whole=reason == "tool_calls")
         elif not (any(pieces) or likely):
             return None
         return GenerateChunk(

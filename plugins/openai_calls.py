@@ -107,11 +107,20 @@ class Calls:
         """What the pieces add: each call's id and name once, its arguments as they come."""
         return [delta for call in given if (delta := self._read(call)) is not None]
 
-    def held_back(self) -> list[ToolCallDelta]:
-        """At the end: what waited for a name that never came."""
-        return [
-            self._head(at, known, "") for at, known in enumerate(self._known) if known.name is None
-        ]
+    def held_back(self, *, whole: bool) -> list[ToolCallDelta]:
+        """At the end: what waited for a name that never came.
+
+        If the calls are `whole`, an empty object for each function that was called with nothing.
+        """
+        told: list[ToolCallDelta] = []
+        for at, known in enumerate(self._known):
+            if bare := whole and known.kind == "function" and not any(known.pieces):
+                known.pieces = ["{}"]
+            if known.name is None:
+                told.append(self._head(at, known, ""))
+            elif bare:
+                told.append(ToolCallDelta(index=at, arguments="{}"))
+        return told
 
     def _read(self, call: Called) -> ToolCallDelta | None:
         kind, name, arguments = call.told

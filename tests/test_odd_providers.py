@@ -83,7 +83,12 @@ PIECES: dict[str, tuple[list[list[dict[str, Any]]], list[tuple[str, str]]]] = {
          [named("g", '{"b":2}', index=1, id="")]],
         TWO,
     ),
-    "no arguments at all": ([[named("f", index=0, id="c1")]], [("f", "")]),
+    "no arguments at all": ([[named("f", index=0, id="c1")]], [("f", "{}")]),
+    "empty arguments": (
+        [[named("f", "", index=0, id="c1")], [named("g", "", index=1, id="c2")],
+         [named(None, '{"b":2}', index=1)]],
+        [("f", "{}"), ("g", '{"b":2}')],
+    ),
 }  # fmt: skip
 
 
@@ -112,6 +117,29 @@ async def test_pieces_of_tool_calls_are_put_in_order(
         assert first.id
         assert arguments == "".join(one.function.arguments or "" for one in found[index])
         assert [] == [one for one in rest if one.id or one.function.name]
+
+
+async def test_a_call_with_nothing_is_json_everywhere(
+    gateway: RunningServer, upstream: ScriptedUpstream
+) -> None:
+    """In whole answers, and in the turns that a client repeats: some providers read them as JSON.
+
+    Of a call that was cut off nobody knows what it was to be given.
+    """
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": ""}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    cut = [chunk({"tool_calls": [{"index": 0, **call}]}), chunk({}, "length"), "[DONE]"]
+    upstream.script(Answer(body={"choices": [{"message": message}]}), Answer(events=cut))
+    whole = (await make(gateway, "whole")).json["choices"][0]["message"]
+    broken_off = (await make(gateway, "stream")).text
+    result = {"role": "tool", "tool_call_id": "c1", "content": "rain"}
+    body = {**HELLO, "messages": [*HELLO["messages"], message, result]}
+    await ask(gateway, "POST", "/v1/chat/completions", json=body)
+
+    assert "{}" == whole["tool_calls"][0]["function"]["arguments"]
+    assert "{}" not in broken_off.replace('"delta":{}', "")
+    (sent,) = upstream.requests[2].body["messages"][1]["tool_calls"]
+    assert "{}" == sent["function"]["arguments"]
 
 
 async def test_what_a_provider_wants_to_see_again_comes_and_goes(

@@ -986,7 +986,7 @@ ANSWERS: dict[str, tuple[list[Any], Deltas]] = {
         ],
         [
             ({"role": "assistant", "tool_calls": [call(0, "c1", "f", '{"a":[1,"ß"]}')]}, None),
-            ({"tool_calls": [call(1, "c2", "g", '{ "b": 1.0 }'), call(2, "c3", "h")]}, None),
+            ({"tool_calls": [call(1, "c2", "g", '{ "b": 1.0 }'), call(2, "c3", "h", "{}")]}, None),
             ({}, "tool_calls"),
         ],
     ),
