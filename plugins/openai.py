@@ -125,8 +125,10 @@ class OpenAI(ModelBackend):
             **opts.provider_options,
             "model": opts.model,
             "input": inputs,
-            "encoding_format": opts.encoding_format,
         }
+        # Floats come unasked, and some providers refuse to be asked for them.
+        if opts.encoding_format != "float":
+            body["encoding_format"] = opts.encoding_format
         if opts.dimensions is not None:
             body["dimensions"] = opts.dimensions
         read = passed_on if opts.encoding_format == "float" else embedded
