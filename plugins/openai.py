@@ -34,6 +34,9 @@ from .openai_transport import Transport
 
 _OPENAI = "https://api.openai.com/v1"
 _OPENAI_HOST = "api.openai.com"
+# Its regions, and who else serves its models: they know the new name of the limit, and the newest
+# of them no other.
+_ITS_MODELS = (".api.openai.com", ".openai.azure.com", ".cognitiveservices.azure.com")
 _ENDPOINT = re.compile(r"/(chat/completions|completions|embeddings|responses)/?$")
 # The total is the OpenAI clients' own: ten minutes.
 _TOTAL_MS, _CONNECT_MS, _FIRST_BYTE_MS, _IDLE_MS = 600_000, 10_000, 60_000, 120_000
@@ -79,7 +82,8 @@ class OpenAI(ModelBackend):
     def __init__(self, entry: ModelEntry) -> None:
         config = entry.settings
         base = config.base_url or _OPENAI
-        at_openai = urlsplit(base).hostname == _OPENAI_HOST
+        host = urlsplit(base).hostname or ""
+        at_openai = host == _OPENAI_HOST
         if at_openai and config.api_key is None:
             message = f"{entry.where}.apiKey: expected a key for {_OPENAI_HOST} (or a baseUrl)"
             raise ConfigError(message)
@@ -91,7 +95,8 @@ class OpenAI(ModelBackend):
             raise ConfigError(message)
         if at_openai:
             self.features = _AT_OPENAI
-        self.limit_name = "max_completion_tokens" if at_openai else "max_tokens"
+        renamed = at_openai or host.endswith(_ITS_MODELS)
+        self.limit_name = "max_completion_tokens" if renamed else "max_tokens"
         organization = config.organization
         self._transport = Transport(
             base,
