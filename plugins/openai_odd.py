@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -11,6 +12,8 @@ from .openai_logprobs import likely
 
 Raws = dict[str, msgspec.Raw]
 
+# Reading anew takes long: what is longer is cut, and none.
+_MOST_REWRITTEN = 1 << 20
 _decode = msgspec.json.decode
 _encode = msgspec.json.encode
 
@@ -25,6 +28,25 @@ def mended(choices: msgspec.Raw) -> msgspec.Raw:
             choice[name] = _said(choice[name])
         drop(choice, index=int)
     return _told(given)
+
+
+def rewritten(data: bytes | str) -> str:
+    """What Python and JavaScript write as JSON, as JSON. Raises `DecodeError` for what is none.
+
+    Numbers that are none are null; half of a surrogate pair, and bytes that are no text, U+FFFD.
+    """
+    text = data if isinstance(data, str) else data.decode(errors="replace")
+    try:
+        given = json.loads(text[:_MOST_REWRITTEN], parse_constant=_nothing)
+        told = json.dumps(given, ensure_ascii=False)
+    except (ValueError, RecursionError) as error:
+        message = "no JSON"
+        raise msgspec.DecodeError(message) from error
+    return told.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _nothing(_: str) -> None:
+    """A number that is none."""
 
 
 def drop(given: Raws, **kinds: type) -> None:

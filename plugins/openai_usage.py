@@ -9,7 +9,7 @@ import msgspec
 
 from harperpy import TokenUsage
 
-from .openai_odd import drop, mended
+from .openai_odd import drop, mended, rewritten
 
 T = TypeVar("T")
 
@@ -68,6 +68,8 @@ def understood(decode: Callable[[Any], T], data: bytes | str) -> T:
         return decode(data)
     except msgspec.ValidationError:
         return decode(_mended(data))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return understood(decode, rewritten(data))
 
 
 def _mended(data: bytes | str) -> bytes:

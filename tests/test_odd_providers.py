@@ -276,6 +276,39 @@ async def test_an_answer_is_found_in_what_is_odd(
     assert told == {name: value for name, value in said.items() if value is not None}
 
 
+HALF = rb'"choices": [{"index": 0, "%b": {"content": "a\ud83d b"}, "finish_reason": "stop"}]'
+UNSURE = HALF.replace(rb"\ud83d", b"").replace(
+    b'"stop"', b'"stop", "logprobs": {"content": [{"token": "a", "logprob": -Infinity}]}'
+)
+
+
+@pytest.mark.parametrize("call", ["whole", "stream"])
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (HALF, "a\ufffd b"),
+        (HALF.replace(rb"\ud83d", b"\xf0\x9f"), "a\ufffd b"),
+        (HALF.replace(rb"\ud83d", rb"\ud83d\ude00"), "a\U0001f600 b"),
+        (UNSURE, "a b"),
+    ],
+    ids=["half of a pair", "half of a letter", "a pair", "minus infinity"],
+)
+async def test_what_other_languages_write_as_json_is_read(
+    gateway: RunningServer, upstream: ScriptedUpstream, call: str, written: bytes, said: str
+) -> None:
+    """JavaScript cuts letters in two, Python writes numbers that are none: no answer is lost."""
+    body = b"{%b}" % (written % (b"message" if call == "whole" else b"delta"))
+    upstream.script(
+        Answer(body=body) if call == "whole" else Answer(events=[b"data: %b\n\n" % body, "[DONE]"])
+    )
+    answer = await make(gateway, call)
+    first = (answer.json if call == "whole" else events(answer.text)[0])["choices"][0]
+
+    assert said == first["message" if call == "whole" else "delta"]["content"]
+    if written is UNSURE:
+        assert -9999.0 == first["logprobs"]["content"][0]["logprob"]
+
+
 CALL = {"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
