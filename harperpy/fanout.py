@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -115,6 +116,11 @@ def total(usages: Iterable[TokenUsage | None]) -> TokenUsage | None:
         counts = [count for usage in told if (count := getattr(usage, field)) is not None]
         if counts:
             setattr(summed, field, sum(counts))
+    for field in ("prompt_details", "completion_details"):
+        details: Counter[str] = Counter()
+        for usage in told:
+            details.update(getattr(usage, field) or {})
+        setattr(summed, field, dict(details) or None)
     return summed
 
 

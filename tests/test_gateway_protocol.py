@@ -404,6 +404,35 @@ async def test_answers_that_a_provider_left_out_are_asked_for_one_by_one(
     assert 6 == len(await gateway.rows("success = 1"))
 
 
+@pytest.mark.parametrize("knows", [True, False])
+async def test_the_details_of_several_choices_are_told(
+    gateway: RunningServer, upstream: ScriptedUpstream, *, knows: bool
+) -> None:
+    """Whole and streamed, from a provider that gives all at once and from one that does not."""
+    usage = {
+        "prompt_tokens": 8,
+        "completion_tokens": 4,
+        "prompt_tokens_details": {"cached_tokens": 1, "audio_tokens": 2},
+        "completion_tokens_details": {"reasoning_tokens": 1, "accepted_prediction_tokens": 3},
+    }
+    places = range(2) if knows else range(1)
+    choices = [{"index": at, "message": {"content": "a"}} for at in places]
+    ends = [chunk({"content": "a"}, "stop", index=at) for at in places]
+    pieces = [*ends, {"choices": [], "usage": usage}, "[DONE]"]
+    times = 1 if knows else 2
+    upstream.script(
+        *[Answer(body={"choices": choices, "usage": usage})] * times,
+        *[Answer(events=pieces)] * times,
+    )
+    answer = await chat(gateway, n=2)
+    *_, last, _ = await chat(gateway, n=2, stream=True, stream_options={"include_usage": True})
+
+    for told in (answer["usage"], last["usage"]):
+        for details in ("prompt_tokens_details", "completion_tokens_details"):
+            expected = {name: count * times for name, count in usage[details].items()}
+            assert expected == told[details]
+
+
 async def test_who_gives_one_answer_at_a_time_is_asked_n_times(server: RunningServer) -> None:
     """Echo answers three times, whole and streamed; each call is a row, and all are paid for."""
     asked: Any = {"model": "echo", "messages": [USER], "n": 3}
