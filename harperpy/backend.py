@@ -278,7 +278,7 @@ class Assembly:
         self.result = GenerateResult()
         self._choices: dict[int, Choice] = {0: self.result}
         self._pieces: defaultdict[tuple[int, str], list[Any]] = defaultdict(list)
-        self._calls: dict[int, dict[int, ToolCall]] = {}
+        self._calls: dict[int, dict[str | int, ToolCall]] = {}
 
     def add(self, chunk: GenerateChunk) -> None:
         """Take one chunk in."""
@@ -332,13 +332,19 @@ def _tell(result: GenerateResult, chunk: GenerateChunk) -> None:
         result.moderation = chunk.moderation
 
 
-def _add_call(calls: dict[int, ToolCall], delta: ToolCallDelta | ToolCall) -> None:
-    index = delta.index if isinstance(delta, ToolCallDelta) else None
-    if index is None:
-        index = len(calls)
-    if index not in calls:
-        calls[index] = ToolCall(id=delta.id or f"call_{index}", name="", type=delta.type)
-    call = calls[index]
+def call_key(known: dict[str | int, Any], delta: ToolCallDelta | ToolCall) -> str | int:
+    """What a piece's call is known by: its index, else its id, else it is a piece of the latest."""
+    if isinstance(delta, ToolCall):
+        return delta.id or len(known)
+    key = delta.id if delta.index is None else delta.index
+    return next(reversed(known), 0) if key is None else key
+
+
+def _add_call(calls: dict[str | int, ToolCall], delta: ToolCallDelta | ToolCall) -> None:
+    key = call_key(calls, delta)
+    if key not in calls:
+        calls[key] = ToolCall(id=delta.id or f"call_{len(calls)}", name="", type=delta.type)
+    call = calls[key]
     call.name = call.name or delta.name or ""
     call.extra_content = delta.extra_content or call.extra_content
     call.arguments = as_json_text(call.arguments) + as_json_text(delta.arguments)

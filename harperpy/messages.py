@@ -78,7 +78,10 @@ class ToolCall(msgspec.Struct, kw_only=True):
 
 
 class ToolCallDelta(msgspec.Struct, kw_only=True, gc=False):
-    """A piece of a tool call: `id` and `name` once, `arguments` text as it comes."""
+    """A piece of a tool call: `id` and `name` once, `arguments` text as it comes.
+
+    It belongs to the call of its `index`, else of its `id`, else to the latest.
+    """
 
     index: int | None = None
     id: str | None = None

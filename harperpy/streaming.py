@@ -10,7 +10,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Se
 from operator import attrgetter
 from typing import Any
 
-from .backend import aclose
+from .backend import aclose, call_key
 from .batches import Batched, Divert, EncodedEvents, batches_of
 from .errors import HarperError, ServerError, logged
 from .messages import Choice, GenerateChunk, TokenUsage, ToolCall, ToolCallDelta, as_json_text
@@ -374,10 +374,7 @@ class _ChunkEncoder:
 
 def _call(choice: _Choice, delta: ToolCallDelta | ToolCall) -> dict[str, Any]:
     """Index on every piece; id, type and name on the first of a call only."""
-    index = delta.index if isinstance(delta, ToolCallDelta) else None
-    key = delta.id if index is None else index
-    if key is None:
-        key = next(reversed(choice.calls), 0)
+    key = call_key(choice.calls, delta)
     known = key in choice.calls
     index = choice.calls.setdefault(key, len(choice.calls))
     text = "input" if delta.type == "custom" else "arguments"

@@ -285,6 +285,57 @@ async def test_a_stream_is_put_together_with_its_tools_and_usage() -> None:
     )
 
 
+PIECES: dict[str, list[ToolCallDelta | ToolCall]] = {
+    "by index": [
+        ToolCallDelta(index=0, id="a", name="f", arguments='{"x"'),
+        ToolCallDelta(index=1, id="b", name="g", arguments='{"y"'),
+        ToolCallDelta(index=0, arguments=":1}"),
+        ToolCallDelta(index=1, arguments=":2}"),
+    ],
+    "by id": [
+        ToolCallDelta(id="a", name="f", arguments='{"x"'),
+        ToolCallDelta(id="b", name="g", arguments='{"y"'),
+        ToolCallDelta(id="a", arguments=":1}"),
+        ToolCallDelta(id="b", arguments=":2}"),
+    ],
+    "one after the other": [
+        ToolCallDelta(id="a", name="f", arguments='{"x"'),
+        ToolCallDelta(arguments=":1}"),
+        ToolCallDelta(id="b", name="g", arguments='{"y"'),
+        ToolCallDelta(arguments=":2}"),
+    ],
+    "whole": [
+        ToolCall(id="", name="f", arguments='{"x":1}'),
+        ToolCall(id="", name="g", arguments='{"y":2}'),
+    ],
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
+async def test_pieces_of_calls_are_put_together_as_they_are_streamed(
+    pieces: list[Any], *, stream: bool
+) -> None:
+    """A piece belongs to the call of its index, else of its id, else to the latest."""
+
+    async def answer() -> AsyncIterator[GenerateChunk]:
+        for piece in pieces:
+            yield GenerateChunk(delta_tool_calls=[piece])
+
+    backend = define_backend("mine", generate_stream=answer, tools=True)
+    async with serving(backends={"m": backend}) as (server, _), openai_client(server) as client:
+        tool = {"type": "function", "function": {"name": "f"}}
+        asked: Any = {"model": "m", "messages": [USER], "tools": [tool]}
+        if stream:
+            async with client.chat.completions.stream(**asked) as events:
+                told = await events.get_final_completion()
+        else:
+            told = await client.chat.completions.create(**asked)
+
+    calls = [call.function for call in told.choices[0].message.tool_calls or []]
+    assert [("f", '{"x":1}'), ("g", '{"y":2}')] == [(one.name, one.arguments) for one in calls]
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "backend", "why"),
     [
