@@ -79,7 +79,11 @@ class _Known:
 
     @property
     def is_complete(self) -> bool:
-        """Whether its arguments are all there: nothing can follow a JSON value."""
+        """Whether its arguments are all there: nothing can follow a JSON object."""
+        last = next((piece for piece in reversed(self.pieces) if piece.strip()), "")
+        # Pieces are many, and few of them can be the end.
+        if not last.rstrip().endswith("}"):
+            return False
         try:
             msgspec.json.decode("".join(self.pieces))
         except msgspec.DecodeError:
@@ -124,7 +128,7 @@ class Calls:
 
     def _read(self, call: Called) -> ToolCallDelta | None:
         kind, name, arguments = call.told
-        at, known = self._find(call, name)
+        at, known = self._find(call, name, arguments)
         known.kind = kind
         known.pieces.append(arguments or "")
         self._length += len(arguments or "")
@@ -148,16 +152,26 @@ class Calls:
             extra_content=known.extra,
         )
 
-    def _find(self, call: Called, name: str | None) -> tuple[int, _Known]:
+    def _find(self, call: Called, name: str | None, arguments: str | None) -> tuple[int, _Known]:
         """The call that a piece belongs to; a new one where it begins one."""
         index, given = _number(call.index), _text(call.id) or None
         at = self._last(index, given)
-        if at is None or _begins(self._known[at], index, given, name):
+        if at is None or self._begins(self._known[at], call, name, arguments):
             at = len(self._known)
             self._known.append(_Known(index, given))
         known = self._known[at]
         known.id = known.id or given
         return at, known
+
+    def _begins(self, known: _Known, call: Called, name: str | None, arguments: str | None) -> bool:
+        """Whether a piece that might belong to a call begins the next one."""
+        given = _text(call.id) or None
+        if given is not None and known.id is not None:
+            return given != known.id
+        # Gemini's compatible endpoint and what stands before it number all calls 0; others repeat
+        # the name on each piece.
+        news = bool((arguments or "").strip()) or name != known.name or _number(call.index) is None
+        return bool(name) and given is None and news and known.is_complete
 
     def _last(self, index: int | None, given: str | None) -> int | None:
         """The latest call of that index; of that id; or the latest of all."""
@@ -166,13 +180,6 @@ class Calls:
             if (known.index == index) if index is not None else given in (None, known.id):
                 return at
         return None
-
-
-def _begins(known: _Known, index: int | None, given: str | None, name: str | None) -> bool:
-    """Whether a piece that might belong to a call begins the next one."""
-    if given is not None and known.id is not None:
-        return given != known.id
-    return index is None and given is None and bool(name) and known.is_complete
 
 
 def _text(value: Any) -> str | None:

@@ -83,6 +83,25 @@ PIECES: dict[str, tuple[list[list[dict[str, Any]]], list[tuple[str, str]]]] = {
          [named("g", '{"b":2}', index=1, id="")]],
         TWO,
     ),
+    "one index and no id for two calls": (
+        [[named("f", '{"a":1}', index=0), named("g", '{"b":2}', index=0)]], TWO),
+    "one index and no id for two calls, in two events": (
+        [[named("f", '{"a":1}', index=0, id="")], [named("g", '{"b":2}', index=0, id="")]], TWO),
+    "one index and no id for two calls of a function": (
+        [[named("f", '{"a":1}', index=0)], [named("f", '{"a":2}', index=0)]],
+        [("f", '{"a":1}'), ("f", '{"a":2}')],
+    ),
+    "one index and no id, in pieces": (
+        [[named("f", "", index=0)], [named("f", '{"a"', index=0)], [named("f", ":1}", index=0)],
+         [named("f", "", index=0)], [named("g", "", index=0)], [named("g", '{"b":2}', index=0)],
+         [named("g", "", index=0)]],
+        TWO,
+    ),
+    "blanks at the end": (
+        [[named("f", '{"a":1}', index=0)], [named("f", " ", index=0)],
+         [named("g", '{"b":2}', index=1)]],
+        [("f", '{"a":1} '), ("g", '{"b":2}')],
+    ),
     "no arguments at all": ([[named("f", index=0, id="c1")]], [("f", "{}")]),
     "empty arguments": (
         [[named("f", "", index=0, id="c1")], [named("g", "", index=1, id="c2")],
