@@ -215,7 +215,7 @@ class LocalChat(ModelBackend):
         extra.pop("n_predict", None)
         opts.provider_options = extra
         opts.model = self._runner.name
-        return chat_body(prompt, opts, "max_tokens", stream=True)
+        return chat_body(prompt, opts, "max_tokens", stream=True, usage=True)
 
     @asynccontextmanager
     async def _slot(self) -> AsyncGenerator[None]:

@@ -37,6 +37,8 @@ _OPENAI_HOST = "api.openai.com"
 # Its regions, and who else serves its models: they know the new name of the limit, and the newest
 # of them no other.
 _ITS_MODELS = (".api.openai.com", ".openai.azure.com", ".cognitiveservices.azure.com")
+# It tells the usage of a stream unasked, and refuses who asks for it.
+_UNASKED = ".mistral.ai"
 _ENDPOINT = re.compile(r"/(chat/completions|completions|embeddings|responses)/?$")
 # The total is the OpenAI clients' own: ten minutes.
 _TOTAL_MS, _CONNECT_MS, _FIRST_BYTE_MS, _IDLE_MS = 600_000, 10_000, 60_000, 120_000
@@ -95,6 +97,7 @@ class OpenAI(ModelBackend):
             raise ConfigError(message)
         if at_openai:
             self.features = _AT_OPENAI
+        self.asks_usage = not host.endswith(_UNASKED)
         renamed = at_openai or host.endswith(_ITS_MODELS)
         self.limit_name = "max_completion_tokens" if renamed else "max_tokens"
         organization = config.organization
@@ -146,8 +149,9 @@ class OpenAI(ModelBackend):
         return self._transport.whole("/chat/completions", body, read, opts.call_id)
 
     def generate_stream(self, prompt: Prompt, opts: GenerateOpts) -> AsyncIterator[GenerateChunk]:
-        """An answer as it comes; usage is always asked for."""
-        body = chat_body(prompt, opts, self.limit_name, stream=True)
+        """An answer as it comes; usage is asked for where it would not come."""
+        usage = self.asks_usage
+        body = chat_body(prompt, opts, self.limit_name, stream=True, usage=usage)
         return self._transport.chunks("/chat/completions", body, opts.n, opts.call_id)
 
     async def close(self) -> None:

@@ -161,6 +161,24 @@ async def test_a_call_with_nothing_is_json_everywhere(
     assert "{}" == sent["function"]["arguments"]
 
 
+async def test_mistral_is_not_asked_for_what_it_refuses(
+    upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It knows no `stream_options`, and tells the usage of each stream: clients get it."""
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    ended = {**chunk({"content": "salut"}, "stop"), "usage": usage}
+    upstream.script(Answer(events=[ended, "[DONE]"]))
+    monkeypatch.setenv("HTTP_PROXY", upstream.url.removesuffix("/v1"))
+    config = provider("http://api.mistral.ai/v1").replace("transport: own", "transport: aiohttp")
+    async with running(config) as server:
+        body = {**HELLO, "stream": True, "stream_options": {"include_usage": True}}
+        answer = await ask(server, "POST", "/v1/chat/completions", json=body)
+
+    assert usage == events(answer.text)[-2]["usage"]
+    (request,) = upstream.requests
+    assert "stream_options" not in request.body
+
+
 async def test_what_a_provider_wants_to_see_again_comes_and_goes(
     gateway: RunningServer, upstream: ScriptedUpstream
 ) -> None:
