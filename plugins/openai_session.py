@@ -135,7 +135,6 @@ class Session:
             connector=connector,
             timeout=aiohttp.ClientTimeout(total=times.total, sock_connect=times.connect),
             cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=("User-Agent",),
             trace_configs=[trace],
             # Whoever needs a proxy says so in the environment.
             trust_env=True,

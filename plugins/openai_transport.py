@@ -43,7 +43,8 @@ class Transport:
         self._secret = secret
         self._first_byte = timeouts.first_byte
         self._stream_first_byte = timeouts.stream_first_byte
-        known = {"Content-Type": "application/json", **(headers or {})}
+        # Firewalls before providers refuse who does not say what it is.
+        known = {"Content-Type": "application/json", "User-Agent": "harperpy", **(headers or {})}
         if secret:
             known["Authorization"] = f"Bearer {secret}"
         kind = Pool if through == "own" else Session

@@ -152,6 +152,8 @@ async def test_our_key_goes_to_the_provider_and_the_callers_does_not(
     for asked in upstream.requests:
         assert f"Bearer {KEY}" == asked.headers["Authorization"]
         assert "org-7" == asked.headers["OpenAI-Organization"]
+        # Firewalls turn away who has none.
+        assert "harperpy" == asked.headers["User-Agent"]
         assert secret not in str(asked)
 
 
