@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Literal, TypeVar
 
 import msgspec
+from multidict import CIMultiDict
 
 from harperpy import BackendError, Batched, GenerateChunk, SSEDecoder
 
@@ -44,7 +45,8 @@ class Transport:
         self._first_byte = timeouts.first_byte
         self._stream_first_byte = timeouts.stream_first_byte
         # Firewalls before providers refuse who does not say what it is.
-        known = {"Content-Type": "application/json", "User-Agent": "harperpy", **(headers or {})}
+        known = CIMultiDict({"Content-Type": "application/json", "User-Agent": "harperpy"})
+        known.update(headers or {})
         if secret:
             known["Authorization"] = f"Bearer {secret}"
         kind = Pool if through == "own" else Session

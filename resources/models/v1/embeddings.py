@@ -35,6 +35,9 @@ class V1Embeddings(OpenAIResource):
         request, options = await _read(data)
         if request.user is not None:
             options["user"] = request.user
+        if request.encoding_format == "float":
+            # A provider is asked for what its client asks for, and for floats by nobody else.
+            options["encoding_format"] = "float"
         result = await context.models.embed_with_usage(
             _input(request),
             model=request.model,
