@@ -22,7 +22,6 @@ from harperpy import (
     Table,
     TableRights,
     User,
-    nearest,
 )
 
 DATA, SYSTEM = "data", "system"
@@ -145,9 +144,7 @@ class Places:
         what = f"table '{database}.{name}'" if known else f"database '{database}'"
         message = f"{what} does not exist"
         if user.is_super_user:
-            names = [place.name for place in self.of(database, user)]
-            hint = f"; {nearest(name, names, 'tables')}" if known else ""
-            return NotFound(f"{message}{hint}", param="table" if known else "database")
+            return NotFound(message, param="table" if known else "database")
         return NotAuthorised(user, [], [message])
 
 

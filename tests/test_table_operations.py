@@ -488,23 +488,20 @@ async def test_tables_are_described(admin: Caller) -> None:
     assert "password" not in str(system["hdb_user"]["attributes"])
 
 
-DOG = "does not exist; did you mean 'dog'?"
-
-
 @pytest.mark.parametrize(
     ("name", "parameters", "told"),
     [
-        ("describe_table", {"table": "dgo"}, f"table 'data.dgo' {DOG}"),
+        ("describe_table", {"table": "dgo"}, "table 'data.dgo' does not exist"),
         ("describe_table", {"table": "dog", "schema": "x"}, "database 'x' does not exist"),
         ("describe_database", {"database": "x"}, "database 'x' does not exist"),
-        ("search_by_id", {"table": "dgo", "ids": [1]}, f"table 'data.dgo' {DOG}"),
-        ("delete", {"table": "DOG", "ids": [1]}, f"table 'data.DOG' {DOG}"),
+        ("search_by_id", {"table": "dgo", "ids": [1]}, "table 'data.dgo' does not exist"),
+        ("delete", {"table": "DOG", "ids": [1]}, "table 'data.DOG' does not exist"),
     ],
 )
 async def test_what_is_not_there_is_404(
     admin: Caller, name: str, parameters: dict[str, Any], told: str
 ) -> None:
-    """Said so to super users, who may know, with what they may have meant."""
+    """Said so to super users, who may know."""
     assert (404, {"error": told}) == await admin.ask(name, **parameters)
 
 
