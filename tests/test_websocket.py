@@ -927,7 +927,7 @@ async def test_who_does_not_hear_of_the_stop_is_cut_off() -> None:
 class Held(Resource):
     """Waits, and looks often whether it may."""
 
-    keepalive = 0.02
+    keepalive = 0.25
 
     @staticmethod
     async def connect(_: Any, incoming: Any, context: Context) -> AsyncIterator[Any]:
@@ -955,10 +955,11 @@ async def test_who_may_not_go_on_is_told(operation: dict[str, Any], code: int) -
         async with opened(server, key=key) as talking, opened(server) as another:
             for one in (talking, another):
                 assert "open" == await one.receive_str()
-            # It answers pings while it waits.
+            # They answer pings while they wait, and only then.
+            told = asyncio.create_task(ended(talking))
             heard = asyncio.create_task(another.receive_str())
             await server.operate(**operation)
-            assert code == (await ended(talking))[0]
+            assert code == (await told)[0]
             await another.send_str("still here")
             assert "still here" == await heard
 
