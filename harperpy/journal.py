@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import mmap
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -55,6 +56,10 @@ class Journal:
         self._lock = self._file = -1
         self._number = 0
         self._size = 0
+        # The segment in memory: a call is noted without a system call. All of it is on the disk
+        # already, so a full disk takes nothing away from below it.
+        self._map: mmap.mmap
+        self._at = 0
         # What is left of the segment, without what was promised of it.
         self._room = 0
         # As long as the last call's was: what is encoded from its beginning rarely makes it grow.
@@ -136,14 +141,19 @@ class Journal:
         self._let_go()
 
     def _let_go(self) -> None:
-        if self.synced is not None:
-            try:
-                os.fdatasync(self._file)
-            except OSError as error:
-                logger.warning("the last model calls may not outlive a power cut: %s", error)
-        os.close(self._file)
+        if self._file >= 0:
+            if self.synced is not None:
+                try:
+                    os.fdatasync(self._file)
+                except OSError as error:
+                    logger.warning("the last model calls may not outlive a power cut: %s", error)
+            self._leave_segment()
         os.close(self._lock)
         self._lock = self._file = -1
+
+    def _leave_segment(self) -> None:
+        self._map.close()
+        os.close(self._file)
 
     def _note(self, kind: bytes, call: ModelCall) -> int:
         """Write a call's line of a kind, and how long it is.
@@ -161,10 +171,9 @@ class Journal:
         taken = length if kind is OUTCOME else 2 * length + _MOST_ADDED
         if self._room < taken:
             self._new_segment(taken)
-        if (written := os.write(self._file, line)) != length:
-            os.lseek(self._file, -written, os.SEEK_CUR)
-            message = "only a part was written"
-            raise OSError(message)
+        at = self._at
+        self._at = end = at + length
+        self._map[at:end] = line
         self._room -= taken
         return length
 
@@ -189,19 +198,21 @@ class Journal:
                     _sync_folder(folder)
                 if self._file >= 0:
                     os.fdatasync(self._file)
+            mapped = mmap.mmap(file, size)
         except OSError:
             os.close(file)
             path.unlink()
             raise
         if self._file >= 0:
-            os.close(self._file)
+            self._leave_segment()
         self._file, self._size, self._room = file, size, size - promised
+        self._map, self._at = mapped, 0
         self._number += 1
         self._sizes[self._number] = size
 
     def _noted(self) -> tuple[int, int]:
         """How much there is: the segment, and where it goes on."""
-        return self._number, os.lseek(self._file, 0, os.SEEK_CUR)
+        return self._number, self._at
 
     async def _synced(self) -> None:
         if self._file < 0:

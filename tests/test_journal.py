@@ -15,7 +15,7 @@ import pytest
 
 from commands import ADMIN, FREE, Serving, serving
 from databases import DAILY, ROLL_UP, busy, told
-from harperpy import Journal, ModelCall, ServiceUnavailable
+from harperpy import Journal, ModelCall
 from harperpy.testing import ECHO, RunningServer, ScriptedUpstream, running
 from harperpy.upstream import Answer
 from helpers import HELLO, ask, basic, error_of, events, operation, provider
@@ -231,27 +231,6 @@ def lockless(journal: Journal) -> Path:
         journal._promised.pop(one)
     journal.close(empty=True)
     return copy
-
-
-def test_what_was_written_in_part_is_written_over(tmp_path: Path) -> None:
-    """A line that the disk took half of is refused, and the next one takes its place."""
-    journal = Journal(tmp_path / "journal", most=1 << 22)
-    journal.begin(call(1))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    (line,) = lines(tmp_path)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(line) + 20, hard))
-    try:
-        with pytest.raises(ServiceUnavailable):
-            journal.begin(call(2))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    journal.end(call(1))
-    journal.begin(call(3))
-    journal.end(call(3))
-    journal.close(empty=False)
-
-    assert ["I", "O", "I", "O"] == [line[0] for line in lines(tmp_path)]
-    assert [1, 3] == [one["id"] for one in noted(tmp_path, "O")]
 
 
 async def test_the_last_call_of_a_journal_that_closes_is_synced(tmp_path: Path) -> None:
@@ -586,3 +565,21 @@ async def test_a_journal_that_could_not_begin_begins_later(tmp_path: Path) -> No
         async with session.post(CHAT, json=asked) as answer:
             assert 200 == answer.status, await answer.text()
         assert [True] == [row["success"] for row in await server.rows()]
+
+
+async def test_a_journal_that_never_began_is_closed_with_its_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where no file can be as large as a journal's, calls are 503, and the server ends in order."""
+    async with running(root=tmp_path) as server, server.session() as session:
+        async with session.get("/v1/models") as answer:
+            await answer.read()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, hard))
+        try:
+            async with session.post(CHAT, json={**HELLO, "model": "default"}) as answer:
+                assert 503 == answer.status
+                await answer.read()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "closing failed" not in caplog.text
