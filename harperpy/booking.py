@@ -108,7 +108,8 @@ class Booking:
             rows = sa.values(*cells, name="rows").data(blank).cte()
             values: list[sa.ColumnElement[Any]] = [rows.c[name] for name in own]
             values += [sa.bindparam(name, 0) for name in common]
-            into = sa.insert(hdb_model_calls)
+            # A failure undoes the whole transaction: SQLite need not note how to undo a part.
+            into = sa.insert(hdb_model_calls).prefix_with("OR FAIL")
             found = _text(into.from_select([*own, *common], sa.select(*values)))
             self._inserts[shape] = found
         return found
