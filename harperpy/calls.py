@@ -17,6 +17,7 @@ from .auth import extract_tenant_id
 from .backend import Streams, aclose
 from .batches import Batched, Divert, batches_of
 from .errors import (
+    WHATEVER,
     Aborted,
     BackendError,
     BackendTimeout,
@@ -124,7 +125,7 @@ class Call(msgspec.Struct, eq=False):
                             await synced()
                         try:
                             answer = await ask(self, candidate, own, recorder)
-                        except Exception as error:
+                        except WHATEVER as error:
                             self._blame(error)
                             raise
                     if told is None:
@@ -164,7 +165,7 @@ class Call(msgspec.Struct, eq=False):
                         batch = await anext(batches)
                 except StopAsyncIteration:
                     break
-                except Exception as error:
+                except WHATEVER as error:
                     self._blame(error)
                     raise
                 finally:
@@ -216,7 +217,7 @@ class Call(msgspec.Struct, eq=False):
             self._flowing, self._recorder = stream.divert, recorder
         return await anext(batches, None), batches, recorder
 
-    def _blame(self, error: Exception) -> None:
+    def _blame(self, error: BaseException) -> None:
         """Raise, in the place of what a backend did not foresee, what a provider's failure is.
 
         Whatever status and words it has are of another call than the caller's.

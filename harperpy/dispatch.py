@@ -21,7 +21,7 @@ from .context import Context
 from .contracts import Handler
 from .cors import Cors
 from .doors import AuthLog, authorise, caller_address, challenge, is_local
-from .errors import ClientError, InvalidCredentials, ServiceUnavailable
+from .errors import WHATEVER, ClientError, InvalidCredentials, ServiceUnavailable
 from .framing import as_harper_error, log_error
 from .handshake import credential_of
 from .health import Health
@@ -154,7 +154,7 @@ class Dispatch:
     ) -> Reply:
         try:
             reply = await coming
-        except (Exception, CancelledError) as error:  # every one becomes an answer here
+        except (*WHATEVER, CancelledError) as error:  # every one becomes an answer here
             if isinstance(error, CancelledError) and is_ending():
                 raise
             reply = self.refusal(error, found, context)
@@ -343,9 +343,7 @@ class Dispatch:
         headers = merged(context, {CONTENT_TYPE: "application/json"})
         return Reply(status, headers, encode_json(body))
 
-    def refusal(
-        self, error: Exception | CancelledError, found: Found | None, context: Context
-    ) -> Reply:
+    def refusal(self, error: BaseException, found: Found | None, context: Context) -> Reply:
         """The error as its resource words it; the default wording if that fails too."""
         log_error(error)
         if isinstance(error, InvalidCredentials):
@@ -395,5 +393,5 @@ class _Way:
     async def rendered(self, answer: Response | EventStream) -> Reply:
         return await self._dispatch.rendered(answer, self.context, self._found, self._early)
 
-    def refused(self, error: Exception) -> Reply:
+    def refused(self, error: BaseException) -> Reply:
         return self._dispatch.refusal(error, self._found, self.context)

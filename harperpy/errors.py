@@ -42,6 +42,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+WHATEVER = (Exception, SystemExit)
+"""What the code of others may raise: `sys.exit()` ends no server."""
+
 
 class HarperError(Exception):
     """A refusal with a status; what of it may be said to a caller is `public_message`.

@@ -133,6 +133,11 @@ def _told(error: HarperError) -> dict[str, Any]:
     return {"error": code, "message": error.public_message, "status": error.status}
 
 
+def exited() -> RuntimeError:
+    """What takes the place of a `SystemExit`, which would end the server."""
+    return RuntimeError("sys.exit() was called in a request")
+
+
 async def frames(
     source: AsyncIterator[Any], data: bytes | None, framing: Framing, signal: AbortSignal | None
 ) -> AsyncIterator[bytes]:
@@ -155,6 +160,8 @@ async def frames(
                 item = await anext(source)
             except StopAsyncIteration:
                 break
+            except SystemExit as error:
+                raise exited() from error
             data = framing.item(item)
         tail = framing.end
     except (Exception, asyncio.CancelledError) as error:  # worded as the last item

@@ -17,7 +17,7 @@ import pluggy
 from . import hookspecs
 from .auth import Authenticators
 from .backend import ModelBackend, settled
-from .errors import ConfigError, HarperError, RegistrationError
+from .errors import WHATEVER, ConfigError, HarperError, RegistrationError
 from .health import Health, PluginStatus, cause
 from .hookspecs import BackendFactory, ModelEntry, check_hooks
 from .importing import import_file, import_package
@@ -52,8 +52,6 @@ BUILT_IN = (
 """On unless `plugins:` says false; plugins of `harperpy.plugins` like any other."""
 
 _START_SECONDS = 30.0
-# What a plugin may raise; `sys.exit()` ends no server.
-_WHATEVER = (Exception, SystemExit)
 _OWN_OPTIONS = ("path", "package", "timeout", "required")
 
 
@@ -133,7 +131,7 @@ class Loader:
             try:
                 found[plugin.name] = self._import(plugin)
                 self._requires[plugin.name] = required(found[plugin.name])
-            except _WHATEVER as error:  # it ends the plugin alone
+            except WHATEVER as error:  # it ends the plugin alone
                 self.failed(plugin.name, error)
         self._put_in_order()
         for plugin in self.plugins:
@@ -172,7 +170,7 @@ class Loader:
             self._manager.register(plugin, name)
             callers = self._manager.get_hookcallers(plugin) or []
             check_hooks(plugin, [caller.name for caller in callers])
-        except _WHATEVER as error:  # it ends the plugin alone
+        except WHATEVER as error:  # it ends the plugin alone
             self.failed(name, error)
             if self._manager.has_plugin(name):
                 self._manager.unregister(name=name)
@@ -204,7 +202,7 @@ class Loader:
         own: dict[str, BackendFactory] = {}
         try:
             impl.function(*(own.__setitem__ for name in impl.argnames if name == "register"))
-        except _WHATEVER as error:  # it ends the plugin alone
+        except WHATEVER as error:  # it ends the plugin alone
             self.failed(impl.plugin_name, error)
             return
         if taken := sorted(own.keys() & self._kinds.keys()):
@@ -277,7 +275,7 @@ class Loader:
             async with limit:
                 await settled(impl.function(*given))
                 await scope.load_entries()
-        except (*_WHATEVER, asyncio.CancelledError) as error:  # it ends the plugin alone
+        except (*WHATEVER, asyncio.CancelledError) as error:  # it ends the plugin alone
             if isinstance(error, asyncio.CancelledError) and is_ending():
                 raise
             cause = _too_slow(plugin, scope) if limit.expired() else error

@@ -11,7 +11,7 @@ import msgspec
 from .backend import positional, required
 from .content import EventStream, Response
 from .context import Context
-from .errors import NotFound, RegistrationError, TransactionError
+from .errors import WHATEVER, NotFound, RegistrationError, TransactionError
 from .framing import log_error
 from .patterns import decoded_segment
 from .rendering import Reply
@@ -43,7 +43,7 @@ class Way(Protocol):
         """A middleware's own answer as a reply."""
         ...
 
-    def refused(self, error: Exception) -> Reply:
+    def refused(self, error: BaseException) -> Reply:
         """The error as the matched resource words it."""
         ...
 
@@ -295,7 +295,7 @@ class _Turn:
         self._asked = True
         try:
             self._given = await self._following(self._way)
-        except Exception as error:  # noqa: BLE001  # a refusal is an answer too
+        except WHATEVER as error:  # a refusal is an answer too
             self._given = self._way.refused(error)
         return self._given
 

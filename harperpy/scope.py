@@ -19,7 +19,7 @@ from .background import cancelled
 from .billing import Billing
 from .database import Database
 from .entries import EVENTS, EntryHandler, FileEntry, Wanted, wanted
-from .errors import ConfigError, RegistrationError
+from .errors import WHATEVER, ConfigError, RegistrationError
 from .health import Health
 from .keys import Keys
 from .middleware import Middlewares
@@ -312,7 +312,7 @@ class Scope:
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await settled(closer())
-        except (Exception, SystemExit):
+        except WHATEVER:
             self.logger.exception("closing failed")
         except asyncio.CancelledError:
             # That of a task which it has cancelled, and waited for, is the closer's own.

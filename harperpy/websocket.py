@@ -14,7 +14,7 @@ from aiohttp.web_ws import WebSocketResponse
 from .backend import aclose
 from .context import Context
 from .errors import Aborted
-from .framing import as_harper_error, log_error
+from .framing import as_harper_error, exited, log_error
 from .handshake import SUBPROTOCOL
 from .incoming import Socket, closing
 from .outgoing import framed
@@ -95,6 +95,8 @@ class _Conversation:
                 if self._context.signal.aborted:
                     return
                 await self._write(*framed(item))
+        except SystemExit as error:
+            raise exited() from error
         finally:
             await aclose(source)
 

@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import logging
+import sys
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from typing import Any, NamedTuple, TypedDict
 
 import aiohttp
@@ -23,7 +25,9 @@ from harperpy import (
     EventStream,
     HarperError,
     InvalidBody,
+    Next,
     RegistrationError,
+    Reply,
     RequestTarget,
     Resource,
     Resources,
@@ -31,7 +35,9 @@ from harperpy import (
     ResponseError,
     Scope,
     ServerError,
+    User,
     decode_json,
+    define_backend,
     get_context,
     json_response,
 )
@@ -1025,3 +1031,65 @@ async def test_what_a_handler_waits_for_may_be_cancelled() -> None:
         return await coming
 
     assert 500 == (await got(waits)).status
+
+
+async def test_sys_exit_in_a_request_ends_no_server(caplog: pytest.LogCaptureFixture) -> None:
+    """Not of a verb, a hook, a stream, a middleware or a model: each is a failure, and logged."""
+    steps: dict[str, int] = {}
+
+    def leave(place: str, *_: Any) -> Any:
+        steps[place] = 1
+        sys.exit(place)
+
+    async def stream(place: str) -> AsyncIterator[str]:
+        yield "first"
+        leave(place)
+
+    class Connected(Resource):
+        public = True
+
+        @staticmethod
+        def connect() -> AsyncIterator[str]:
+            return stream("connect")
+
+    class Hidden(Resource):
+        @staticmethod
+        def allow_read(user: User | None, target: RequestTarget, context: Context) -> Any:
+            leave("hook")
+
+        @staticmethod
+        def get() -> None:
+            """Nobody comes here."""
+
+    async def around(context: Context, call_next: Next) -> Reply:
+        return leave("middleware") if context.path == "/around" else await call_next(context)
+
+    def apply(scope: Scope) -> None:
+        scope.server.http(around)
+        model = define_backend("model", generate=partial(leave, "model"))
+        scope.models.register_backend("generative", "model", model)
+
+    resources = {
+        "verb": answering(partial(leave, "verb"), public=True),
+        "events": answering(lambda: EventStream(stream("events")), public=True),
+        "raw": answering(lambda: Response(body=stream("raw")), public=True),
+        "asks": answering(lambda: get_context().models.generate("hi", model="model"), public=True),
+        "connected": Connected,
+        "hidden": Hidden,
+    }
+    async with (
+        running(handle_application=apply, resources=resources) as server,
+        server.session() as client,
+    ):
+        for path, status in {"verb": 500, "hidden": 500, "around": 500, "asks": 502}.items():
+            assert status == (await client.get(f"/{path}")).status
+        told = await (await client.get("/events")).text()
+        assert ["data: first", "event: harper-error"] == told.splitlines()[:3:2]
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await (await client.get("/raw")).read()
+        async with client.ws_connect("/connected") as socket:
+            assert "first" == await socket.receive_str()
+            assert 1011 == (await socket.receive()).data
+        assert 200 == (await client.get("/health")).status
+    assert {"verb", "hook", "middleware", "model", "events", "raw", "connect"} == steps.keys()
+    assert all(f"SystemExit: {place}" in caplog.text for place in steps)
