@@ -6,12 +6,13 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from .accounting import Ledger
+from .accounting import Ledger, current_caller
 from .analytics import Analytics
 from .auth import Authenticators
 from .backend import settled
@@ -260,9 +261,10 @@ class Scope:
     def create_task(
         self, work: Coroutine[Any, Any, T], *, name: str | None = None
     ) -> asyncio.Task[T]:
-        """Run in the background until done or the plugin closes; a failure is logged."""
-        name = name or getattr(work, "__qualname__", None)
-        task = asyncio.create_task(work, name=name)
+        """Run for no request, until done or the plugin closes; a failure is logged."""
+        name, variables = name or getattr(work, "__qualname__", None), copy_context()
+        variables.run(current_caller.set, None)
+        task = asyncio.create_task(work, name=name, context=variables)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task

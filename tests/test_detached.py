@@ -122,6 +122,40 @@ async def test_it_goes_on_when_the_client_has_left() -> None:
     assert row["success"] is True
 
 
+async def test_a_plugins_task_belongs_to_no_request() -> None:
+    """Whoever's request began it: its calls are nobody's, and go on when that client has left."""
+    entered, left, callers = asyncio.Event(), asyncio.Event(), list[str]()
+
+    def apply(scope: Scope) -> None:
+        async def later() -> str:
+            try:
+                callers.append(f"{get_context().user}")
+            except LookupError:
+                callers.append("nobody")
+            entered.set()
+            await left.wait()
+            return (await scope.models.generate("hi")).content
+
+        async def begins(_: Context) -> None:
+            tasks.append(scope.create_task(later()))
+            try:
+                await asyncio.Event().wait()
+            finally:
+                left.set()
+
+        scope.resources.set("it", doing(begins))
+
+    tasks: list[asyncio.Task[str]] = []
+    async with asyncio.timeout(SECONDS), running(handle_application=apply) as server:
+        await leave(server, entered)
+        await left.wait()
+        assert "hi" == await tasks[0]
+        (row,) = await server.rows()
+
+    assert ["nobody"] == callers
+    assert (True, None, None) == (row["success"], row["user"], row["app"])
+
+
 @pytest.mark.parametrize("fails", [False, True], ids=["goes well", "fails"])
 async def test_its_writes_are_its_own(*, fails: bool) -> None:
     """What the handler wrote is undone when it raises; each block of the detached work is kept."""
