@@ -6,7 +6,7 @@ config.yaml. It starts after them, and not at all if one of them did not.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -98,4 +98,15 @@ def check_hooks(plugin: object, implemented: Collection[str]) -> None:
             raise RegistrationError(message)
     if not has_hook:
         message = f"it defines neither '{HOOKS[0]}' nor '{HOOKS[1]}': there is nothing to call"
+        raise RegistrationError(message)
+
+
+def check_began(given: object) -> None:
+    """Raises `RegistrationError` for a hook that gave what nobody steps: it has done nothing."""
+    # A function that `contextlib` makes a context manager of gives its generator in one.
+    if isinstance(getattr(given, "gen", given), AsyncGenerator | Generator):
+        message = (
+            f"'{HOOKS[0]}' yields, and so nothing of it has run: what is to be done at the end "
+            "goes to scope.on_close, or `await scope.enter(manager)` enters and leaves it"
+        )
         raise RegistrationError(message)

@@ -16,10 +16,10 @@ import pluggy
 
 from . import hookspecs
 from .auth import Authenticators
-from .backend import ModelBackend, settled
+from .backend import ModelBackend, positional, settled
 from .errors import WHATEVER, ConfigError, HarperError, RegistrationError
 from .health import Health, PluginStatus, cause
-from .hookspecs import BackendFactory, ModelEntry, check_hooks
+from .hookspecs import BackendFactory, ModelEntry, check_began, check_hooks
 from .importing import import_file, import_package
 from .middleware import Middlewares
 from .options import Change
@@ -269,11 +269,12 @@ class Loader:
             await self.scopes.pop().close()
 
     async def _start(self, plugin: Plugin, impl: pluggy.HookImpl, scope: Scope) -> None:
-        given = [scope for name in impl.argnames if name == "scope"]
+        # One that is optional, or among others, is no argument to pluggy.
+        given = [scope][: positional(impl.function, 1)]
         limit = asyncio.timeout(plugin.seconds)
         try:
             async with limit:
-                await settled(impl.function(*given))
+                check_began(await settled(impl.function(*given)))
                 await scope.load_entries()
         except (*WHATEVER, asyncio.CancelledError) as error:  # it ends the plugin alone
             if isinstance(error, asyncio.CancelledError) and is_ending():

@@ -226,6 +226,36 @@ async def test_a_misspelt_hook_is_told_the_nearest(tmp_path: Path, text: str, wo
     assert words in told["slip"]
 
 
+YIELDS = "'handle_application' yields, and so nothing of it has run"
+SILENT: dict[str, tuple[str, str]] = {
+    "yields": ("def handle_application(scope):\n    yield", YIELDS),
+    "yields, async": ("async def handle_application(scope):\n    yield", YIELDS),
+    "is a context manager": (
+        (
+            "import contextlib\n@contextlib.asynccontextmanager\n"
+            "async def handle_application(scope):\n    yield"
+        ),
+        YIELDS,
+    ),
+    "takes an optional scope": (
+        "def handle_application(scope=None):\n    raise ValueError(scope.plugin_name)",
+        "ValueError: slip",
+    ),
+    "takes anything": (
+        "def handle_application(*given):\n    raise ValueError(given[0].plugin_name)",
+        "ValueError: slip",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), SILENT.values(), ids=SILENT)
+async def test_no_hook_does_nothing_in_silence(tmp_path: Path, text: str, words: str) -> None:
+    """It is called with its scope, however it takes it; one that would have to be stepped fails."""
+    block = write(tmp_path, slip=text)
+    async with running(f"{ECHO}\n{block}", directory=tmp_path) as server:
+        assert words in (await causes(server))["slip"]
+
+
 FINE: dict[str, str] = {
     "a helper": "def register_backends(scope): ...\ndef handle_application(scope): ...",
     "a longer one": "def handle_applications(): ...\ndef handle_application(scope): ...",
