@@ -289,9 +289,16 @@ def _check_vectors(vectors: Vectors, count: int) -> None:
         message = f"{len(vectors)} vectors for {count} inputs"
         raise BackendError(message)
     for vector in vectors:
-        if not isinstance(vector, Vector) and not math.isfinite(sum(vector)):
+        if not isinstance(vector, Vector) and not _is_finite(vector):
             message = "a vector holds what is no number"
             raise BackendError(message)
+
+
+def _is_finite(vector: Sequence[float]) -> bool:
+    try:
+        return math.isfinite(sum(vector))
+    except TypeError:
+        return False
 
 
 def _one_of(opts: GenerateOpts, index: int) -> GenerateOpts:

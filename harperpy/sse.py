@@ -6,7 +6,6 @@ Framing follows the WHATWG HTML standard, section 9.2 "Server-sent events".
 from __future__ import annotations
 
 import re
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, cast
@@ -27,8 +26,14 @@ _CR, _N, _I = b"\rNI"
 
 def plain(value: object) -> Any:
     """What a serializer makes of a value that it does not know. Raises `TypeError`."""
-    if isinstance(value, (array, Vector)):
-        return list(cast("Sequence[float]", value))
+    if isinstance(value, Vector):
+        return list(value.floats)
+    # A kind of text of its own, as LangChain's.
+    if isinstance(value, str):
+        return str.__str__(value)
+    # An array or a number of its own kind, as NumPy's.
+    if (tolist := getattr(value, "tolist", None)) is not None and not isinstance(value, type):
+        return tolist()
     message = f"Encoding objects of type {type(value).__qualname__} is unsupported"
     raise TypeError(message)
 

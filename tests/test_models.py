@@ -257,6 +257,73 @@ async def test_any_function_embeds(how: str) -> None:
     assert [("embed", True)] * 3 == columns(rows, "method", "usage_estimated")
 
 
+class Tensor:
+    """Numbers as a library has them, which knows them as a list too."""
+
+    def __init__(self, *numbers: Any) -> None:
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.numbers)
+
+    def tolist(self) -> list[float]:
+        """As plain numbers."""
+        return [*self.numbers]
+
+
+class Words(str):
+    """Text as a library has it."""
+
+    __slots__ = ()
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+async def test_numbers_and_texts_of_libraries_are_told_as_plain_ones(encoding: str) -> None:
+    """Vectors as NumPy and Torch have them, and LangChain's texts, are sent as any others."""
+
+    async def says() -> AsyncIterator[str]:
+        yield Words("well ")
+        yield Words("done")
+
+    class Asks(Resource):
+        @staticmethod
+        async def get(target: RequestTarget, context: Context) -> Any:
+            vectors = await context.models.embed("a", model="m")
+            return {"vectors": vectors, "text": Words("hi"), Words("a"): Tensor(1, 2)}
+
+    backend = define_backend("m", embed=lambda _: [Tensor(0.5, 1.0)], generate_stream=says)
+
+    def apply(scope: Scope) -> None:
+        scope.resources.set("asks", Asks)
+        scope.models.register_backend("embedding", "m", backend)
+        scope.models.register_backend("generative", "m", backend)
+
+    async with running(ECHO, handle_application=apply) as server, openai_client(server) as client:
+        given: Any = encoding
+        embedded = await client.embeddings.create(model="m", input="a", encoding_format=given)
+        stream = await client.chat.completions.create(model="m", messages=[USER], stream=True)
+        said = [chunk.choices[0].delta.content or "" async for chunk in stream]
+        answer = await ask(server, "GET", "/asks")
+
+    expected: Any = "AAAAPwAAgD8=" if encoding == "base64" else [0.5, 1.0]
+    assert expected == embedded.data[0].embedding
+    assert "well done" == "".join(said)
+    assert {"vectors": [[0.5, 1.0]], "text": "hi", "a": [1, 2]} == answer.json
+
+
+@pytest.mark.parametrize("wrong", [["ab"], [1.0], [[None]]], ids=str)
+async def test_what_is_no_vector_is_a_failure_of_its_backend(wrong: list[Any]) -> None:
+    """A text in the place of a vector is 502 to the caller, as whatever else is none."""
+    backend = define_backend("m", embed=lambda: wrong)
+    async with serving(backends={"m": backend}) as (server, _):
+        answer = await ask(server, "POST", "/v1/embeddings", json={"model": "m", "input": "a"})
+
+    assert 502 == answer.status
+
+
 async def test_a_stream_is_put_together_with_its_tools_and_usage() -> None:
     """What only streams answers whole too: text, calls from their pieces, reason and usage."""
 
