@@ -278,9 +278,9 @@ def _check(resource: Any) -> None:
     if resource.keepalive <= 0:
         message = f"{resource.__name__}.keepalive: expected seconds, more than 0"
         raise RegistrationError(message)
-    if wrong := miswritten(resource, VERBS):
-        raise RegistrationError(wrong)
     hooks = [name for name in dir(Resource) if name.startswith(("allow_", "present_"))]
+    if wrong := miswritten(resource, VERBS, hooks):
+        raise RegistrationError(wrong)
     for name in (*VERBS, *hooks):
         found = inspect.getattr_static(resource, name, None)
         if found is None and name not in hooks:

@@ -15,6 +15,7 @@ from msgspec import UNSET
 from .content import Blob, Body, EventStream, Response
 from .errors import RegistrationError
 from .request import RequestTarget
+from .spelling import closest
 from .sse import SSE
 
 _BODY = re.compile(r"([\w.]+\.)?Body( \| None)?")
@@ -29,6 +30,14 @@ _STREAMS = (
     abc.Generator,
     abc.Iterable,
 )
+
+_HOOKED = ("allow", "present")
+# Permissions are fewer than verbs, and other servers' hooks are called by those.
+_ALIKE = {
+    **dict.fromkeys(("allow_get", "allow_search", "allow_query", "allow_connect"), "allow_read"),
+    **dict.fromkeys(("allow_put", "allow_patch"), "allow_update"),
+    "allow_post": "allow_create",
+}
 
 
 class Signature:
@@ -149,16 +158,24 @@ def not_static(found: object, name: str) -> str | None:
         return None
     if function is found:
         return f"must be static: write @staticmethod on the line above 'def {name}'"
+    if name.startswith("present_") and inspect.iscoroutinefunction(function):
+        return f"is not awaited: write 'def {name}', without async"
     if "self" in function.__code__.co_varnames[: min(1, function.__code__.co_argcount)]:
         return f"is static, and is given no 'self': write 'def {name}(target, ...)'"
     return None
 
 
-def miswritten(resource: type[Any], verbs: Collection[str]) -> str | None:
-    """What is wrong with a method that is a verb but for its capitals: nobody would ask it."""
+def miswritten(resource: type[Any], verbs: Collection[str], hooks: Collection[str]) -> str | None:
+    """What is wrong with a method that is all but a verb or a hook: nobody would ask it."""
     # What a class has inside may well be a type: `class Query(Struct)`.
     for name in dir(resource):
         verb = name.lower()
-        if verb in verbs and name != verb and inspect.isroutine(getattr(resource, name)):
+        if name in hooks or name in verbs or not (verb in verbs or name.startswith(_HOOKED)):
+            continue
+        if not inspect.isroutine(getattr(resource, name)):
+            continue
+        if verb in verbs:
             return f"{resource.__name__}.{name} is no verb; did you mean '{verb}'?"
+        if near := _ALIKE.get(verb) or closest(name, hooks, 0.85):
+            return f"{resource.__name__}.{name} is never asked; did you mean '{near}'?"
     return None

@@ -567,6 +567,22 @@ WRONG_CLASSES: dict[str, tuple[str, str]] = {
         "class X(Resource):\n    @staticmethod\n    def GET(): ...",
         "X.GET is no verb; did you mean 'get'?",
     ),
+    "a hook by a verb's name": (
+        "class X(Resource):\n    @staticmethod\n    def allow_post(user): ...",
+        "X.allow_post is never asked; did you mean 'allow_create'?",
+    ),
+    "a hook of a class, misspelt": (
+        "class X(Resource):\n    @staticmethod\n    def allow_raed(user): ...",
+        "X.allow_raed is never asked; did you mean 'allow_read'?",
+    ),
+    "a hook in Harper's spelling": (
+        "class X(Resource):\n    @staticmethod\n    def allowRead(user): ...",
+        "X.allowRead is never asked; did you mean 'allow_read'?",
+    ),
+    "a hook that is not awaited": (
+        "class X(Resource):\n    @staticmethod\n    async def present_error(error): ...",
+        "X.present_error is not awaited: write 'def present_error', without async",
+    ),
     "a misspelt hook": (
         "def handle_aplication(scope): ...",
         "resources.py: 'handle_aplication' is no hook; did you mean 'handle_application'?",
