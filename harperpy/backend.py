@@ -146,6 +146,14 @@ def define_backend(
     if inspect.isasyncgenfunction(generate) or inspect.isgeneratorfunction(generate):
         message = f"define_backend: {name!r} generates by yielding: give it as generate_stream"
         raise RegistrationError(message)
+    for key, function in functions.items():
+        if (needs := required(function)) > positional(function, 2):
+            message = (
+                f"define_backend: {key} of {name!r}: expected a function of the "
+                f"{'texts' if key == 'embed' else 'prompt'} and the options, or of the first of "
+                f"them, got one that needs {needs} arguments"
+            )
+            raise RegistrationError(message)
     body: dict[str, Any] = {
         "tools": tools,
         "structured_output": structured_output,

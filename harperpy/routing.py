@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import msgspec
 
@@ -98,6 +98,11 @@ class Routes:
             raise RegistrationError(message)
         if kind not in _BASE:
             message = f"models: kind {kind!r} is unknown; expected 'generative' or 'embedding'"
+            raise RegistrationError(message)
+        given = cast("object", registration.backend)
+        if not isinstance(given, ModelBackend):
+            told = "expected a ModelBackend; define_backend makes one of a function"
+            message = f"models: {kind} {name!r}: {told}, got {type(given).__name__}"
             raise RegistrationError(message)
         if not name or not registration.backend.name:
             message = "models: a backend needs a name, and a logical name to stand under"

@@ -441,6 +441,40 @@ def test_a_generator_is_no_answer(function: Method) -> None:
         define_backend("mine", generate=function)
 
 
+DEMANDING: dict[str, Method] = {
+    "embed": lambda _texts, _opts, _client: [[0.5]],
+    "generate": lambda _prompt, *, _client: "hi",
+    "generate_stream": lambda _prompt, _opts, _client: ["hi"],
+}
+
+
+@pytest.mark.parametrize("method", DEMANDING)
+async def test_a_function_that_needs_more_than_it_is_given_is_no_backend(method: str) -> None:
+    """The plugin's author is told which, and what is given, before anybody asks."""
+    given: Any = {method: DEMANDING[method]}
+    needs = 2 if method == "generate" else 3
+
+    with pytest.raises(RegistrationError) as caught:
+        define_backend("mine", **given)
+
+    assert f"{method} of 'mine': expected a function of the " in str(caught.value)
+    assert str(caught.value).endswith(f"got one that needs {needs} arguments")
+
+
+async def test_a_function_alone_is_no_backend() -> None:
+    """Its plugin fails, and is told what makes one of it."""
+    given: Any = lambda: "hi"  # noqa: E731
+
+    def apply(scope: Scope) -> None:
+        scope.models.register_backend("generative", "m", given)
+
+    async with running(ECHO, handle_application=apply) as server:
+        told = server.server.health.plugins["test"].error
+
+    expected = "expected a ModelBackend; define_backend makes one of a function, got function"
+    assert f"models: generative 'm': {expected}" == told
+
+
 WANTED = ("GenerateResult", "GenerateChunk", "GenerateChunk")
 
 
