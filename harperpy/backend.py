@@ -16,7 +16,7 @@ from collections.abc import (
 from types import GeneratorType
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeGuard, cast
 
-from .errors import RegistrationError
+from .errors import BackendError, RegistrationError
 from .messages import (
     Capability,
     Choice,
@@ -275,6 +275,15 @@ async def aclose(items: AsyncIterator[Any]) -> None:
 
 
 _LISTS = ("logprobs", "refusal_logprobs", "annotations")
+MOST_ANSWERS = 128
+"""As OpenAI's own: a body that somebody passes on may ask for any number."""
+
+
+def check_answer(index: int) -> None:
+    """Raises `BackendError` for an answer beyond all that may be asked for at once."""
+    if not 0 <= index < MOST_ANSWERS:
+        message = f"a chunk of answer {index}; expected 0 to {MOST_ANSWERS - 1}"
+        raise BackendError(message)
 
 
 class Assembly:
@@ -292,6 +301,7 @@ class Assembly:
         """Take one chunk in."""
         index = chunk.index
         if index not in self._choices:
+            check_answer(index)
             self._choices[index] = Choice()
         if chunk.delta_content:
             self._pieces[index, "content"].append(chunk.delta_content)

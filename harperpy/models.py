@@ -11,6 +11,7 @@ import msgspec
 
 from .accounting import Caller, Ledger, Method, clipped, current_caller
 from .backend import (
+    MOST_ANSWERS,
     Assembly,
     Embeds,
     ModelBackend,
@@ -43,9 +44,6 @@ from .vocabulary import EmbedInputs, Vocabulary, embed_inputs
 
 OptsType = TypeVar("OptsType", GenerateOpts, EmbedOpts)
 Vectors: TypeAlias = list[Sequence[float]]
-
-# As OpenAI's own: a body that somebody passes on may ask for any number.
-_MOST_ANSWERS = 128
 
 
 class Models:
@@ -278,8 +276,8 @@ def _settings(kind: type[OptsType], opts: OptsType | None, options: dict[str, An
 
 
 def _check_count(answers: int) -> None:
-    if not 1 <= answers <= _MOST_ANSWERS:
-        message = f"n: expected 1 to {_MOST_ANSWERS}"
+    if not 1 <= answers <= MOST_ANSWERS:
+        message = f"n: expected 1 to {MOST_ANSWERS}"
         raise InvalidBody(message, param="n")
 
 

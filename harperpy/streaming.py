@@ -10,7 +10,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Se
 from operator import attrgetter
 from typing import Any
 
-from .backend import aclose, call_key
+from .backend import aclose, call_key, check_answer
 from .batches import Batched, Divert, EncodedEvents, batches_of
 from .errors import HarperError, ServerError, logged
 from .messages import Choice, GenerateChunk, TokenUsage, ToolCall, ToolCallDelta, as_json_text
@@ -286,6 +286,7 @@ class _ChunkEncoder:
 
     def _open(self, index: int, told: list[bytes]) -> int:
         """A beginning for each choice before this one: clients count them as they come."""
+        check_answer(index)
         lower = range(self._last + 1, index)
         self._last = index
         for at in lower:
@@ -318,6 +319,7 @@ class _ChunkEncoder:
     def _choice(self, index: int) -> _Choice:
         choice = self._choices.get(index)
         if choice is None:
+            check_answer(index)
             choice = self._choices[index] = _Choice(index, self._opening())
         return choice
 

@@ -441,6 +441,25 @@ def test_a_generator_is_no_answer(function: Method) -> None:
         define_backend("mine", generate=function)
 
 
+@pytest.mark.parametrize("index", [-1, 128, 3_000_000])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_beyond_all_that_may_be_asked_for_is_a_failure(
+    index: int, *, stream: bool
+) -> None:
+    """A number alone makes no millions of answers: the caller is told that its model failed."""
+
+    async def odd() -> AsyncIterator[GenerateChunk]:
+        yield GenerateChunk(delta_content="x", index=index)
+
+    backend = define_backend("mine", generate_stream=odd)
+    async with serving(backends={"m": backend}) as (server, _):
+        asked = {"model": "m", "messages": [USER], "stream": stream}
+        answer = await ask(server, "POST", "/v1/chat/completions", json=asked)
+
+    assert 502 == answer.status
+    assert "The model provider failed to answer." == answer.json["error"]["message"]
+
+
 DEMANDING: dict[str, Method] = {
     "embed": lambda _texts, _opts, _client: [[0.5]],
     "generate": lambda _prompt, *, _client: "hi",
