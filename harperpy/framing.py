@@ -23,7 +23,7 @@ from .errors import (
 )
 from .negotiation import EVENTS, JSON
 from .resource import Resource
-from .signal import REVOKED, SHUTDOWN, AbortSignal
+from .signal import REVOKED, SHUTDOWN, AbortSignal, is_ending
 from .sse import encode_json, encode_sse
 
 logger = logging.getLogger("harperpy.dispatch")
@@ -85,7 +85,7 @@ class Framing(msgspec.Struct):
     between: bytes = b""
     end: bytes = b""
 
-    def failed(self, error: Exception) -> bytes | None:
+    def failed(self, error: BaseException) -> bytes | None:
         """The in-band form of a failure; None where the format has none."""
         log_error(error)
         return None if self.failure is None else self.failure(as_harper_error(error))
@@ -97,7 +97,7 @@ class _OfEvents(Framing, kw_only=True):
     resource: type[Resource]
     context: Context
 
-    def failed(self, error: Exception) -> bytes:
+    def failed(self, error: BaseException) -> bytes:
         """As `Framing`, and there always is one."""
         log_error(error)
         refusal, resource, context = as_harper_error(error), self.resource, self.context
@@ -182,12 +182,12 @@ def _told_last(error: BaseException, framing: Framing, signal: AbortSignal | Non
     return None if told is None else framing.failed(told)
 
 
-def _reported(error: BaseException, signal: AbortSignal | None) -> Exception | None:
-    """What to tell of a failure: of a cancellation only that it was ours, as the client is there.
+def _reported(error: BaseException, signal: AbortSignal | None) -> BaseException | None:
+    """What to tell of a failure: of a cancellation of the stream only that it was ours.
 
-    None where it was not.
+    None where it was not, as the client has left then. What it waits for may be cancelled, too.
     """
-    if isinstance(error, Exception):
+    if isinstance(error, Exception) or not is_ending():
         return error
     task, reason = asyncio.current_task(), None if signal is None else signal.reason
     if reason not in _OURS or task is None:

@@ -1033,6 +1033,32 @@ async def test_what_a_handler_waits_for_may_be_cancelled() -> None:
     assert 500 == (await got(waits)).status
 
 
+@pytest.mark.parametrize(
+    ("accept", "told"),
+    [
+        ("application/json", b'"status":500'),
+        ("application/x-ndjson", b"$harperStreamError"),
+        ("text/event-stream", b"event: harper-error"),
+    ],
+)
+async def test_what_a_stream_waits_for_may_be_cancelled(
+    accept: str, told: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The stream is not: it ends with an error in-band, and the log has its trace."""
+
+    async def waits() -> AsyncIterator[str]:
+        yield "first"
+        coming: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        coming.cancel()
+        yield await coming
+
+    answer = await got(waits, accept=accept)
+
+    assert b"first" in answer.body
+    assert told in answer.body
+    assert "unhandled CancelledError" in caplog.text
+
+
 async def test_sys_exit_in_a_request_ends_no_server(caplog: pytest.LogCaptureFixture) -> None:
     """Not of a verb, a hook, a stream, a middleware or a model: each is a failure, and logged."""
     steps: dict[str, int] = {}
