@@ -115,10 +115,23 @@ async def sound(coming: Awaitable[Reply], context: Context) -> Reply:
     try:
         if not reply.committed:
             checked(reply.headers, context)
+        _check(reply)
     except ServerError:
         await reply.close()
         raise
     return reply
+
+
+def _check(reply: Reply) -> None:
+    """Raises `ServerError` for a status or a body that no answer has."""
+    body, status = cast("object", reply.body), cast("object", reply.status)
+    if not isinstance(status, int) or (reply.socket is None and not 200 <= status <= 999):
+        message = f"a middleware gave the status {status!r}; expected 200 to 999"
+        raise ServerError(message)
+    if not isinstance(body, bytes | AsyncIterator):
+        kind = type(body).__name__
+        message = f"a middleware gave a body of {kind}; expected bytes, or an async iterator"
+        raise ServerError(message)
 
 
 async def _put_aside(reply: Reply, made: AsyncIterator[bytes]) -> None:

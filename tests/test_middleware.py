@@ -355,6 +355,20 @@ async def bad_header(context: Context, call_next: Next) -> Reply:
     return reply
 
 
+async def bad_status(context: Context, call_next: Next) -> Reply:
+    """Gives a status as text, which would be sent, and stop the analytics."""
+    reply = await call_next(context)
+    reply.status = "200"  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+    return reply
+
+
+async def bad_body(context: Context, call_next: Next) -> Reply:
+    """Gives a body that is no bytes."""
+    reply = await call_next(context)
+    reply.body = "text"  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+    return reply
+
+
 @pytest.mark.parametrize(
     ("function", "told"),
     [
@@ -363,8 +377,10 @@ async def bad_header(context: Context, call_next: Next) -> Reply:
         (twice, "middleware 'test.twice' called call_next a second time"),
         (other_context, "'test.other_context' called call_next with a context that is not its own"),
         (bad_header, "the header 'x-bad' is not text that HTTP allows"),
+        (bad_status, "a middleware gave the status '200'; expected 200 to 999"),
+        (bad_body, "a middleware gave a body of str; expected bytes, or an async iterator"),
     ],
-    ids=["nothing", "a number", "twice", "another context", "a bad header"],
+    ids=["nothing", "number", "twice", "another context", "header", "status", "body"],
 )
 async def test_a_faulty_middleware_is_named_in_the_log(
     function: Any, told: str, caplog: pytest.LogCaptureFixture
