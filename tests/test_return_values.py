@@ -1034,6 +1034,20 @@ async def test_what_a_handler_waits_for_may_be_cancelled() -> None:
 
 
 @pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Response(201, body={"a": "b"}),  # type: ignore[dict-item]
+        lambda: {"status": 201, "headers": {}, "body": {"a": "b"}},
+    ],
+    ids=["a response", "a dict"],
+)
+async def test_a_dict_is_no_body(make: Callable[[], Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Its keys are not sent for it: the answer is 500, and the log says where a dict goes."""
+    assert 500 == (await got(make)).status
+    assert "body takes text, bytes or an iterable of them; data takes a dict" in caplog.text
+
+
+@pytest.mark.parametrize(
     ("accept", "told"),
     [
         ("application/json", b'"status":500'),
