@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -11,7 +12,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import msgspec
 
 from .auth import User, extract_tenant_id
-from .errors import HarperError
+from .errors import WHATEVER, HarperError, RegistrationError
 from .signal import AbortSignal, void
 
 logger = logging.getLogger("harperpy.accounting")
@@ -195,7 +196,13 @@ class Ledger:
         self._index, self._of = index, of
 
     def subscribe(self, subscriber: Subscriber) -> None:
-        """Call `subscriber` with every finished call; it must not block and must not raise."""
+        """Call `subscriber` with every finished call; it must not block.
+
+        What it raises is logged. Raises `RegistrationError` for what cannot be called so.
+        """
+        if not callable(subscriber) or inspect.iscoroutinefunction(subscriber):
+            message = f"ledger.subscribe: expected a function that is not async, got {subscriber!r}"
+            raise RegistrationError(message)
         self._subscribers.append(subscriber)
 
     def keep(self, keeper: Keeper, flush: Callable[[], Awaitable[None]]) -> None:
@@ -228,7 +235,11 @@ class Ledger:
             if admission is not None:
                 admission.settle(call)
             for subscriber in self._subscribers:
-                subscriber(call)
+                # An answer that is paid for is not lost, or asked for again, over who is told.
+                try:
+                    subscriber(call)
+                except WHATEVER:
+                    logger.exception("a subscriber of the ledger failed")
 
     def next_id(self) -> int:
         """Microseconds since 1970, always above the last, and no other ledger's: it sorts by time.

@@ -93,6 +93,10 @@ def columns(rows: list[dict[str, Any]], *names: str) -> list[tuple[Any, ...]]:
     return [tuple(row[name] for name in names) for row in reversed(rows)]
 
 
+async def later_told(call: ModelCall) -> None:
+    """Nobody awaits it."""
+
+
 async def a_vector() -> list[list[float]]:
     """An embedding."""
     return [[0.5]]
@@ -458,6 +462,40 @@ async def test_an_answer_beyond_all_that_may_be_asked_for_is_a_failure(
 
     assert 502 == answer.status
     assert "The model provider failed to answer." == answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize("method", ["embed", "generate", "generateStream"])
+async def test_a_subscriber_that_fails_costs_no_answer(
+    method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a provider has answered is given, and asked of no other; the next subscriber is told."""
+    told: list[str] = []
+
+    def apply(scope: Scope) -> None:
+        for name, others in {"spare": [], "first": ["spare"]}.items():
+            kind: Any = "embedding" if method == "embed" else "generative"
+            scope.models.register_backend(kind, name, fine(name), fallback=others)
+        scope.ledger.subscribe(lambda call: told.append(told[call.id]))
+        scope.ledger.subscribe(lambda call: told.append(call.model or ""))
+
+    async with running(ECHO, handle_application=apply) as server:
+        answer = await text_of(server.server.core.models, method, model="first")
+        rows = await server.rows()
+
+    assert ("0.5" if method == "embed" else "well done") in answer
+    assert [("first", True)] == columns(rows, "model", "success")
+    assert ["first"] == told
+    assert "a subscriber of the ledger failed" in caplog.text
+
+
+@pytest.mark.parametrize("given", [5, later_told], ids=["a number", "async"])
+async def test_what_cannot_be_told_of_calls_is_refused(given: Any) -> None:
+    """Its plugin does not start, instead of being told nothing."""
+    async with running(ECHO, handle_application=lambda scope: scope.ledger.subscribe(given)) as one:
+        told = one.server.health.plugins["test"].error
+
+    assert told is not None
+    assert "ledger.subscribe: expected a function that is not async, got" in told
 
 
 DEMANDING: dict[str, Method] = {
