@@ -20,7 +20,7 @@ from .incoming import Socket, closing
 from .outgoing import framed
 from .port import SERVER
 from .rendering import Reply
-from .signal import DISCONNECTED, REVOKED, SHUTDOWN
+from .signal import DISCONNECTED, REVOKED, SHUTDOWN, is_ending
 
 _END_SECONDS = 5.0
 _NORMAL, _GOING_AWAY = 1000, 1001
@@ -97,6 +97,11 @@ class _Conversation:
                 await self._write(*framed(item))
         except SystemExit as error:
             raise exited() from error
+        except asyncio.CancelledError as error:
+            if is_ending():
+                raise
+            message = "what a WebSocket's handler waited for was cancelled"
+            raise RuntimeError(message) from error
         finally:
             await aclose(source)
 

@@ -621,12 +621,13 @@ async def test_middlewares_stand_around_it() -> None:
         (InvalidBody("not this"), 1007, "not this"),
         (HarperError("inner secret"), 1011, HarperError.title),
         (LookupError("inner secret"), 1011, HarperError.title),
+        (asyncio.CancelledError("what it waited for"), 1011, HarperError.title),
         (ResponseError(Response(404)), 1011, "answered 404"),
     ],
 )
 @pytest.mark.parametrize("begun", [False, True])
 async def test_an_error_is_a_code_and_a_reason(
-    error: Exception | None, code: int, reason: str, *, begun: bool
+    error: BaseException | None, code: int, reason: str, *, begun: bool
 ) -> None:
     """What may be told of it, in as many bytes as the protocol allows."""
 
