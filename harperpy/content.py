@@ -220,8 +220,8 @@ class Response:
         data: Any = msgspec.UNSET,
         body: str | bytes | AsyncIterable[str | bytes] | Iterable[str | bytes] | None = None,
     ) -> None:
-        # Its keys would be sent, one after the other.
         if body is not None and isinstance(body, Mapping):
+            # Its keys would be sent, one after the other.
             message = "Response: body takes text, bytes or an iterable of them; data takes a dict"
             raise TypeError(message)
         self.status = status
