@@ -90,7 +90,9 @@ A stream that fails after it has begun ends with one `data: {"error": …}` and 
 | the provider cannot be reached, or understood | 502 | `server_error` | |
 | the provider's 5xx | the same | `server_error` | |
 
-`Retry-After` of a provider's 429 or 503 passes on.
+`Retry-After` of a provider's 429 or 503 passes on. An error that a provider tells within an answer
+of status 200, or in a stream, is as one of the status that it names, by number or by one of
+OpenAI's words; one that names none is a 502.
 """
 
 

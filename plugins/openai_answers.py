@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -18,7 +18,7 @@ from harperpy import (
 from .openai_calls import Called, Calls, Function, whole_call
 from .openai_logprobs import Logprobs
 from .openai_pattern import Pattern, pattern_of
-from .openai_refusals import our_code
+from .openai_refusals import says, told_refusal
 from .openai_usage import Usage, understood
 
 C = TypeVar("C", bound=Choice)
@@ -60,6 +60,8 @@ class _Choice(_Struct):
     message: _Said | None = None
     delta: _Said | None = None
     finish_reason: str | None = None
+    # OpenRouter's, of a provider that failed behind it.
+    error: Any = None
 
 
 class _Whole(_Struct):
@@ -141,7 +143,7 @@ def whole_answer(data: bytes, n: int | None = None) -> GenerateResult:
 
 def _tell(choice: _Choice, result: C) -> C:
     said, likely, reason = choice.message, choice.logprobs, choice.finish_reason
-    if said is None:
+    if said is None or (choice.error is not None and says(choice.error)):
         message = "a choice without a message"
         raise BackendError(message)
     result.content = said.content or ""
@@ -177,17 +179,18 @@ def finish_reason(given: str, *, calls: bool) -> Any:
 class ChunkReader:
     """Turns a stream's events into chunks, and knows whether it came to its end.
 
-    Of choices that nobody asked for it says nothing. `pattern` is that of the events that now
-    bring text.
+    Of choices that nobody asked for it says nothing. `secret` is what no error may tell. `pattern`
+    is that of the events that now bring text.
     """
 
     __slots__ = (
-        *("_begun", "_calls", "_last", "_looks", "_n", "_news"),
+        *("_begun", "_calls", "_last", "_looks", "_n", "_news", "_secret"),
         *("ended", "pattern", "reasons"),
     )
 
-    def __init__(self, n: int | None = None) -> None:
+    def __init__(self, n: int | None = None, secret: str | None = None) -> None:
         self._n = n or 1
+        self._secret = secret
         # Most providers say in each event the same of the answer as a whole.
         self._last = _NOTHING_WHOLE
         self._news: GenerateChunk | None = None
@@ -214,24 +217,24 @@ class ChunkReader:
                 at += 1
 
     def read(self, data: str) -> Sequence[GenerateChunk]:
-        """The chunks of one event, none for one that brings nothing. Raises `BackendError`."""
+        """The chunks of one event, none for one that brings nothing. Raises what it tells of."""
         if self.ended or data == "[DONE]":
             self.ended, self.pattern = True, None
             return ()
         try:
             event = understood(_event, data)
         except msgspec.DecodeError as error:
-            told = data.strip()
-            if not told or told == "[DONE]":
-                return self.read(told) if told else ()
-            message = "an event of the stream is not what it should be"
-            raise BackendError(message) from error
+            return self._read_odd(data.strip(), error)
         whole = _whole_of(event)
-        if whole != self._last or event.usage is not None or event.error is not None:
+        if event.error is not None or event.choices is None:
+            self.heed(data)
+        if whole != self._last or event.usage is not None:
             self._take(event)
             self._last = whole
         chunks: list[GenerateChunk] = []
         for choice in event.choices or ():
+            if choice.error is not None:
+                self.heed(data)
             chunk = self._chunk(choice)
             if chunk is not None:
                 chunks.append(chunk)
@@ -240,6 +243,14 @@ class ChunkReader:
         if self._looks and len(chunks) == 1:
             self._look(data, chunks[0])
         return chunks
+
+    def _read_odd(self, told: str, error: Exception) -> Sequence[GenerateChunk]:
+        """What is no JSON, or none that is understood, may be blank around what is."""
+        if not told or told == "[DONE]":
+            return self.read(told) if told else ()
+        self.heed(told)
+        message = "an event of the stream is not what it should be"
+        raise BackendError(message) from error
 
     def _look(self, data: str, chunk: GenerateChunk) -> None:
         """Note the pattern of an event that has brought text alone."""
@@ -252,11 +263,15 @@ class ChunkReader:
         found = pattern is not None and _says(pattern.event(another), another)
         self.pattern = pattern if found else None
 
-    def _take(self, event: _Chunk) -> None:
-        """Note what is new of the answer as a whole. Raises `BackendError` for its failure."""
+    def heed(self, data: str) -> None:
+        """Raise the error that an event tells, if it does."""
         self.pattern = None
-        if event.error is not None:
-            raise _stream_error(event.error)
+        if (error := told_refusal(data, self._secret)) is not None:
+            raise error
+
+    def _take(self, event: _Chunk) -> None:
+        """Note what is new of the answer as a whole."""
+        self.pattern = None
         news = self._news or GenerateChunk()
         event.tell(news)
         if news != _NO_NEWS:
@@ -353,11 +368,3 @@ def _says(data: str, text: str) -> bool:
         return False
     said = [choice.delta or choice.message for choice in event.choices or ()]
     return [text] == [one and one.content for one in said]
-
-
-def _stream_error(told: Any) -> BackendError:
-    given = cast("dict[str, Any]", told) if isinstance(told, dict) else {}
-    code = given.get("code")
-    status = code if isinstance(code, int) and 400 <= code <= 599 else None
-    message = "the provider reported an error in its stream"
-    return BackendError(message, upstream_status=status, code=our_code(code))

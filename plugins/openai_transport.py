@@ -8,13 +8,13 @@ from typing import Literal, TypeVar
 import msgspec
 from multidict import CIMultiDict
 
-from harperpy import BackendError, Batched, GenerateChunk, SSEDecoder
+from harperpy import BackendError, Batched, GenerateChunk, HarperError, SSEDecoder
 
 from .openai_answers import ChunkReader
 from .openai_exchange import Answer, Exchange, Timeouts, Upstream
 from .openai_pattern import Pattern
 from .openai_pool import Pool
-from .openai_refusals import refusal
+from .openai_refusals import refusal, told_refusal
 from .openai_session import Session
 
 T = TypeVar("T")
@@ -75,7 +75,11 @@ class Transport:
             raise
         try:
             return read(data)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, BackendError) as error:
+            if (told := told_refusal(data, self._secret)) is not None:
+                raise told from error
+            if isinstance(error, BackendError):
+                raise
             message = f"the answer from {path} is not what it should be"
             raise BackendError(message) from error
 
@@ -86,7 +90,7 @@ class Transport:
 
         Raises `BackendError` for one that is cut off.
         """
-        chunks = _Chunks(n)
+        chunks = _Chunks(n, self._secret)
         return Batched(self._batches(chunks, path, body, call_id), chunks.divert)
 
     async def _batches(
@@ -115,8 +119,8 @@ class Transport:
                     batch = []
                 if answer is not None and not reader.ended:
                     read = await answer.read()
-            reader.read_all([*chunks.events.end()], batch)
-        except BackendError:
+            chunks.end(batch)
+        except HarperError:
             if batch:
                 yield batch
             # What breaks off after the answer's end takes nothing from it.
@@ -147,8 +151,8 @@ class _Chunks:
 
     __slots__ = ("_pattern", "answer", "events", "exchange", "reader", "sink")
 
-    def __init__(self, n: int | None) -> None:
-        self.reader = ChunkReader(n)
+    def __init__(self, n: int | None, secret: str | None) -> None:
+        self.reader = ChunkReader(n, secret)
         self.events = SSEDecoder()
         self.exchange: Exchange | None = None
         self.answer: Answer | None = None
@@ -168,6 +172,13 @@ class _Chunks:
         self.reader.read_all(self.events.feed(read), batch)
         if not self.events.pending:
             self._pattern = self.reader.pattern
+
+    def end(self, batch: list[GenerateChunk]) -> None:
+        """Put what it ended in the middle of into a batch, or raise what that tells."""
+        if rest := self.events.pending:
+            self.reader.read_all([*self.events.end()], batch)
+            # Some tell an error as whole answers do, also to who wants a stream, and within one.
+            self.reader.heed(rest.decode(errors="replace"))
 
     def _take(self, read: bytes) -> bool:
         if (pattern := self._pattern) is not None and (batch := pattern.pieces(read)):

@@ -485,6 +485,111 @@ async def test_an_answer_that_says_it_failed_is_no_answer(
     assert (False, "backend_error") == (row["success"], row["error_code"])
 
 
+SAYS = {"message": "no: sk-abcdef123456", "type": "t", "param": "p", "code": "c"}
+REFUSALS: dict[str, tuple[Any, int]] = {
+    "OpenRouter's": ({"error": {"message": "no", "code": 429, "metadata": {"raw": "x"}}}, 429),
+    "Azure's": ({"error": {**SAYS, "code": "content_filter", "status": 400}}, 400),
+    "Groq's": ({"error": {**SAYS, "status_code": 413, "failed_generation": "x"}}, 413),
+    "vLLM's": ({"object": "error", "message": "no", "type": "BadRequestError", "code": 400}, 400),
+    "Google's": ([{"error": {"message": "no", "code": 404, "status": "NOT_FOUND"}}], 404),
+    "a number as text": ({"error": {"message": "no", "code": "422"}}, 422),
+    "OpenAI's code": ({"error": {"message": "no", "code": "rate_limit_exceeded"}}, 429),
+    "OpenAI's type": ({"error": {"message": "no", "type": "invalid_request_error"}}, 400),
+    "no status": ({"error": SAYS}, 502),
+    "Ollama's": ({"error": "model runner has unexpectedly stopped: no"}, 502),
+    "z.ai's": ({"code": 500, "msg": "no", "success": False}, 500),
+    "our key": ({"error": {"message": "no", "code": 401}}, 502),
+    "no credit": ({"error": {"message": "no", "code": 402}}, 502),
+    "another harperpy's": ({"error": {"message": "no", "code": "timeout"}}, 504),
+    "a choice's": (
+        {"choices": [{"index": 0, "message": {"role": "assistant", "content": ""},
+                      "error": {"message": "no", "code": 429}}]}, 429),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", ["whole", "stream", "event", "embedding"])
+@pytest.mark.parametrize(("told", "status"), REFUSALS.values(), ids=REFUSALS)
+async def test_an_error_within_a_good_answer_is_the_refusal_that_it_tells(
+    gateway: RunningServer, upstream: ScriptedUpstream, told: Any, status: int, call: str
+) -> None:
+    """With the status it names, its words where callers may read them, and no key in them."""
+    upstream.script(Answer(events=[told, "[DONE]"]) if call == "event" else Answer(body=told))
+    if call == "embedding":
+        answer = await ask(gateway, "POST", "/v1/embeddings", json={"input": "a"})
+    else:
+        answer = await make(gateway, "whole" if call == "whole" else "stream")
+    (row,) = await gateway.rows()
+    said = answer.json["error"]
+
+    assert status == answer.status
+    assert ("no" == said["message"].partition(":")[0]) is (status < 500)
+    assert "sk-abc" not in answer.text
+    assert (False, "timeout" if status == 504 else "backend_error") == (
+        row["success"],
+        row["error_code"],
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"error": {"message": "no", "code": 429}},
+        b'event: error\ndata: {"message": "no", "type": "rate_limit_error"}\n\n',
+        b'{"error": {"message": "no", "code": 429}}\n',
+        {**chunk({"content": ""}, "error"), "error": {"message": "no", "code": 429}},
+        {"choices": [{"index": 0, "delta": {}, "error": {"message": "no", "code": 429}}]},
+    ],
+    ids=["an error", "an event named error", "no event", "beside a choice", "in a choice"],
+)
+async def test_an_error_in_the_middle_of_a_stream_ends_it_with_its_words(
+    gateway: RunningServer, upstream: ScriptedUpstream, error: Any
+) -> None:
+    """What the provider sends after it does not make half an answer pass for a whole one."""
+    after = [] if isinstance(error, bytes) and error[:1] == b"{" else ["[DONE]"]
+    upstream.script(Answer(events=[chunk({"content": "half"}), error, *after]))
+    *_, last = events((await make(gateway, "stream")).text)
+    (row,) = await gateway.rows()
+
+    assert "no" == last["error"]["message"]
+    assert (False, 429, True) == (row["success"], row["upstream_status"], row["usage_estimated"])
+
+
+@pytest.mark.parametrize("blank", [{}, {"message": "", "type": "", "code": None}, "", None])
+async def test_an_error_that_says_nothing_is_none(
+    gateway: RunningServer, upstream: ScriptedUpstream, blank: Any
+) -> None:
+    """Some relays have the field in each answer, also in those of good ones."""
+    choice = {"index": 0, "message": {"content": "hi"}, "error": blank}
+    late = {**chunk({}, "stop"), "error": blank}
+    upstream.script(
+        Answer(body={"choices": [choice], "error": blank}),
+        Answer(events=[{**chunk({"content": "hi"}), "error": blank}, late, "[DONE]"]),
+    )
+    whole = (await make(gateway, "whole")).json["choices"][0]
+    first, *_, last = events((await make(gateway, "stream")).text)
+
+    assert "hi" == whole["message"]["content"] == first["choices"][0]["delta"]["content"]
+    assert "[DONE]" == last
+
+
+async def test_an_error_within_a_good_answer_leads_to_the_next_model(
+    upstream: ScriptedUpstream,
+) -> None:
+    """As the status would that it should have had: a 429 does, a 400 does not."""
+    spare = "    spare: {backend: echo}\n"
+    config = provider(upstream.url, "fallback: [spare]") + spare
+    async with running(config.replace("  embedding", f"{spare}  embedding")) as server:
+        for status in (429, 400):
+            upstream.script(Answer(body={"error": {"message": "no", "code": status}}))
+        first, second = [await make(server, "whole") for _ in range(2)]
+        rows = await server.rows()
+
+    assert (200, 400) == (first.status, second.status)
+    assert [(429, False), (None, True), (400, False)] == [
+        (row["upstream_status"], row["success"]) for row in sorted(rows, key=lambda row: row["id"])
+    ]
+
+
 COMPLETE = [chunk({"content": "hi"}), chunk({}, finish_reason="stop")]
 
 
