@@ -128,15 +128,18 @@ class Limits:
 
     async def _admit(self, attempt: Attempt, bounds: Sequence[Bound]) -> None:
         now = self.clock()
-        meters = {
-            meter.name: (meter, bound)
-            for bound in bounds
-            for meter in bound.meters(now)
-            if attempt.number == 0 or meter.kind != "requests" or not bound.follows_call
-        }
         price = self.prices.find(attempt.call)
-        for _, bound in meters.values():
+        meters: dict[str, tuple[Meter, Bound]] = {}
+        for bound in bounds:
             _check_price(bound, price, attempt)
+            again = attempt.number > 0 and bound.follows_call
+            for meter in bound.meters(now):
+                if again and meter.kind == "requests":
+                    continue
+                # Several rules may count the same: each holds, so the tightest does.
+                other = meters.get(meter.name)
+                if other is None or meter.limit < other[0].limit:
+                    meters[meter.name] = meter, bound
         wanted = _wanted(attempt, price)
         claims = [*self._claims((meter for meter, _ in meters.values()), attempt, price)]
         try:

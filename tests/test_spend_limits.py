@@ -683,6 +683,39 @@ async def test_the_tightest_of_several_rules_is_told(upstream: ScriptedUpstream)
         assert "tenant default" in answers[2].text
 
 
+@pytest.mark.parametrize("loose_first", [True, False])
+@pytest.mark.parametrize(
+    ("tight", "loose"),
+    [
+        ("budget: {cost: 0.02}", "budget: {cost: 20}"),
+        ("budget: {tokens: 20}", "budget: {tokens: 20000}"),
+        ("concurrent: 1", "concurrent: 100"),
+        ("budget: {cost: 20}", "budget: {cost: 0.02, unknownPrice: allow}"),
+    ],
+)
+async def test_of_several_rules_for_one_name_the_tightest_holds(
+    upstream: ScriptedUpstream, tight: str, loose: str, *, loose_first: bool
+) -> None:
+    """In whichever order they stand: the one for everybody is not lifted by one's own."""
+    rules = [f"{{per: user, match: '*', {tight}}}", f"{{per: user, match: alice, {loose}}}"]
+    unpriced = "allow" in loose
+    prices = "prices: [{model: other, input: 1000}]\n" if unpriced else PRICES
+    ordered = reversed(rules) if loose_first else rules
+    async with serving(upstream, *ordered, more=prices) as (server, key):
+        if "concurrent" in tight:
+            upstream.script(Answer(hang="head"))
+            first = asyncio.ensure_future(chat(server, key))
+            await upstream.asked.wait()
+            refused = await chat(server, key)
+            upstream.released.set()
+            await first
+        else:
+            *_, refused = [await chat(server, key, max_tokens=1) for _ in range(6)]
+
+    assert (403 if unpriced else 429) == refused.status
+    assert len(upstream.requests) < 6
+
+
 async def test_streams_and_embeddings_carry_the_headers(upstream: ScriptedUpstream) -> None:
     """Before the first piece, as OpenAI's own client finds them."""
     rule = "{per: user, requestsPerMinute: 60, tokensPerMinute: 90000}"
