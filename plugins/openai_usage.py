@@ -23,7 +23,10 @@ _encode = msgspec.json.encode
 
 
 class Usage(msgspec.Struct, gc=False):
-    """A provider's usage; whatever in the details is no count of tokens is passed over."""
+    """A provider's usage; whatever in the details is no count of tokens is passed over.
+
+    Some send zeros where they count nothing, or nothing yet: no call is so short.
+    """
 
     prompt_tokens: _Count | None = None
     completion_tokens: _Count | None = None
@@ -37,11 +40,11 @@ class Usage(msgspec.Struct, gc=False):
     @property
     def asked(self) -> int | None:
         """What was asked, where nothing else is counted."""
-        return self.total_tokens if self.prompt_tokens is None else self.prompt_tokens
+        return self.prompt_tokens or self.total_tokens or None
 
     def tokens(self) -> TokenUsage | None:
         """As harperpy counts; None where it says neither what was asked nor what was answered."""
-        asked, answered = self.prompt_tokens, self.completion_tokens
+        asked, answered = self.prompt_tokens or None, self.completion_tokens or None
         if asked is None and answered is None:
             return None
         # xAI and Gemini count thoughts in the total alone: what is beyond the prompt was answered.

@@ -538,7 +538,7 @@ async def test_tool_calls_without_an_index_are_told_apart(
         ({"completion_tokens": 50}, (5, 50, True)),
         ({"prompt_tokens": -5, "completion_tokens": 50}, (5, 50, True)),
         ({"prompt_tokens": 1e300, "completion_tokens": 50}, (5, 50, True)),
-        ({"prompt_tokens": 1000, "completion_tokens": 0}, (1000, 0, False)),
+        ({"prompt_tokens": 1000, "completion_tokens": 0}, (1000, 2, True)),
     ],
 )
 async def test_only_the_count_that_is_missing_is_estimated(
@@ -612,6 +612,31 @@ async def test_usage_that_counts_nothing_is_estimated(
     else:
         completion = None if call == "embed" else 2
         assert (3, completion) == (prompt, row["completion_tokens"])
+
+
+@pytest.mark.parametrize("call", ["whole", "stream", "begin", "embed"])
+async def test_zeros_are_no_count(
+    gateway: RunningServer, upstream: ScriptedUpstream, call: str
+) -> None:
+    """Some send them where they count nothing, or before they have: no answer is free by that."""
+    nothing = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    begun = {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+    first, *rest = [chunk({"content": "word "}) for _ in range(7)]
+    stop = chunk({}, finish_reason="stop")
+    answers = {
+        "whole": Answer(body={**whole("seven words and then there are more"), "usage": nothing}),
+        "stream": Answer(events=[first, *rest, stop, {"choices": [], "usage": nothing}, "[DONE]"]),
+        "begin": Answer(events=[{**first, "usage": begun}, *rest, stop, "[DONE]"]),
+        "embed": Answer(body={"data": [{"index": 0, "embedding": [1.0]}], "usage": nothing}),
+    }
+    upstream.script(answers[call])
+    answer = await make(gateway, "stream" if call == "begin" else call)
+    row = await only_row(gateway)
+
+    assert (200, True) == (answer.status, row["usage_estimated"])
+    assert 0 < row["embedding_tokens" if call == "embed" else "prompt_tokens"] < 20
+    if call != "embed":
+        assert 7 == row["completion_tokens"]
 
 
 @pytest.mark.parametrize("call", ["whole", "stream"])

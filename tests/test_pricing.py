@@ -64,10 +64,10 @@ COSTS: dict[str, tuple[str, dict[str, Any], float | None]] = {
         "{model: gpt-4o-mini, input: 2.5, output: 10}",
         {
             "prompt_tokens": 1000,
-            "completion_tokens": 0,
+            "completion_tokens": 10,
             "prompt_tokens_details": {"cached_tokens": 400},
         },
-        0.0025,
+        0.0026,
     ),
     "reasoning is output already": (
         "{model: gpt-4o-mini, input: 1, output: 1}",
