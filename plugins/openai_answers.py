@@ -227,14 +227,14 @@ class ChunkReader:
             return self._read_odd(data.strip(), error)
         whole = _whole_of(event)
         if event.error is not None or event.choices is None:
-            self.heed(data)
+            self._heed(data)
         if whole != self._last or event.usage is not None:
             self._take(event)
             self._last = whole
         chunks: list[GenerateChunk] = []
         for choice in event.choices or ():
             if choice.error is not None:
-                self.heed(data)
+                self._heed(data)
             chunk = self._chunk(choice)
             if chunk is not None:
                 chunks.append(chunk)
@@ -248,7 +248,7 @@ class ChunkReader:
         """What is no JSON, or none that is understood, may be blank around what is."""
         if not told or told == "[DONE]":
             return self.read(told) if told else ()
-        self.heed(told)
+        self._heed(told)
         message = "an event of the stream is not what it should be"
         raise BackendError(message) from error
 
@@ -263,7 +263,7 @@ class ChunkReader:
         found = pattern is not None and _says(pattern.event(another), another)
         self.pattern = pattern if found else None
 
-    def heed(self, data: str) -> None:
+    def _heed(self, data: str) -> None:
         """Raise the error that an event tells, if it does."""
         self.pattern = None
         if (error := told_refusal(data, self._secret)) is not None:

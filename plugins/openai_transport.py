@@ -176,9 +176,11 @@ class _Chunks:
     def end(self, batch: list[GenerateChunk]) -> None:
         """Put what it ended in the middle of into a batch, or raise what that tells."""
         if rest := self.events.pending:
-            self.reader.read_all([*self.events.end()], batch)
-            # Some tell an error as whole answers do, also to who wants a stream, and within one.
-            self.reader.heed(rest.decode(errors="replace"))
+            events = [*self.events.end()]
+            # Some answer as to who wants no stream, or end one with an error in that form.
+            if not events and rest.lstrip().startswith((b"{", b"[")):
+                events = [rest.decode(errors="replace")]
+            self.reader.read_all(events, batch)
 
     def _take(self, read: bytes) -> bool:
         if (pattern := self._pattern) is not None and (batch := pattern.pieces(read)):

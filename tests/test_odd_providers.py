@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from harperpy.testing import Answer, RunningServer, ScriptedUpstream, running
+from harperpy.testing import Answer, RunningServer, ScriptedUpstream, running, whole
 from helpers import HELLO, Answered, ask, events, openai_client, provider
 
 pytestmark = pytest.mark.usefixtures("transport")
@@ -485,6 +485,30 @@ async def test_an_answer_that_says_it_failed_is_no_answer(
     assert (False, "backend_error") == (row["success"], row["error_code"])
 
 
+@pytest.mark.parametrize("told", [whole("hi", tool_calls=[named("f", "{}", id="c1")]), whole("hi")])
+async def test_a_whole_answer_to_who_wants_a_stream_is_one(
+    gateway: RunningServer, upstream: ScriptedUpstream, told: Any
+) -> None:
+    """Caches before providers, and models that cannot stream, answer so."""
+    upstream.script(Answer(body=told))
+    asked: Any = {**HELLO, "tools": [TOOL]}
+    async with openai_client(gateway) as client:
+        stream = await client.chat.completions.create(**asked, stream=True)
+        chunks = [one.choices[0] async for one in stream]
+    (row,) = await gateway.rows()
+
+    calls = [call for one in chunks for call in one.delta.tool_calls or ()]
+    assert "hi" == "".join(one.delta.content or "" for one in chunks)
+    assert len(told["choices"][0]["message"].get("tool_calls", ())) == len(calls)
+    assert told["choices"][0]["finish_reason"] == chunks[-1].finish_reason
+    assert (True, 3, 1, False) == (
+        row["success"],
+        row["prompt_tokens"],
+        row["completion_tokens"],
+        row["usage_estimated"],
+    )
+
+
 SAYS = {"message": "no: sk-abcdef123456", "type": "t", "param": "p", "code": "c"}
 REFUSALS: dict[str, tuple[Any, int]] = {
     "OpenRouter's": ({"error": {"message": "no", "code": 429, "metadata": {"raw": "x"}}}, 429),
@@ -565,10 +589,10 @@ async def test_an_error_that_says_nothing_is_none(
         Answer(body={"choices": [choice], "error": blank}),
         Answer(events=[{**chunk({"content": "hi"}), "error": blank}, late, "[DONE]"]),
     )
-    whole = (await make(gateway, "whole")).json["choices"][0]
+    choice = (await make(gateway, "whole")).json["choices"][0]
     first, *_, last = events((await make(gateway, "stream")).text)
 
-    assert "hi" == whole["message"]["content"] == first["choices"][0]["delta"]["content"]
+    assert "hi" == choice["message"]["content"] == first["choices"][0]["delta"]["content"]
     assert "[DONE]" == last
 
 
