@@ -77,7 +77,7 @@ def _refusal(
     if status in _PASSED_ON:
         message = _masked(told.message or f"The model provider answered {status}.", secret)
         words = (told.type, told.param, told.code)
-        type_, param, code = (word and _masked(word, secret) for word in words)
+        type_, param, code = (word and _masked(word, secret)[:_LONGEST_MESSAGE] for word in words)
         error: HarperError = UpstreamRejected(
             message[:_LONGEST_MESSAGE],
             upstream_status=status,

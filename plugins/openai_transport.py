@@ -76,7 +76,9 @@ class Transport:
         try:
             return read(data)
         except (msgspec.DecodeError, UnicodeDecodeError, BackendError) as error:
-            if (told := told_refusal(data, self._secret)) is not None:
+            # No error is long, and to look for one in all of a long answer would keep the loop.
+            told = told_refusal(data, self._secret) if len(data) <= _MOST_ERROR else None
+            if told is not None:
                 raise told from error
             if isinstance(error, BackendError):
                 raise

@@ -578,6 +578,21 @@ async def test_an_error_in_the_middle_of_a_stream_ends_it_with_its_words(
     assert (False, 429, True) == (row["success"], row["upstream_status"], row["usage_estimated"])
 
 
+async def test_no_error_is_looked_for_in_what_is_longer_than_one(
+    gateway: RunningServer, upstream: ScriptedUpstream
+) -> None:
+    """The loop is not kept by it, and what passes on of a shorter one is short."""
+    told = {"message": "no", "code": 400}
+    upstream.script(
+        Answer(body={"error": {**told, "param": "p" * 300_000}}),
+        Answer(body={"error": {**told, "type": "t" * 9000}}),
+    )
+    long, short = [await make(gateway, "whole") for _ in range(2)]
+
+    assert (502, 400) == (long.status, short.status)
+    assert "t" * 500 == short.json["error"]["type"]
+
+
 @pytest.mark.parametrize("blank", [{}, {"message": "", "type": "", "code": None}, "", None])
 async def test_an_error_that_says_nothing_is_none(
     gateway: RunningServer, upstream: ScriptedUpstream, blank: Any
