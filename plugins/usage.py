@@ -165,10 +165,12 @@ def _conditions(source: sa.Subquery, request: GetUsage) -> list[sa.ColumnElement
 
 def window(since: Moment | None, until: Moment | None) -> tuple[float | None, float | None]:
     """`from` and `to` in milliseconds since 1970, where they are given. Raises `InvalidBody`."""
-    return (
-        None if since is None else moment(since, "from"),
-        None if until is None else moment(until, "to"),
-    )
+    start = None if since is None else moment(since, "from")
+    end = None if until is None else moment(until, "to")
+    if start is not None and end is not None and end <= start:
+        message = "to: expected a moment after 'from', the first one that does not count any more"
+        raise InvalidBody(message, param="to")
+    return start, end
 
 
 def within(column: sa.ColumnElement[Any], start: Any, end: Any) -> list[sa.ColumnElement[bool]]:

@@ -19,7 +19,7 @@ from harperpy.plugins.usage import DIMENSIONS
 from harperpy.plugins.yaml_edit import edited
 from sqlalchemy import delete
 
-from harperpy import ClientError, Scope
+from harperpy import ClientError, HarperError, Scope
 from harperpy.testing import ECHO, Answer, RunningServer, ScriptedUpstream, running
 from helpers import HELLO, ask, operation, provider, quiet_port
 
@@ -103,6 +103,22 @@ async def test_usage_has_a_beginning_and_an_end(
     assert 2 == await calls(**{"from": oldest, "to": newest})
     assert 3 == await calls(**{"from": "2020-01-01", "to": "2999-01-01T00:00:00Z"})
     assert 0 == await calls(to="2020-01-01")
+
+
+@pytest.mark.parametrize("operation", ["get_usage", "reconcile"])
+@pytest.mark.parametrize("end", ["2026-11-21", "2026-11-20", 0])
+async def test_a_time_that_holds_no_moment_is_refused(
+    server: RunningServer, operation: str, end: Any
+) -> None:
+    """Whoever means a whole day by its date twice is told so, and reads no zeros."""
+    more: dict[str, Any] = {"served": [], "backend_name": "default"}
+    with pytest.raises(HarperError, match="expected a moment after 'from'") as refused:
+        await server.operate(
+            operation,
+            **{"from": "2026-11-21", "to": end, **(more if operation == "reconcile" else {})},
+        )
+
+    assert (400, "to") == (refused.value.status, refused.value.param)
 
 
 async def test_whole_days_are_told_as_their_rows_are_and_when_those_are_gone(
