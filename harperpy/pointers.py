@@ -41,17 +41,33 @@ def pointer(path: str) -> str:
 
 
 def hint(message: str, path: str, kind: Any) -> str:
-    """The half-sentence that helps with a field of a Struct: its nearest name, or its words."""
-    if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
+    """The half-sentence that helps with a field of a Struct: its nearest name, or its words.
+
+    It may be one of a Struct within, as far as names alone lead to it.
+    """
+    names = path.split(".")
+    for outer in names[:-1]:
+        kind = _struct((_fields(kind) or {}).get(outer))
+    fields, path = _fields(kind), names[-1]
+    if fields is None or not _NAME.fullmatch(path):
         return ""
-    if not _NAME.fullmatch(path):
-        return ""
-    fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
     if message.startswith("Object contains unknown"):
         return f"; {nearest(path, fields, 'fields')}"
     if message.startswith("Invalid enum value") and (words := [*_words(fields.get(path))]):
         return f"; expected {', '.join(words)}"
     return ""
+
+
+def _fields(kind: Any) -> dict[str, Any] | None:
+    """The types of a Struct's fields; None for what is no Struct."""
+    if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
+        return None
+    return {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+
+
+def _struct(hinted: Any) -> Any:
+    """The Struct that a field may hold, alone or beside others; None for none."""
+    return next((one for one in (hinted, *get_args(hinted)) if _fields(one) is not None), None)
 
 
 def _words(hinted: Any) -> Iterator[str]:

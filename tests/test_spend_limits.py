@@ -790,6 +790,14 @@ async def test_limits_are_set_listed_and_dropped(upstream: ScriptedUpstream) -> 
         ({"scope": "user", "name": "a"}, "expected requests_per_minute, tokens_per_minute"),
         ({"scope": "user", "name": "a", "budget": {}}, "budget: expected tokens or cost"),
         ({"scope": "planet", "name": "a", "concurrent": 1}, "Invalid enum value 'planet'"),
+        (
+            {"scope": "user", "name": "a", "budget": {"cost": 1, "period": "week"}},
+            "budget.period: Invalid enum value 'week'; expected day, month",
+        ),
+        (
+            {"scope": "user", "name": "a", "budget": {"costs": 1}},
+            "unknown field `costs`; did you mean 'cost'?",
+        ),
         ({"scope": "user", "name": "a", "concurrent": 0}, "concurrent"),
         ({"scope": "user", "name": "a", "rpm": 1}, "rpm"),
         ({"scope": "user", "name": "a", "tokens_per_minute": 10**310}, "tokens_per_minute"),
