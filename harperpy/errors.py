@@ -50,7 +50,8 @@ class HarperError(Exception):
     """A refusal with a status; what of it may be said to a caller is `public_message`.
 
     `report` are members that the operations port adds to its answer. `retryable` says that the same
-    call may succeed in a moment, `retry_after` in how many seconds.
+    call may succeed in a moment, `retry_after` in how many seconds. `usage` is the `TokenUsage`
+    that a call at a model took all the same.
     """
 
     status: int = 500
@@ -60,6 +61,7 @@ class HarperError(Exception):
     report: Mapping[str, Any] | None = None
     retryable: bool = False
     retry_after: float | None = None
+    usage: Any = None
     title: ClassVar[str] = "The server had an error while processing the request."
 
     def __init__(

@@ -232,9 +232,9 @@ def _told(call: Call, result: GenerateResult, recorder: Recorder) -> None:
 
 def _embedded(call: Call, result: EmbedResult, recorder: Recorder) -> None:
     inputs: EmbedInputs = call.asked
-    _check_vectors(result.vectors, len(inputs.texts) + len(inputs.arrays))
     if result.usage is not None:
         recorder.count(result.usage)
+    _check_vectors(result.vectors, len(inputs.texts) + len(inputs.arrays))
     row = recorder.call
     # What was asked is what there is to embed, where a backend counts it so.
     if row.embedding_tokens is None and row.prompt_tokens is None:

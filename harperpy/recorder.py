@@ -16,6 +16,7 @@ from .errors import (
     BackendError,
     BackendTimeout,
     CapabilityError,
+    HarperError,
     ModelNotFound,
     TransactionError,
 )
@@ -157,6 +158,8 @@ class Recorder(msgspec.Struct, eq=False):
         else:
             call.error_code = error_code(error)
             call.upstream_status = _whole(getattr(error, "upstream_status", None))
+            if isinstance(error, HarperError) and isinstance(error.usage, TokenUsage):
+                self.count(error.usage)
         if prompt is not None and not self.counted and self.source and self.source.deltas:
             self.estimate(prompt)
         self.ledger.record(call, self.admission)

@@ -13,6 +13,7 @@ from harperpy import (
     Choice,
     GenerateChunk,
     GenerateResult,
+    TokenUsage,
 )
 
 from .openai_calls import Called, Calls, Function, whole_call
@@ -126,19 +127,29 @@ def whole_answer(data: bytes, n: int | None = None) -> GenerateResult:
     given = told.choices
     if not given:
         message = "an answer without a choice"
-        raise BackendError(message)
-    if len(given) > 1:
-        given = sorted(given, key=lambda choice: choice.index)[: n or 1]
-    result = GenerateResult(
-        usage=None if told.usage is None else told.usage.tokens(),
-        system_fingerprint=told.system_fingerprint,
-        service_tier=told.service_tier,
-        moderation=told.moderation,
-    )
-    _tell(given[0], result)
-    if len(given) > 1:
-        result.others = [_tell(choice, Choice()) for choice in given[1:]]
+        raise _billed(BackendError(message), told)
+    try:
+        if len(given) > 1:
+            given = sorted(given, key=lambda choice: choice.index)[: n or 1]
+        result = GenerateResult(
+            usage=None if told.usage is None else told.usage.tokens(),
+            system_fingerprint=told.system_fingerprint,
+            service_tier=told.service_tier,
+            moderation=told.moderation,
+        )
+        _tell(given[0], result)
+        if len(given) > 1:
+            result.others = [_tell(choice, Choice()) for choice in given[1:]]
+    except BackendError as error:
+        _billed(error, told)
+        raise
     return result
+
+
+def _billed(error: BackendError, told: _Completion) -> BackendError:
+    """The error of an answer with its usage: what has failed is billed all the same."""
+    error.usage = None if told.usage is None else told.usage.tokens()
+    return error
 
 
 def _tell(choice: _Choice, result: C) -> C:
@@ -226,11 +237,11 @@ class ChunkReader:
         except msgspec.DecodeError as error:
             return self._read_odd(data.strip(), error)
         whole = _whole_of(event)
-        if event.error is not None or event.choices is None:
-            self._heed(data)
         if whole != self._last or event.usage is not None:
             self._take(event)
             self._last = whole
+        if event.error is not None or event.choices is None:
+            self._heed(data)
         chunks: list[GenerateChunk] = []
         for choice in event.choices or ():
             if choice.error is not None:
@@ -292,6 +303,11 @@ class ChunkReader:
         first.moderation = news.moderation
         self._news = None
         return chunks
+
+    @property
+    def unheard(self) -> TokenUsage | None:
+        """The usage that came with what has failed."""
+        return self._news and self._news.usage
 
     @property
     def is_complete(self) -> bool:

@@ -75,7 +75,11 @@ def _result(told: _Embeddings[Any], texts: list[bytes]) -> EmbedResult:
     # What else it counts is no part of it; some say the total alone.
     tokens = None if told.usage is None else told.usage.asked
     usage = None if tokens is None else TokenUsage(embedding_tokens=tokens)
-    return EmbedResult(vectors=[_vector(text) for _, text in given], usage=usage)
+    try:
+        return EmbedResult(vectors=[_vector(text) for _, text in given], usage=usage)
+    except BackendError as error:
+        error.usage = usage
+        raise
 
 
 def _vector(text: bytes) -> Vector:

@@ -79,6 +79,7 @@ class Transport:
             # No error is long, and to look for one in all of a long answer would keep the loop.
             told = told_refusal(data, self._secret) if len(data) <= _MOST_ERROR else None
             if told is not None:
+                told.usage = getattr(error, "usage", None)
                 raise told from error
             if isinstance(error, BackendError):
                 raise
@@ -122,7 +123,8 @@ class Transport:
                 if answer is not None and not reader.ended:
                     read = await answer.read()
             chunks.end(batch)
-        except HarperError:
+        except HarperError as error:
+            error.usage = reader.unheard
             if batch:
                 yield batch
             # What breaks off after the answer's end takes nothing from it.

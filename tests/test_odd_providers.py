@@ -629,6 +629,38 @@ async def test_an_error_within_a_good_answer_leads_to_the_next_model(
     ]
 
 
+TOOK = {"prompt_tokens": 1000, "completion_tokens": 500, "total_tokens": 1500}
+FAILED: Any = {"index": 0, "message": {"content": "half"}, "finish_reason": "error"}
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        ("whole", Answer(body={"choices": [FAILED], "usage": TOOK})),
+        ("whole", Answer(body={"error": {"message": "no", "code": 400}, "usage": TOOK})),
+        ("stream", Answer(events=[{**chunk({}, "error"), "usage": TOOK}])),
+        ("stream", Answer(events=[chunk({"content": "a"}), {"error": "no", "usage": TOOK}])),
+        ("embed", Answer(body={"data": [], "usage": TOOK})),
+        ("embed", Answer(body={"data": [{"embedding": "?"}], "usage": TOOK})),
+    ],
+    ids=["a reason", "an error", "a stream's reason", "a stream's error", "no vector", "no number"],
+)
+async def test_what_a_failed_answer_took_is_billed(
+    gateway: RunningServer, upstream: ScriptedUpstream, call: str, told: Answer
+) -> None:
+    """The provider says so, and asks for its money."""
+    upstream.script(told)
+    if call == "embed":
+        await ask(gateway, "POST", "/v1/embeddings", json={"input": "a"})
+    else:
+        await make(gateway, call)
+    (row,) = await gateway.rows()
+
+    counted = (row["prompt_tokens"] or row["embedding_tokens"], row["completion_tokens"])
+    assert (False, False) == (row["success"], row["usage_estimated"])
+    assert (1000, None if call == "embed" else 500) == counted
+
+
 COMPLETE = [chunk({"content": "hi"}), chunk({}, finish_reason="stop")]
 
 
