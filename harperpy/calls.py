@@ -125,12 +125,12 @@ class Call(msgspec.Struct, eq=False):
                             await synced()
                         try:
                             answer = await ask(self, candidate, own, recorder)
+                            if told is None:
+                                return answer
+                            told(self, answer, recorder)
                         except WHATEVER as error:
                             self._blame(error)
                             raise
-                    if told is None:
-                        return answer
-                    told(self, answer, recorder)
                     recorder.close(None)
                     break
                 except BaseException as error:

@@ -181,10 +181,11 @@ def answered_tokens(result: GenerateResult) -> int:
 
 def _written(told: Message | Choice, text: str) -> int:
     """About how many tokens somebody said, thought or refused, and called with."""
-    tokens = estimate_tokens(text)
-    for more in (told.reasoning_content, told.refusal):
-        if more:
-            tokens += estimate_tokens(more)
+    tokens = 0
+    # Who only calls a tool may say None.
+    for said in (text, told.reasoning_content, told.refusal):
+        if said:
+            tokens += estimate_tokens(said)
     for call in told.tool_calls or ():
         tokens += estimate_tokens(call.name) + estimate_tokens(call.arguments_text())
     return tokens

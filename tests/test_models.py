@@ -561,6 +561,40 @@ async def test_what_is_no_answer_is_a_failure_of_the_backend(
     assert [True] * 3 == [one in text for one, text in zip(expected, told, strict=True)]
 
 
+ODD_CALLS: Any = [{"id": "1", "name": "f", "arguments": {}}]
+
+
+@pytest.mark.parametrize(
+    "odd", [{"tool_calls": ODD_CALLS}, {"usage": {"prompt_tokens": 1}}], ids=str
+)
+async def test_an_answer_of_what_it_cannot_hold_is_a_failure_of_the_backend(
+    odd: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one that is none: 502, its row says so, and the log what it was."""
+    backend = define_backend("m", generate=lambda: GenerateResult(**odd))
+    async with serving(backends={"m": backend}) as (server, _):
+        answer = await ask(server, "POST", "/v1/chat/completions", json={**HELLO, "model": "m"})
+        (row,) = await server.rows()
+
+    assert (502, "backend_error") == (answer.status, row["error_code"])
+    assert "the backend of model 'm' raised AttributeError" in caplog.text
+
+
+async def test_who_only_calls_a_tool_may_say_none() -> None:
+    """An answer whose content is None, as OpenAI's own, is one with calls alone."""
+    nothing: Any = None
+    called = ToolCall(id="1", name="f", arguments={})
+    backend = define_backend(
+        "m", generate=lambda: GenerateResult(content=nothing, tool_calls=[called])
+    )
+    async with serving(backends={"m": backend}) as (server, _):
+        answer = await ask(server, "POST", "/v1/chat/completions", json={**HELLO, "model": "m"})
+
+    assert 200 == answer.status
+    message = answer.json["choices"][0]["message"]
+    assert (None, "f") == (message["content"], message["tool_calls"][0]["function"]["name"])
+
+
 async def test_registration_ends_when_the_server_has_started() -> None:
     """What a running server offers does not change under its callers."""
     async with serving() as (_, models):
