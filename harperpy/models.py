@@ -39,6 +39,7 @@ from .prompts import options_in, to_prompt
 from .recorder import Recorder, answered_tokens
 from .routing import Candidate, Kind, ModelInfo, Registration, Routes
 from .signal import AbortSignal
+from .spelling import nearest
 from .vectors import Vector
 from .vocabulary import EmbedInputs, Vocabulary, embed_inputs
 
@@ -268,11 +269,22 @@ def _ask(
 
 def _settings(kind: type[OptsType], opts: OptsType | None, options: dict[str, Any]) -> OptsType:
     if opts is None:
-        return kind(**options)
+        try:
+            return kind(**options)
+        except TypeError:
+            raise TypeError(_misnamed(kind, options)) from None
     if options:
         message = f"give either opts= or keyword options, not both ({', '.join(options)})"
         raise TypeError(message)
     return opts
+
+
+def _misnamed(kind: type[msgspec.Struct], options: Iterable[str]) -> str:
+    known = kind.__struct_fields__
+    name = next(name for name in options if name not in known)
+    if kind is GenerateOpts and name in Prompt.__struct_fields__:
+        return f"no option {name!r}: give it with the prompt, as {{'messages': …, {name!r}: …}}"
+    return f"no option {name!r}; {nearest(name, known, 'options')}"
 
 
 def _check_count(answers: int) -> None:

@@ -881,9 +881,28 @@ async def test_options_in_both_forms_are_a_mistake() -> None:
             models.generate_stream("hi", opts=GenerateOpts(), seed=1)
         with pytest.raises(TypeError, match="not both"):
             await models.embed("hi", opts=EmbedOpts(), model="default")
-        with pytest.raises(TypeError):
-            await models.generate("hi", temprature=1)
         assert [] == await server.rows()
+
+
+MISNAMED: dict[str, tuple[str, str]] = {
+    "temprature": ("generate", "no option 'temprature'; did you mean 'temperature'?"),
+    "maxTokens": ("generateStream", "no option 'maxTokens'; did you mean 'max_tokens'?"),
+    "tools": ("generate", "no option 'tools': give it with the prompt, as {'messages': …"),
+    "dimension": ("embed", "no option 'dimension'; did you mean 'dimensions'?"),
+    "voice": ("embed", "no option 'voice'; the known options are "),
+}
+
+
+@pytest.mark.parametrize("name", MISNAMED)
+async def test_an_option_that_does_not_exist_is_told_the_nearest(name: str) -> None:
+    """Whoever calls a model from Python reads what is wrong, and no model is asked."""
+    method, told = MISNAMED[name]
+    async with serving() as (server, models):
+        with pytest.raises(TypeError) as caught:
+            await text_of(models, method, **{name: 1})
+        assert [] == await server.rows()
+
+    assert str(caught.value).startswith(told)
 
 
 async def test_running_tools_on_the_server_does_not_exist_yet() -> None:
