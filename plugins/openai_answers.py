@@ -307,7 +307,7 @@ class ChunkReader:
     @property
     def unheard(self) -> TokenUsage | None:
         """The usage that came with what has failed."""
-        return self._news and self._news.usage
+        return None if self._news is None else self._news.usage
 
     @property
     def is_complete(self) -> bool:
