@@ -124,6 +124,9 @@ class Journal:
         """These are in the database, or never will be; they were the first. In any one thread."""
         del self._ended[: len(waiting.rows)]
         self.forgotten += len(waiting.rows)
+        with contextlib.suppress(ValueError):  # it is closed
+            # Nobody reads it again, so it need not be in memory; the disk keeps it.
+            self._map.madvise(mmap.MADV_DONTNEED)
         for number in waiting.full:
             (self.path / str(number)).unlink(missing_ok=True)
             self._sizes.pop(number, None)
