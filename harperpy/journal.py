@@ -23,7 +23,7 @@ INTENT, OUTCOME = b"I", b"O"
 """What a line begins with: a call that is made, and how it ended. The rest is the call as JSON."""
 
 LOCK = "lock"
-_SEGMENT = 1 << 20
+_SEGMENT = 1 << 18
 # What an outcome adds to its intent's JSON: what stands around it, numbers, and why it ended.
 _MOST_ADDED = 1024
 _encode = msgspec.json.Encoder().encode_into
