@@ -61,10 +61,8 @@ def told_refusal(body: bytes | str, secret: str | None) -> HarperError | None:
         return _refusal(told.status, told, {}, secret)
     if not (told.message or any(map(says, own))):
         return None
-    code = _our_code(told.code)
     # The words of a fault without a status are nobody's to read, as those of a 5xx.
-    kind = _OF_A_CODE.get(code or "", BackendError)
-    return kind("the provider told of an error in an answer of status 200", code=code)
+    return _fault("the provider told of an error in an answer of status 200", told)
 
 
 def _refusal(
@@ -90,18 +88,18 @@ def _refusal(
         error = BackendTimeout("the provider answered 408", upstream_status=status)
     else:
         ours = status if 500 <= status <= 599 else 502
-        code = _our_code(told.code)
-        kind = _OF_A_CODE.get(code or "", BackendError)
         said = f"the provider answered {status}"
-        error = kind(said, status=ours, code=code, upstream_status=status, headers=passing)
+        error = _fault(said, told, status=ours, upstream_status=status, headers=passing)
     error.retryable = status in (408, 429) or status >= 500
     error.retry_after = _seconds(retry_after)
     return error
 
 
-def _our_code(code: object) -> str | None:
-    """A code that another harperpy gave; None for any other."""
-    return code if isinstance(code, str) and code in _OUR_CODES else None
+def _fault(said: str, told: _Error, **more: Any) -> HarperError:
+    """The error for a fault of the provider's own, as another harperpy calls it, if it is one."""
+    code = told.code if told.code in _OUR_CODES else None
+    kind = _OF_A_CODE.get(code or "", BackendError)
+    return kind(said, code=code, **more)
 
 
 def _decoded(body: bytes | str) -> Any:
