@@ -88,7 +88,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("scope.Secrets", "Secret", "mask", "Operations", "NoParameters", "Middleware", "Next"),
         *("Reply", "Database", "Analytics", "auth.Authenticators", "hookimpl", "Config"),
         *("ModelConfig", "LimitConfig", "BudgetConfig", "Billing", "load_config", "redacted"),
-        *("Server", "Deed", "nearest"),
+        *("Server", "Deed", "closest", "nearest"),
     ),
     "Errors": (
         *("HarperError", "ClientError", "InvalidBody", "InvalidCredentials", "AccessViolation"),

@@ -110,7 +110,7 @@ from .secret import Secret, mask
 from .sections import BudgetConfig, Config, LimitConfig, ModelConfig
 from .server import Server
 from .signal import AbortController, AbortSignal
-from .spelling import nearest
+from .spelling import closest, nearest
 from .sse import SSE, SSEDecoder, encode_sse
 from .streaming import (
     completion_id,
@@ -264,6 +264,7 @@ __all__ = [
     "base64_of",
     "bounded",
     "caller_address",
+    "closest",
     "completion_id",
     "decode_json",
     "define_backend",

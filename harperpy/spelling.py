@@ -11,7 +11,10 @@ _LONGEST = 256
 
 
 def closest(name: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
-    """The nearest of the known names, whatever their case, dashes and underscores."""
+    """The nearest of the known names, whatever their case, dashes and underscores, or None.
+
+    `likeness` is how near it has to be: 1 is the same, as `difflib` counts.
+    """
     if len(name) > _LONGEST:
         return None
     spelled = {_letters(each): each for each in known}

@@ -6,12 +6,11 @@ class defined in it is mounted at its `path`, or at its name; a `TableResource` 
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import sys
 from types import ModuleType
 
-from harperpy import RegistrationError, Resource, Scope, TableResource
+from harperpy import RegistrationError, Resource, Scope, TableResource, closest
 
 _FILE = "resources.py"
 
@@ -36,7 +35,7 @@ async def handle_application(scope: Scope) -> None:
             await waiting
         return
     functions = [name for name, value in vars(module).items() if callable(value)]
-    for near in difflib.get_close_matches("handle_application", functions, 1, 0.9):
+    if near := closest("handle_application", functions, 0.9):
         message = f"{_FILE}: '{near}' is no hook; did you mean 'handle_application'?"
         raise RegistrationError(message)
     for resource in _resources(module):

@@ -14,7 +14,6 @@ Import this file with the first statement, not at start: sqlglot takes a tenth o
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TypeAlias
@@ -24,7 +23,7 @@ from sqlglot import exp, parse_one, tokenize
 from sqlglot.errors import ParseError, TokenError
 from sqlglot.tokenizer_core import Token
 
-from harperpy import ClientError, NotFound
+from harperpy import ClientError, NotFound, closest
 
 # Bare names, because a quoted name that is no column of the table would be a *string* to SQLite,
 # and the sort by it silently wrong.
@@ -226,8 +225,8 @@ def _database_of(table: exp.Table, known: Known) -> str | None:
             return one
     looked = [database] if database else open_ones
     tables = {one for there in looked for one in known[there]}
-    nearest = difflib.get_close_matches(name, sorted(tables), n=1)
-    hint = f": did you mean {nearest[0]!r}?" if nearest else "."
+    near = closest(name, sorted(tables))
+    hint = f": did you mean {near!r}?" if near else "."
     where = f" in the database {database!r}" if database else ""
     message = f"There is no table {name!r}{where}{hint}"
     raise UnknownTable(message, database, name, of_database=False)
