@@ -308,7 +308,7 @@ class TransactionError(ServerError):
 
 
 class PluginNotStarted(ServerError):
-    """The mount belongs to a plugin that failed to start; the cause is in the log."""
+    """The mount or model belongs to a plugin that failed to start; the cause is in the log."""
 
     @property
     def public_message(self) -> str:

@@ -293,8 +293,8 @@ class Loader:
         trace = None if isinstance(error, HarperError) else error
         logger.error("plugin %s did not start: %s", name, told, exc_info=trace)
 
-    def withdraw(self, *registries: Resources | Middlewares | Authenticators) -> None:
-        """Let the mounts of the failed plugins say so, and take away what else they asked for."""
+    def withdraw(self, *registries: Resources | Middlewares | Authenticators | Routes) -> None:
+        """Let a failed plugin's mounts and models say so, and take away what else it asked for."""
         for name, status in self._health.plugins.items():
             if status.status == "error":
                 for registry in registries:

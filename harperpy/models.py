@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar, cast
@@ -61,6 +62,14 @@ class Models:
         self._routes = routes
         self._ledger = ledger
         self._vocabulary = Vocabulary()
+        self.owner: str | None = None
+        """The plugin whose own is what is registered here."""
+
+    def of(self, owner: str) -> Models:
+        """The same, for a plugin: what it registers is its own."""
+        same = copy.copy(self)
+        same.owner = owner
+        return same
 
     def register_backend(
         self,
@@ -73,10 +82,12 @@ class Models:
     ) -> None:
         """Offer a backend under a logical name, to plugins and at `/v1` alike.
 
-        `fallback` names the ones to try after it. Raises `RegistrationError` for a taken name
-        (unless `replace`), and for a backend that cannot do what `kind` says.
+        `fallback` names the ones to try after it; where one does not exist when all plugins have
+        started, this plugin did not. Raises `RegistrationError` for a taken name (unless `replace`)
+        and for a backend that cannot do what `kind` says.
         """
-        self._routes.add(Registration(kind, name, backend, tuple(fallback)), replace=replace)
+        registration = Registration(kind, name, backend, tuple(fallback), self.owner)
+        self._routes.add(registration, replace=replace)
 
     def list(self) -> list[ModelInfo]:
         """The names that the running request's user may use; all, where there is none."""

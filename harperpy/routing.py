@@ -9,11 +9,18 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 import msgspec
 
 from .accounting import Method, ModelCall, clipped
-from .backend import ModelBackend
-from .errors import CapabilityError, ClientError, ModelNotFound, RegistrationError
+from .backend import ModelBackend, define_backend
+from .errors import (
+    CapabilityError,
+    ClientError,
+    ModelNotFound,
+    PluginNotStarted,
+    RegistrationError,
+)
 from .messages import Capability, EmbedOpts, GenerateOpts
 from .needs import all_needs, needs_of
 from .permission import Permission
+from .spelling import nearest
 
 Kind: TypeAlias = Literal["generative", "embedding"]
 """What a model is for."""
@@ -34,12 +41,13 @@ def is_pattern(name: str) -> bool:
 
 
 class Registration(msgspec.Struct, frozen=True):
-    """A backend under its logical name, and the names to try after it."""
+    """A backend under its logical name, the names to try after it, and the plugin that gave it."""
 
     kind: Kind
     name: str
     backend: ModelBackend
     fallback: tuple[str, ...] = ()
+    owner: str | None = None
 
     @property
     def is_pattern(self) -> bool:
@@ -104,8 +112,10 @@ class Routes:
             told = "expected a ModelBackend; define_backend makes one of a function"
             message = f"models: {kind} {name!r}: {told}, got {type(given).__name__}"
             raise RegistrationError(message)
-        if not name or not registration.backend.name:
-            message = "models: a backend needs a name, and a logical name to stand under"
+        if not name or not name.isprintable() or not registration.backend.name:
+            message = (
+                "models: a backend needs a name, and a logical one to stand under, of one line"
+            )
             raise RegistrationError(message)
         if not _BASE[kind] & registration.backend.capabilities():
             able = " or ".join(sorted(_BASE[kind]))
@@ -114,20 +124,30 @@ class Routes:
         if name in self._by_name[kind] and not replace:
             message = f"models: {kind} {name!r} is registered already; say replace=True to take it"
             raise RegistrationError(message)
-        self._by_name[kind][name] = registration
+        self._put(registration)
+
+    def _put(self, registration: Registration) -> None:
+        self._by_name[registration.kind][registration.name] = registration
         self._backends, self._seen = [one.backend for one in self], None
         self._served = [one.backend.served for one in self if one.is_pattern]
 
+    def strangers(self) -> Iterator[tuple[str, RegistrationError]]:
+        """The owner of each backend that falls back to what does not exist, and what to tell it."""
+        for one in self:
+            for other in one.fallback:
+                if one.owner is not None and other not in self._by_name[one.kind]:
+                    hint = nearest(other, [*self._by_name[one.kind]], f"{one.kind} models")
+                    message = f"models: {one.kind} {one.name!r} "
+                    message += f"falls back to {other!r}, which does not exist; {hint}"
+                    yield one.owner, RegistrationError(message)
+
+    def fail(self, owner: str) -> None:
+        """Let every model of a plugin that did not start say so."""
+        for one in [one for one in self if one.owner == owner]:
+            self._put(_failed(one))
+
     def freeze(self) -> None:
-        """Take no more registrations. Raises `RegistrationError` for a fallback that is missing."""
-        for registration in self:
-            for name in registration.fallback:
-                if name not in self._by_name[registration.kind]:
-                    message = (
-                        f"models: {registration.kind} {registration.name!r} "
-                        f"falls back to {name!r}, which does not exist"
-                    )
-                    raise RegistrationError(message)
+        """Take no more registrations."""
         self._frozen = True
 
     def opened(self) -> None:
@@ -313,6 +333,24 @@ def missing(backend: ModelBackend, requires: Iterable[Capability]) -> list[Capab
     """The required capabilities that a backend lacks, in the order given."""
     able = backend.capabilities()
     return [capability for capability in requires if capability not in able]
+
+
+def _failed(registration: Registration) -> Registration:
+    """The same name, each call of which says why it is out."""
+    message, given = f"plugin {registration.owner} did not start", registration.backend
+
+    def refuse(*_: object) -> Any:
+        raise PluginNotStarted(message)
+
+    backend = define_backend(
+        given.name,
+        embed=refuse,
+        generate=refuse,
+        generate_stream=refuse,
+        features=given.capabilities(),
+    )
+    backend.provider_model, backend.state = given.provider_model, message
+    return msgspec.structs.replace(registration, backend=backend)
 
 
 def _candidate(registration: Registration, asked: str) -> Candidate:

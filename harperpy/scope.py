@@ -171,7 +171,7 @@ class Scope:
             operations=core.operations,
             operate=core.operate,
         )
-        self.models = core.models
+        self.models = core.models.of(name)
         self.operations = core.operations
         self.commands = Commands(core.operations, name)
         self.authenticators = core.authenticators.of(name)

@@ -270,10 +270,10 @@ class Server:
         loader.make_models(self.config, self.routes)
         await loader.apply(self._scope)
         chains = tuple(core.middlewares.values())
-        for owner, error in (one for chain in chains for one in chain.strangers()):
+        for owner, error in (one for part in (*chains, self.routes) for one in part.strangers()):
             loader.failed(owner, error)
         mounts = (core.resources, core.operations_resources)
-        loader.withdraw(*mounts, *chains, core.authenticators)
+        loader.withdraw(*mounts, *chains, core.authenticators, self.routes)
         loader.insist()
         frozen = (core.resources, core.operations_resources, core.operations, core.content_types)
         for part in (*frozen, self.routes):

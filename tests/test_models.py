@@ -1129,13 +1129,6 @@ models:
     assert ["one", "two", "two", "two"] == [asked.body["model"] for asked in upstream.requests]
 
 
-async def test_a_fallback_that_does_not_exist_is_told_at_the_start() -> None:
-    """A typo in a registration stops the server, not the first failing call."""
-    with pytest.raises(RegistrationError, match="falls back to 'nobody'"):
-        async with serving(backends={"m": fine()}, m=["nobody"]):
-            pass
-
-
 class Patient:
     """A backend that begins, says so, and waits until it is ended."""
 

@@ -410,6 +410,55 @@ async def test_the_mounts_of_a_failed_plugin_say_so() -> None:
     assert [401, 403] == refused
 
 
+@pytest.mark.parametrize("stream", ["whole", "stream"])
+async def test_the_models_of_a_failed_plugin_say_so(stream: str) -> None:
+    """Nothing of them is asked; who may fall back does, and a name they took is nobody else's."""
+
+    def generate() -> str:
+        pytest.fail("it was asked")
+
+    def apply(scope: Scope) -> None:
+        own, register = define_backend("own", generate=generate), scope.models.register_backend
+        register("generative", "mine", own)
+        register("generative", "safe", own, fallback=["spare"])
+        register("generative", "default", own, replace=True)
+        raise ValueError
+
+    config = "models: {generative: {default: {backend: echo}, spare: {backend: echo}}}"
+    async with running(config, handle_application=apply) as server:
+        answers = [
+            await ask(
+                server,
+                "POST",
+                "/v1/chat/completions",
+                json={**HELLO, "model": model, "stream": stream == "stream"},
+            )
+            for model in ("mine", "default", "safe")
+        ]
+
+    assert [500, 500, 200] == [answer.status for answer in answers]
+    for answer in answers[:2]:
+        assert "plugin test did not start" == answer.json["error"]["message"]
+
+
+async def test_a_plugin_whose_model_falls_back_to_nothing_fails_alone() -> None:
+    """A typo in a registration is told at the start, not by the first failing call."""
+
+    def apply(scope: Scope) -> None:
+        backend = define_backend("own", generate=lambda: "hello")
+        scope.models.register_backend("generative", "mine", backend, fallback=["defualt"])
+
+    async with running(handle_application=apply) as server:
+        failed = server.server.health.plugins["test"]
+        answer = await ask(
+            server, "POST", "/v1/chat/completions", json={**HELLO, "model": "default"}
+        )
+
+    told = "falls back to 'defualt', which does not exist; did you mean 'default'?"
+    assert f"models: generative 'mine' {told}" == failed.error
+    assert 200 == answer.status
+
+
 async def test_a_failed_mount_keeps_its_own_way_of_refusing() -> None:
     """What clients of that mount parse, they still find."""
 
