@@ -9,12 +9,12 @@ import hashlib
 import os
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import msgspec
 
 from .epoch import Epoch
-from .errors import InvalidCredentials
+from .errors import InvalidCredentials, RegistrationError
 from .permission import Permission
 from .request import Shown
 
@@ -128,7 +128,13 @@ class Authenticators:
         self._cache: dict[bytes, tuple[bytes, float, User, str | None]] = {}
 
     def append(self, authenticator: Authenticator) -> None:
-        """Ask this one too, after those that are there."""
+        """Ask this one too, after those that are there.
+
+        Raises `RegistrationError` for what cannot be asked.
+        """
+        if not callable(cast("object", authenticator)):
+            message = f"authenticators.append: expected an async function, got {authenticator!r}"
+            raise RegistrationError(message)
         self._list.append((self.owner, authenticator))
 
     def of(self, owner: str) -> Authenticators:

@@ -553,6 +553,17 @@ async def test_a_plugin_that_did_not_start_vouches_for_nobody() -> None:
         assert (200, 200) == await statuses(server, f"Bearer {server.api_key}")
 
 
+async def test_what_can_vouch_for_nobody_is_no_authenticator() -> None:
+    """Its plugin does not start; a login is not what finds it out."""
+    none: Any = 5
+    async with running(
+        handle_application=lambda scope: scope.authenticators.append(none)
+    ) as server:
+        told = server.server.health.plugins["test"].error
+
+    assert "authenticators.append: expected an async function, got 5" == told
+
+
 @pytest.mark.parametrize(("lives", "asked"), [(None, 1), (60.0, 1), (-1.0, 3)])
 async def test_a_plugin_vouches_for_a_credential_of_its_own(
     lives: float | None, asked: int
