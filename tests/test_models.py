@@ -1249,8 +1249,37 @@ class Ask(Resource):
         return [chunk.delta_content async for chunk in chunks if chunk.delta_content]
 
 
-async def test_a_row_tells_who_asked_what_of_whom() -> None:
-    """Every column, for the three methods, called in a request of one user of one tenant."""
+ROW: dict[str, Any] = {
+    "tenant": "acme",
+    "user": "ada",
+    "app": "lab/ask",
+    "request_id": "r-1",
+    "model": "provider/model",
+    "backend": "kind",
+    "backend_name": "mine",
+    "provider_model": "provider/model",
+    "adapter": None,
+    "conversation_id": None,
+    "prompt_tokens": None,
+    "completion_tokens": None,
+    "embedding_tokens": None,
+    "cached_tokens": None,
+    "reasoning_tokens": None,
+    "usage_estimated": False,
+    "gpu_ms": None,
+    "success": True,
+    "error_code": None,
+    "finish_reason": None,
+    "upstream_status": None,
+    "cost": None,
+    "price_version": None,
+    "reserved_tokens": None,
+    "reserved_cost": None,
+}
+
+
+def counting() -> ModelBackend:
+    """A backend whose every answer says what it took."""
     usage = TokenUsage(prompt_tokens=3, completion_tokens=4, cached_tokens=1, reasoning_tokens=2)
 
     async def stream() -> AsyncIterator[GenerateChunk]:
@@ -1263,8 +1292,14 @@ async def test_a_row_tells_who_asked_what_of_whom() -> None:
         generate_stream=stream,
     )
     backend.provider_model = "provider/model"
+    return backend
+
+
+async def test_a_row_tells_who_asked_what_of_whom() -> None:
+    """Every column, for the three methods, called in a request of one user of one tenant."""
 
     def register(scope: Scope) -> None:
+        backend = counting()
         scope.models.register_backend("generative", "mine", backend)
         scope.models.register_backend("embedding", "mine", backend)
 
@@ -1273,14 +1308,8 @@ async def test_a_row_tells_who_asked_what_of_whom() -> None:
             "add_role", role="asker", permission={"resources": {"lab/*": ["create"]}}
         )
         key = await server.key_for("ada", role="asker", tenant="acme")
-        answer = await ask(
-            server,
-            "POST",
-            "/lab/ask",
-            key=key,
-            json={"model": "provider/model"},
-            headers={"x-request-id": "r-1"},
-        )
+        body, headers = {"model": "provider/model"}, {"x-request-id": "r-1"}
+        answer = await ask(server, "POST", "/lab/ask", key=key, json=body, headers=headers)
         rows = [*reversed(await server.rows())]
         keys = await server.operate("list_api_keys")
 
@@ -1290,34 +1319,7 @@ async def test_a_row_tells_who_asked_what_of_whom() -> None:
         assert row.pop("__createdtime__") > 1.7e12
         assert row.pop("latency_ms") > 0
     assert rows[2].pop("ttft_ms") > 0
-    both: dict[str, Any] = {
-        "tenant": "acme",
-        "user": "ada",
-        "app": "lab/ask",
-        "request_id": "r-1",
-        "model": "provider/model",
-        "backend": "kind",
-        "backend_name": "mine",
-        "provider_model": "provider/model",
-        "adapter": None,
-        "conversation_id": None,
-        "prompt_tokens": None,
-        "completion_tokens": None,
-        "embedding_tokens": None,
-        "cached_tokens": None,
-        "reasoning_tokens": None,
-        "usage_estimated": False,
-        "gpu_ms": None,
-        "success": True,
-        "error_code": None,
-        "finish_reason": None,
-        "upstream_status": None,
-        "api_key": next(key.id for key in keys if key.user == "ada"),
-        "cost": None,
-        "price_version": None,
-        "reserved_tokens": None,
-        "reserved_cost": None,
-    }
+    both = {**ROW, "api_key": next(key.id for key in keys if key.user == "ada")}
     counted = {
         "prompt_tokens": 3,
         "completion_tokens": 4,
