@@ -46,7 +46,8 @@ the same as absent. The values in brackets ask for nothing, so every backend tak
 
 Fields that OpenAI does not know (`extra_body` in its clients) go to the provider as they are. That
 is for fields of the body: what it does not know within a message, a tool or another object is left
-out, save for `reasoning_content`, `cache_control` of parts and `extra_content` of tool calls.
+out, save for `reasoning_content`, `reasoning_details`, `cache_control` of parts and
+`extra_content` of tool calls.
 
 ### Chat completions
 """
@@ -61,9 +62,9 @@ TAIL = """\
 
 Whole and streamed answers hold OpenAI's required fields and no others, save for what a provider
 itself adds of this list: `system_fingerprint`, `service_tier`, `moderation`, `reasoning_content`,
-`annotations`, `audio`, and the details of `usage`. `id` and `created` are fresh for each call and
-the same on all chunks of a stream. `finish_reason` is `tool_calls` whenever there are calls to
-make; the arguments of a function that takes none are `{}`, whatever a provider sends. Each
+`reasoning_details`, `annotations`, `audio`, and the details of `usage`. `id` and `created` are
+fresh for each call and the same on all chunks of a stream. `finish_reason` is `tool_calls` whenever
+there are calls to make; the arguments of a function that takes none are `{}`, whatever a provider sends. Each
 answer carries `x-request-id`, `openai-processing-ms` and `openai-version`.
 
 A provider's own word for its end becomes one of OpenAI's (`max_tokens` is `length`). One that says

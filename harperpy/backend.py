@@ -274,7 +274,7 @@ async def aclose(items: AsyncIterator[Any]) -> None:
         await close()
 
 
-_LISTS = ("logprobs", "refusal_logprobs", "annotations")
+_LISTS = ("logprobs", "refusal_logprobs", "annotations", "reasoning_details")
 MOST_ANSWERS = 128
 """As OpenAI's own: a body that somebody passes on may ask for any number."""
 
@@ -326,6 +326,8 @@ class Assembly:
             pieces[index, "refusal_logprobs"] += chunk.refusal_logprobs
         if chunk.delta_annotations:
             pieces[index, "annotations"] += chunk.delta_annotations
+        if chunk.delta_reasoning_details:
+            pieces[index, "reasoning_details"] += chunk.delta_reasoning_details
 
     def finish(self) -> GenerateResult:
         """The whole answer so far."""

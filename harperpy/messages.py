@@ -92,7 +92,10 @@ class ToolCallDelta(msgspec.Struct, kw_only=True, gc=False):
 
 
 class Message(msgspec.Struct, kw_only=True, gc=False):
-    """One turn. `content` is text, or parts where a turn holds more than text."""
+    """One turn. `content` is text, or parts where a turn holds more than text.
+
+    `reasoning_details` are those of an answer, as its provider wants to see them again.
+    """
 
     role: Role
     content: str | Sequence[ContentPart] = ""
@@ -102,6 +105,7 @@ class Message(msgspec.Struct, kw_only=True, gc=False):
     refusal: str | None = None
     reasoning_content: str | None = None
     audio: dict[str, Any] | None = None
+    reasoning_details: list[Any] | None = None
 
     @property
     def text(self) -> str:
@@ -249,7 +253,10 @@ class TokenLogprob(TopLogprob, kw_only=True, gc=False):
 
 
 class Choice(msgspec.Struct, kw_only=True, gc=False):
-    """One whole answer; `reasoning_content` is what a model thought before it, where it tells."""
+    """One whole answer; `reasoning_content` is what a model thought before it, where it tells.
+
+    `reasoning_details` are the same in its provider's own form, signed or encrypted perhaps.
+    """
 
     content: str = ""
     tool_calls: list[ToolCall] | None = None
@@ -260,6 +267,7 @@ class Choice(msgspec.Struct, kw_only=True, gc=False):
     reasoning_content: str | None = None
     annotations: list[Any] | None = None
     audio: dict[str, Any] | None = None
+    reasoning_details: list[Any] | None = None
 
 
 class GenerateResult(Choice, kw_only=True, gc=False):
@@ -289,6 +297,7 @@ class GenerateChunk(msgspec.Struct, kw_only=True, gc=False):
     system_fingerprint: str | None = None
     service_tier: str | None = None
     moderation: dict[str, Any] | None = None
+    delta_reasoning_details: list[Any] | None = None
 
 
 EmbedInput: TypeAlias = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]

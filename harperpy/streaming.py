@@ -19,7 +19,7 @@ from .sse import SSE, Encoded, encode_json, encode_text
 logger = logging.getLogger("harperpy.streaming")
 
 # Pieces of an answer besides its text, and what is said of it as a whole.
-_SAID = ("refusal", "reasoning_content", "annotations", "audio")
+_SAID = ("refusal", "reasoning_content", "annotations", "audio", "reasoning_details")
 _OF_THE_WHOLE = ("system_fingerprint", "service_tier", "moderation")
 _said_in = attrgetter(*(f"delta_{name}" for name in _SAID))
 _told_in = attrgetter(*_OF_THE_WHOLE)

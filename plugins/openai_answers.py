@@ -40,6 +40,8 @@ class _Said(_Struct):
     reasoning: Any = None
     annotations: list[Any] | None = None
     audio: dict[str, Any] | None = None
+    # OpenRouter's: without them some models refuse the call's result.
+    reasoning_details: list[Any] | None = None
 
     @property
     def calls(self) -> list[Called]:
@@ -99,7 +101,7 @@ class _Chunk(_Whole):
 # What few answers have besides text.
 _RARER = (
     *("refusal", "tool_calls", "function_call", "reasoning_content"),
-    *("reasoning", "annotations", "audio"),
+    *("reasoning", "annotations", "audio", "reasoning_details"),
 )
 _rarer_of, _NOTHING_RARER = attrgetter(*_RARER), (None,) * len(_RARER)
 _WHOLE = ("system_fingerprint", "service_tier", "moderation")
@@ -166,6 +168,7 @@ def _tell(choice: _Choice, result: C) -> C:
         result.reasoning_content = said.thought
         result.annotations = said.annotations
         result.audio = said.audio
+        result.reasoning_details = said.reasoning_details
     # It is the reason of what says none.
     if calls or reason != "stop":
         result.finish_reason = finish_reason(reason or "stop", calls=bool(calls))
@@ -354,13 +357,14 @@ class ChunkReader:
                 self._calls[choice.index] = calls
         deltas = calls.read(given)
         pieces = (text, said.refusal, deltas, said.thought, said.annotations, said.audio)
+        details = said.reasoning_details or None
         likely = choice.logprobs and (choice.logprobs.content or choice.logprobs.refusal)
         reason = choice.finish_reason
         if reason:
             reason = finish_reason(reason, calls=bool(calls))
             self.reasons |= {choice.index}
             deltas += calls.held_back(whole=reason == "tool_calls")
-        elif not (any(pieces) or likely):
+        elif not (any(pieces) or likely or details):
             return None
         return GenerateChunk(
             index=choice.index,
@@ -373,6 +377,7 @@ class ChunkReader:
             finish_reason=reason or None,
             logprobs=choice.logprobs.content if choice.logprobs else None,
             refusal_logprobs=choice.logprobs.refusal if choice.logprobs else None,
+            delta_reasoning_details=details,
         )
 
 

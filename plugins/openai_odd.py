@@ -58,7 +58,8 @@ def drop(given: Raws, **kinds: type) -> None:
 
 def _said(message: msgspec.Raw) -> msgspec.Raw:
     given: Raws = _decode(message, type=Raws | None) or {}
-    drop(given, refusal=str, annotations=list, audio=dict, reasoning_content=str)
+    drop(given, refusal=str, annotations=list, audio=dict)
+    drop(given, reasoning_content=str, reasoning_details=list)
     if "content" in given and isinstance(parts := _decode(given["content"]), list):
         # Mistral's thoughts stand in parts of their own, beside those of text.
         given["content"] = _told("".join(_texts(parts, "text")))

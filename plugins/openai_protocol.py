@@ -30,6 +30,7 @@ class _Message(msgspec.Struct, omit_defaults=True, gc=False):
     refusal: str | None = None
     reasoning_content: str | None = None
     audio: dict[str, Any] | None = None
+    reasoning_details: list[Any] | None = None
     tool_calls: list[dict[str, Any]] | None = None
 
 
@@ -150,6 +151,7 @@ def _message(message: Message) -> _Message:
         message.refusal,
         message.reasoning_content,
         message.audio,
+        message.reasoning_details,
     )
     if message.tool_calls:
         told.tool_calls = [openai_tool_call(call) for call in message.tool_calls]

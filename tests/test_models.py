@@ -1729,8 +1729,12 @@ async def test_a_stream_is_put_together_with_all_that_it_told() -> None:
     chunks = [
         GenerateChunk(delta_refusal="n", logprobs=[likely], refusal_logprobs=[unlikely]),
         GenerateChunk(delta_refusal="o", logprobs=[unlikely], refusal_logprobs=[likely]),
-        GenerateChunk(delta_reasoning_content="h", delta_annotations=[1], index=1),
-        GenerateChunk(delta_reasoning_content="m", delta_annotations=[2], index=1),
+        GenerateChunk(
+            delta_reasoning_content="h", delta_annotations=[1], index=1, delta_reasoning_details=[3]
+        ),
+        GenerateChunk(
+            delta_reasoning_content="m", delta_annotations=[2], index=1, delta_reasoning_details=[4]
+        ),
         GenerateChunk(finish_reason="length", index=1, **{**whole, "service_tier": "default"}),
         GenerateChunk(**whole),
     ]
@@ -1739,7 +1743,12 @@ async def test_a_stream_is_put_together_with_all_that_it_told() -> None:
     async with serving(backends={"m": backend}) as (_, models):
         answer = await models.generate("hi", model="m", n=2)
 
-    second = Choice(finish_reason="length", reasoning_content="hm", annotations=[1, 2])
+    second = Choice(
+        finish_reason="length",
+        reasoning_content="hm",
+        annotations=[1, 2],
+        reasoning_details=[3, 4],
+    )
     assert answer == GenerateResult(
         refusal="no",
         logprobs=[likely, unlikely],

@@ -202,6 +202,34 @@ async def test_what_a_provider_wants_to_see_again_comes_and_goes(
     assert [call] == upstream.requests[2].body["messages"][1]["tool_calls"]
 
 
+async def test_the_details_of_a_thought_come_and_go(
+    gateway: RunningServer, upstream: ScriptedUpstream
+) -> None:
+    """OpenRouter's, whose models refuse the result of a call that was thought of without them."""
+    text = {"type": "reasoning.text", "text": "hm", "index": 0}
+    secret = {"type": "reasoning.encrypted", "data": "c2lnbmVk", "index": 0}
+    message = {"role": "assistant", "content": "hi", "reasoning_details": [text, secret]}
+    upstream.script(
+        Answer(body={"choices": [{"index": 0, "message": message}]}),
+        Answer(
+            events=[
+                chunk({"content": "", "reasoning_details": [text]}),
+                chunk({"content": "hi", "reasoning_details": []}),
+                chunk({"content": "", "reasoning_details": [secret]}, "stop"),
+            ]
+        ),
+    )
+    whole = (await make(gateway, "whole")).json["choices"][0]["message"]
+    told = events((await make(gateway, "stream")).text)
+    body = {**HELLO, "messages": [*HELLO["messages"], whole, *HELLO["messages"]]}
+    await ask(gateway, "POST", "/v1/chat/completions", json=body)
+
+    assert [text, secret] == whole["reasoning_details"]
+    deltas = [event["choices"][0]["delta"] for event in told[:3]]
+    assert [[text], None, [secret]] == [delta.get("reasoning_details") for delta in deltas]
+    assert [text, secret] == upstream.requests[2].body["messages"][1]["reasoning_details"]
+
+
 @pytest.mark.parametrize("usage", [None, {"prompt_tokens": 3, "completion_tokens": 2.0}])
 @pytest.mark.parametrize("call", ["whole", "stream"])
 async def test_odd_words_on_an_answer_are_left_out(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -24,7 +25,12 @@ from harperpy import (
 
 from .schema import ChatRequest, EmbeddingRequest
 
-_NOTHING_RARER = (None,) * 7
+# What few answers have besides text.
+_RARER = (
+    *("tool_calls", "refusal", "audio", "reasoning_content", "annotations"),
+    *("reasoning_details", "logprobs", "refusal_logprobs"),
+)
+_rarer_of, _NOTHING_RARER = attrgetter(*_RARER), (None,) * len(_RARER)
 
 
 class _Message(msgspec.Struct, omit_defaults=True, gc=False):
@@ -38,6 +44,7 @@ class _Message(msgspec.Struct, omit_defaults=True, gc=False):
     reasoning_content: str | None = None
     annotations: list[Any] | None = None
     audio: dict[str, Any] | None = None
+    reasoning_details: list[Any] | None = None
 
 
 class _Choice(msgspec.Struct, gc=False):
@@ -114,16 +121,20 @@ def embedding_list(request: EmbeddingRequest, result: EmbedResult) -> msgspec.St
 
 
 def _choice(index: int, choice: Choice, request: ChatRequest) -> _Choice:
-    calls, refusal, audio = choice.tool_calls, choice.refusal, choice.audio
-    thought, annotations = choice.reasoning_content, choice.annotations
-    # What few answers have besides text.
-    rarer = calls, refusal, audio, thought, annotations, choice.logprobs, choice.refusal_logprobs
-    if rarer == _NOTHING_RARER:
+    if _rarer_of(choice) == _NOTHING_RARER:
         reason = openai_finish_reason(choice.finish_reason, calls=False)
         return _Choice(index, _Message("assistant", choice.content or "", None), None, reason)
-    functions = bool(request.functions)
-    content = choice.content or (None if calls or refusal or audio else "")
-    message = _Message("assistant", content, refusal, None, None, thought, annotations, audio)
+    calls, functions = choice.tool_calls, bool(request.functions)
+    wordless = calls or choice.refusal or choice.audio
+    message = _Message(
+        "assistant",
+        choice.content or (None if wordless else ""),
+        choice.refusal,
+        reasoning_content=choice.reasoning_content,
+        annotations=choice.annotations,
+        audio=choice.audio,
+        reasoning_details=choice.reasoning_details,
+    )
     if calls and functions:
         message.function_call = openai_tool_call(calls[0])["function"]
     elif calls:

@@ -92,6 +92,7 @@ class AssistantMessageIn(msgspec.Struct, tag_field="role", tag="assistant", gc=F
     function_call: FunctionCallIn | None = None
     audio: dict[str, Any] | None = None
     reasoning_content: str | None = None
+    reasoning_details: list[Any] | None = None
 
 
 class ToolMessageIn(msgspec.Struct, tag_field="role", tag="tool", gc=False):

@@ -153,7 +153,7 @@ def _message(message: MessageIn) -> Message:
             old = message.function_call
             calls.append(ToolCall(id="", name=old.name, arguments=old.arguments))
         told.tool_calls = calls or None
-        for field in ("refusal", "audio", "reasoning_content"):
+        for field in ("refusal", "audio", "reasoning_content", "reasoning_details"):
             setattr(told, field, getattr(message, field))
     return told
 
