@@ -64,8 +64,8 @@ Whole and streamed answers hold OpenAI's required fields and no others, save for
 itself adds of this list: `system_fingerprint`, `service_tier`, `moderation`, `reasoning_content`,
 `reasoning_details`, `annotations`, `audio`, and the details of `usage`. `id` and `created` are
 fresh for each call and the same on all chunks of a stream. `finish_reason` is `tool_calls` whenever
-there are calls to make; the arguments of a function that takes none are `{}`, whatever a provider sends. Each
-answer carries `x-request-id`, `openai-processing-ms` and `openai-version`.
+there are calls to make; the arguments of a function that takes none are `{}`, whatever a provider
+sends. Each answer carries `x-request-id`, `openai-processing-ms` and `openai-version`.
 
 A provider's own word for its end becomes one of OpenAI's (`max_tokens` is `length`). One that says
 `error` has failed: the next model is asked, or the answer is a 502.

@@ -270,7 +270,10 @@ class Server:
         loader.make_models(self.config, self.routes)
         await loader.apply(self._scope)
         chains = tuple(core.middlewares.values())
-        for owner, error in (one for part in (*chains, self.routes) for one in part.strangers()):
+        strangers = [*self.routes.strangers()]
+        for chain in chains:
+            strangers += chain.strangers()
+        for owner, error in strangers:
             loader.failed(owner, error)
         mounts = (core.resources, core.operations_resources)
         loader.withdraw(*mounts, *chains, core.authenticators, self.routes)
