@@ -46,7 +46,7 @@ def put_together(
     authentication = config.authentication
     epoch = worker.epoch()
     authenticators = Authenticators(authentication.cache_seconds, epoch)
-    database = _database(config, root, worker)
+    database = _database(config, directory, root, worker)
     attempts = Attempts(authenticators.forget, slow=authentication.slow_guesses)
 
     def changed(_: object) -> None:
@@ -123,10 +123,10 @@ def _named(environ: Mapping[str, str]) -> tuple[str | None, str | None]:
     return environ.get("HDB_ADMIN_USERNAME"), environ.get("HDB_ADMIN_PASSWORD")
 
 
-def _database(config: Config, root: Path, worker: Worker) -> Database:
+def _database(config: Config, directory: Path, root: Path, worker: Worker) -> Database:
     url = config.database.url
     return Database(
-        Path(url.removeprefix("sqlite:///")) if url else root / "system.db",
+        directory / url.removeprefix("sqlite:///") if url else root / "system.db",
         fsync=config.accounting.durability == "fsync",
         busy_seconds=config.database.busy_timeout / 1000,
         transaction_seconds=config.database.transaction_timeout / 1000,

@@ -64,7 +64,7 @@ def no_such_family(error: OSError) -> bool:
 
 def data_root(config: Config, directory: Path, root: Path | None) -> Path:
     """The data folder: as asked for, else as configured, else in the project's folder."""
-    return root or Path(config.root_path or directory / ".harperpy")
+    return root or directory / (config.root_path or ".harperpy")
 
 
 def lock_root(root: Path, *, briefly: bool = False) -> TextIO:

@@ -197,8 +197,9 @@ class AnalyticsConfig(Section, frozen=True, kw_only=True):
 class DatabaseConfig(Section, frozen=True, kw_only=True):
     """Where the `system` schema lives: by default `system.db` in the data folder.
 
-    `busyTimeout` is how long a transaction waits to write, `transactionTimeout` how long it may
-    keep others waiting once it has written (milliseconds).
+    A path in `url`, as that of `rootPath`, is relative to the project's folder. `busyTimeout` is
+    how long a transaction waits to write, `transactionTimeout` how long it may keep others waiting
+    once it has written (milliseconds).
     """
 
     url: SqliteUrl | None = None
