@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 import sys
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -74,7 +75,7 @@ def lock_root(root: Path, *, briefly: bool = False) -> TextIO:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        root.chmod(0o700)
+        _close_to_others(root)
     except OSError as error:
         message = f"cannot use {root} as data folder: {error.strerror}"
         raise ConfigError(message) from error
@@ -90,6 +91,21 @@ def lock_root(root: Path, *, briefly: bool = False) -> TextIO:
         message = f"cannot use {file}: {error.strerror}"
         raise ConfigError(message) from error
     return lock
+
+
+def _close_to_others(root: Path) -> None:
+    """Have the folder be its owner's alone. Raises `ConfigError` for one that all share.
+
+    A volume may be somebody else's: it keeps its mode, and what is made there is closed by itself.
+    """
+    found = root.stat()
+    own = found.st_uid == os.geteuid()
+    shared = found.st_mode & stat.S_ISVTX and any(root.iterdir())
+    if found.st_mode & stat.S_IWOTH and (shared or not own):
+        message = f"cannot use {root} as data folder: others write there too; name a folder in it"
+        raise ConfigError(message)
+    if own:
+        root.chmod(0o700)
 
 
 def _lock(lock: TextIO, root: Path) -> None:

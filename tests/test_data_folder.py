@@ -1,8 +1,17 @@
 """The data folder: where it is, and whose."""
 
+import os
+import shutil
+import stat
+import subprocess
 from pathlib import Path
 
-from commands import configured, names, said, serving
+import pytest
+
+from commands import ADMIN, configured, get, names, refusal, said, serving
+
+UNSHARE = shutil.which("unshare")
+CAN_GIVE_AWAY = os.geteuid() == 0 and UNSHARE and not subprocess.call([UNSHARE, "-r", "true"])
 
 
 async def test_paths_of_the_configuration_begin_at_the_project(tmp_path: Path) -> None:
@@ -19,3 +28,42 @@ async def test_paths_of_the_configuration_begin_at_the_project(tmp_path: Path) -
     assert ["log", "project"] == names(tmp_path)
     assert ["calls.db"] == names(project / "kept")
     assert "secret.key" in names(project / "data")
+
+
+async def test_a_folder_that_all_share_is_no_data_folder(tmp_path: Path) -> None:
+    """One such as /tmp is refused and keeps its mode, which others need; an empty one is taken."""
+    project = configured(tmp_path / "project")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "others").touch()
+    shared.chmod(0o1777)
+
+    told = await refusal(project, "run", "--root", str(shared), **ADMIN)
+
+    assert (
+        f"cannot use {shared} as data folder: others write there too; name a folder in it" == told
+    )
+    assert (0o1777, ["others"]) == (stat.S_IMODE(shared.stat().st_mode), names(shared))
+    (shared / "others").unlink()
+    async with serving(project, "run", "--root", str(shared), environ=ADMIN):
+        pass
+    assert 0o700 == stat.S_IMODE(shared.stat().st_mode)
+
+
+@pytest.mark.skipif(not CAN_GIVE_AWAY, reason="it takes root, and a name space of users")
+async def test_a_volume_may_be_somebody_elses(tmp_path: Path) -> None:
+    """Where the group may write, as Kubernetes has it; its mode stays, the files are ours alone."""
+    project = configured(tmp_path / "project")
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    os.chown(volume, 1, -1)
+    volume.chmod(0o2775)
+
+    async with serving(
+        project, "run", "--root", str(volume), environ=ADMIN, within=("unshare", "-r")
+    ) as server:
+        assert 200 == (await get(f"{server.url}/health"))[0]
+
+    assert 0o2775 == stat.S_IMODE(volume.stat().st_mode)
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in volume.iterdir() if file.is_file()}
+    assert {0o600} == modes
