@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-STOPS = (signal.SIGINT, signal.SIGTERM)
+# The last one is a terminal's that is closed.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AGAIN = signal.SIGUSR1
 WHERE = signal.SIGUSR2
 # Ten for the requests that run, and some for the plugins to close.
@@ -19,6 +20,12 @@ END_SECONDS = 20.0
 HARD_STOP = 128 + signal.SIGINT
 # One Ctrl-C may come twice: from the terminal, and from who started us.
 _DOUBLED_SECONDS = 0.5
+
+
+def heeded() -> list[signal.Signals]:
+    """Those that end this process: started by nohup, it outlives its terminal."""
+    deaf = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in STOPS if not (deaf and number is signal.SIGHUP)]
 
 
 class Ending:

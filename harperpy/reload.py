@@ -12,7 +12,7 @@ from typing import Any
 
 from .banner import say
 from .child import Child, end, start
-from .ending import HARD_STOP, STOPS, Ending
+from .ending import HARD_STOP, STOPS, Ending, heeded
 from .errors import ConfigError
 from .held import Held, Holder, data_root, places
 from .sections import Config
@@ -73,7 +73,7 @@ class Parent:
     async def run(self) -> int:
         """Serve until a signal; the exit code. Raises `ConfigError` if the start is refused."""
         ending = Ending(self._stop.set, self._hurry.set)
-        for number in STOPS:
+        for number in heeded():
             asyncio.get_running_loop().add_signal_handler(number, ending.heard, number)
         self._stopping = asyncio.ensure_future(self._stop.wait())
         config = self._what.config()

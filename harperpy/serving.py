@@ -21,7 +21,7 @@ import msgspec
 from .accounting import current_caller
 from .banner import banner, http_url, ready, say
 from .config import load_config
-from .ending import AGAIN, STOPS, WHERE, Ending, alone
+from .ending import AGAIN, STOPS, WHERE, Ending, alone, heeded
 from .errors import ConfigError
 from .held import Worker, inherit
 from .secret import mask_bare
@@ -119,13 +119,13 @@ def _spare_the_collector() -> None:
 
 def _listen(stop: asyncio.Event, *, by_itself: bool) -> Ending:
     """Hear the signals. Who has a parent is ended by it, by force if it must be."""
-    loop = asyncio.get_running_loop()
-    for number in STOPS:
+    loop, stops = asyncio.get_running_loop(), heeded()
+    for number in stops:
         loop.add_signal_handler(number, stop.set)
     ending = alone()
     if by_itself:
         loop.add_signal_handler(AGAIN, stop.set)
-        for number in (*STOPS, AGAIN):
+        for number in (*stops, AGAIN):
             # The loop still hears of them: it reads what Python writes for it.
             signal.signal(number, ending.heard)
     return ending

@@ -10,7 +10,7 @@ from tempfile import TemporaryFile
 
 from .banner import local_url, ready, say
 from .child import Child, end, start
-from .ending import AGAIN, HARD_STOP, STOPS, Ending
+from .ending import AGAIN, HARD_STOP, STOPS, Ending, heeded
 from .epoch import Epoch
 from .held import SOCKET_NAME, Worker, data_root, hold, places
 from .processors import shared
@@ -42,7 +42,7 @@ class Workers:
 
     async def run(self) -> int:
         """Serve until a signal; the exit code. Raises `ConfigError` if the start is refused."""
-        for number in (*STOPS, AGAIN):
+        for number in (*heeded(), AGAIN):
             asyncio.get_running_loop().add_signal_handler(number, self._ending.heard, number)
         count = self._count
         processors = shared(count) if self._config.http.pin_workers else ()

@@ -25,8 +25,9 @@ _PING = b":\n\n"
 
 def main() -> None:
     """Serve until stdin closes."""
-    # Ctrl-C reaches every process of the terminal, but the parent still winds down with us.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a closed terminal reach all of its processes; the parent still winds down with us.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     os.nice(5)
     config: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
     if config["processors"]:

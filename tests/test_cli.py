@@ -571,10 +571,11 @@ async def test_no_key_is_logged_whoevers_error_it_stands_in(project: Path) -> No
     assert "KeyError: ('[redacted]', 'Bearer [redacted]', 'plain')" in log
 
 
-async def test_sigterm_lets_a_stream_end(slow: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_a_signal_lets_a_stream_end(slow: Path, number: int) -> None:
     """It takes no more requests, finishes the one that runs, writes its row, and exits 0."""
     async with serving(slow) as server, streaming(server) as response:
-        server.process.terminate()
+        server.process.send_signal(number)
         await closed(server.url)
         (slow / "go").touch()
         async with asyncio.timeout(SECONDS):
@@ -607,6 +608,16 @@ async def test_a_signal_ends_it_without_a_trace(project: Path, number: int) -> N
         assert 0 == await server.end(number)
 
     assert "Traceback" not in (project / "log").read_text()
+
+
+@pytest.mark.parametrize("command", ["dev", "run"])
+async def test_started_by_nohup_it_outlives_its_terminal(project: Path, command: str) -> None:
+    """The signal of a terminal that is closed is then no order to end."""
+    async with serving(project, command, environ=ADMIN, within=("nohup",)) as server:
+        server.process.send_signal(signal.SIGHUP)
+
+        assert 200 == (await get(f"{server.url}/health"))[0]
+        assert 200 == (await get(f"{server.url}/health"))[0]
 
 
 async def test_a_signal_ends_a_start_that_hangs(project: Path) -> None:

@@ -410,7 +410,8 @@ async def streams(clients: Iterable[Any]) -> AsyncIterator[list[aiohttp.ClientRe
         yield opened
 
 
-async def test_sigterm_lets_the_streams_of_all_workers_end(project: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_a_signal_lets_the_streams_of_all_workers_end(project: Path, number: int) -> None:
     """No more connections; what runs is finished and written down; the exit code is 0."""
     slow(project)
     async with (
@@ -418,7 +419,7 @@ async def test_sigterm_lets_the_streams_of_all_workers_end(project: Path) -> Non
         pinned(server) as clients,
         streams(clients.values()) as opened,
     ):
-        server.process.terminate()
+        server.process.send_signal(number)
         await closed(server.url)
         (project / "go").touch()
         async with asyncio.timeout(SECONDS):
