@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import re
@@ -15,7 +16,16 @@ from typing import Any, ClassVar, NamedTuple, TextIO, cast
 import msgspec
 import sqlalchemy as sa
 
-from harperpy import ClientError, Config, ConfigError, Deed, Scope, load_config, redacted
+from harperpy import (
+    ClientError,
+    Config,
+    ConfigError,
+    Conflict,
+    Deed,
+    Scope,
+    load_config,
+    redacted,
+)
 
 from .trial import trouble
 from .yaml_edit import edited
@@ -69,11 +79,15 @@ class Settings:
 
     async def _change(self, changes: list[tuple[tuple[str, ...], Any]]) -> None:
         deed = Deed("config.yaml")
-        change = await asyncio.to_thread(self._prepare, changes)
+        try:
+            change = await asyncio.to_thread(self._prepare, changes)
+        except OSError as error:
+            message = f"{self._path.name} cannot be written: {error.strerror}"
+            raise Conflict(message) from error
         try:
             # First of all the audit's row: there is never a change without one.
             await self._scope.database.run(partial(change.note, deed))
-            change.file.replace(self._path.resolve())
+            _put(change.file, self._path.resolve())
         finally:
             change.file.unlink(missing_ok=True)
 
@@ -87,6 +101,9 @@ class Settings:
         """The new file, beside the old. Raises `ClientError` if no server could start with it."""
         path = self._path.resolve()
         text = path.read_text(encoding="utf-8") if path.exists() else ""
+        if path.exists():
+            # Another could take its place where it may not be written itself.
+            path.open("ab").close()
         before = redacted(load_config(path, os.environ))
         for keys, value in changes:
             text = edited(text, keys, value)
@@ -125,6 +142,16 @@ class _Change(NamedTuple):
 
     def note(self, deed: Deed, connection: sa.Connection) -> None:
         deed.note(connection, "update", *self.after, before=self.before, after=self.after)
+
+
+def _put(file: Path, path: Path) -> None:
+    """Have a file take another's place; one that is mounted by itself is written where it is."""
+    try:
+        file.replace(path)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        path.write_bytes(file.read_bytes())
 
 
 def _checked(path: Path) -> Config:

@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 import aiohttp
 import pytest
 import yaml
+
+from helpers import basic
 
 SECONDS = 60
 FREE = "http: {port: 0}\noperationsApi: {network: {port: 0}}\n"
@@ -202,6 +205,29 @@ def configured(folder: Path, more: str = "") -> Path:
     folder.mkdir()
     (folder / "config.yaml").write_text(FREE + ECHO + more)
     return folder
+
+
+def mounting(script: str) -> tuple[str, ...]:
+    """What a command is to run within, for mounts that it alone sees; skips where none can be."""
+    within = ("unshare", "-rm", "bash", "-ec")
+    try:
+        possible = subprocess.call([*within, "mount --bind . ."], stderr=subprocess.DEVNULL) == 0
+    except FileNotFoundError:
+        possible = False
+    if not possible:
+        pytest.skip("nobody may mount here")
+    return (*within, f'{script}\nexec "$@"', "bash")
+
+
+async def operate(server: Serving, name: str, **given: Any) -> tuple[int, Any, Any]:
+    """Status, body and headers of an operation."""
+    login = basic(ADMIN["HDB_ADMIN_USERNAME"], ADMIN["HDB_ADMIN_PASSWORD"])
+    body = {"operation": name, **given}
+    async with (
+        aiohttp.ClientSession(headers={"Authorization": login}) as session,
+        session.post(server.operations_url, json=body) as response,
+    ):
+        return response.status, await response.json(), response.headers
 
 
 async def get(url: str, credential: str = "") -> tuple[int, Any]:

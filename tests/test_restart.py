@@ -5,13 +5,10 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
-import aiohttp
 import pytest
 
-from commands import ADMIN, ECHO, FREE, SECONDS, Serving, said, serving, started, until
-from helpers import basic
+from commands import ADMIN, ECHO, FREE, SECONDS, Serving, operate, said, serving, started, until
 
 ONE = FREE + ECHO
 TWO = ONE.replace("http: {port: 0}", "http: {port: 0, workers: 2}")
@@ -23,17 +20,6 @@ async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
     (tmp_path / "config.yaml").write_text(request.param)
     async with serving(tmp_path, "run", environ=ADMIN) as served:
         yield served
-
-
-async def operate(server: Serving, name: str, **given: Any) -> tuple[int, Any, Any]:
-    """Status, body and headers of an operation."""
-    login = basic(ADMIN["HDB_ADMIN_USERNAME"], ADMIN["HDB_ADMIN_PASSWORD"])
-    body = {"operation": name, **given}
-    async with (
-        aiohttp.ClientSession(headers={"Authorization": login}) as session,
-        session.post(server.operations_url, json=body) as response,
-    ):
-        return response.status, await response.json(), response.headers
 
 
 async def ready(server: Serving) -> Serving:
