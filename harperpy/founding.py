@@ -28,6 +28,8 @@ from .scope import Core
 from .sections import Config
 from .tokens import Tokens
 
+_ADMIN = ("HDB_ADMIN_USERNAME", "HDB_ADMIN_PASSWORD")
+
 
 def put_together(
     config: Config,
@@ -105,6 +107,11 @@ async def lacks_first(people: People, environ: Mapping[str, str], *, dev: bool) 
             "for the first start, or use 'harperpy dev'"
         )
         raise ConfigError(message)
+    for variable in _ADMIN:
+        # Nobody could ever log in by what a file's newline has made of it.
+        if not environ.get(variable, "").isprintable():
+            message = f"{variable}: expected one line of text; it ends in a newline, or is no UTF-8"
+            raise ConfigError(message)
     return True
 
 
@@ -120,7 +127,8 @@ async def make_first(people: People, environ: Mapping[str, str]) -> str | None:
 
 
 def _named(environ: Mapping[str, str]) -> tuple[str | None, str | None]:
-    return environ.get("HDB_ADMIN_USERNAME"), environ.get("HDB_ADMIN_PASSWORD")
+    name, password = (environ.get(variable) for variable in _ADMIN)
+    return name, password
 
 
 def _database(config: Config, directory: Path, root: Path, worker: Worker) -> Database:

@@ -43,7 +43,8 @@ def _null_is_true(value: Tree) -> Tree:
 
 
 def _no_bare_variable(value: Tree) -> Tree:
-    if isinstance(value, str) and re.match(r"\$|os\.environ\b", value):
+    # A file that it was read from may have left its newline there, which no header takes.
+    if isinstance(value, str) and (re.match(r"\$|os\.environ\b", value) or not value.isprintable()):
         raise ValueError
     return value
 
@@ -57,16 +58,16 @@ Text = Annotated[str, Meta(min_length=1, description="a string that is not empty
 FilePath = Annotated[str, Meta(pattern=r"^[^\x00]+$", description="the path of a folder or a file")]
 Host = Annotated[
     str,
-    # What is between two dots has a length, or no resolver takes it.
+    # What is between two dots has a length, or no resolver takes it; one colon is for a port.
     Meta(
-        pattern=r"^[^\s\x00./]{1,63}(\.[^\s\x00./]{1,63})*\.?$",
+        pattern=r"^(?![^:]*:[^:]*$)[^\s\x00./]{1,63}(\.[^\s\x00./]{1,63})*\.?$",
         description="the name of a host or its address",
     ),
 ]
 ApiKey = Annotated[
     Secret,
     Meta(
-        description='a key that is not empty, or "${NAME}" for that of the environment',
+        description='a key of one line that is not empty, or "${NAME}" for that of the environment',
         extra={"parse": _no_bare_variable},
     ),
 ]

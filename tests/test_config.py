@@ -96,6 +96,7 @@ def test_defaults(path: str, expected: object) -> None:
         ("http: {port: 0}", "http.port", 0),
         ("http: {port: 65535}", "http.port", 65535),
         ("http: {host: 192.0.2.1}", "http.host", "192.0.2.1"),
+        ("http: {host: '::1'}", "http.host", "::1"),
         ("http: {workers: 4}", "http.workers", 4),
         ("http: {workers: auto}", "http.workers", "auto"),
         ("http: {cors: true}", "http.cors", True),
@@ -300,6 +301,7 @@ SQLITE = "expected an SQLite URL such as sqlite:///data/system.db (no other data
         ("http: {host: ''}", f'http.host: {HOST}, got ""'),
         ("http: {host: .local}", f'http.host: {HOST}, got ".local"'),
         ("http: {host: 'a b'}", f'http.host: {HOST}, got "a b"'),
+        ("http: {host: 'localhost:80'}", f'http.host: {HOST}, got "localhost:80"'),
         (
             "operationsApi: {network: {host: a..b}}",
             f'operationsApi.network.host: {HOST}, got "a..b"',
@@ -420,14 +422,23 @@ def test_wrong_values(text: str, expected: str) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["12345678", "''", "[hunter2]", "{a: hunter2}", "3.5", "$MY_KEY", "os.environ/MY_KEY"],
+    [
+        "12345678",
+        "''",
+        "[hunter2]",
+        "{a: hunter2}",
+        "3.5",
+        "$MY_KEY",
+        "os.environ/MY_KEY",
+        '"k\\n"',
+    ],
 )
 def test_a_wrong_secret_is_not_quoted(value: str) -> None:
     """The refusal of a wrong API key says what was expected, and nothing of the key."""
     (line,) = refusals(f"models: {{generative: {{a: {{backend: echo, apiKey: {value}}}}}}}")
 
     expected = (
-        "models.generative.a.apiKey: expected a key that is not empty, "
+        "models.generative.a.apiKey: expected a key of one line that is not empty, "
         'or "${NAME}" for that of the environment, got a '
     )
     assert line.removeprefix(expected) in {"value that is not shown", "list", "map"}

@@ -1,0 +1,39 @@
+"""What a machine, a container or a shell may lack, and what a server makes of it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from commands import ADMIN, ECHO, FREE, configured, execute, get, harperpy, refusal, serving
+
+KEYED = """
+models: {generative: {default: {backend: openai, apiKey: "${MY_KEY}"}}}
+"""
+NAMELESS = ("unshare", "--map-user=54321", "env", "-u", "HOME", "-u", "XDG_CACHE_HOME")
+
+
+async def test_a_key_that_ends_in_a_newline_is_named(tmp_path: Path) -> None:
+    """By file, key and variable: a secret that comes out of a file often has one."""
+    (tmp_path / "config.yaml").write_text(FREE + KEYED)
+
+    told = await refusal(tmp_path, "check", MY_KEY="sk-0123456789abcdef\n")
+
+    where = "config.yaml: models.generative.default.apiKey: expected a key of one line"
+    assert told.startswith(where)
+    assert told.endswith(", got a value that is not shown from ${MY_KEY}")
+
+
+@pytest.mark.parametrize("variable", ADMIN)
+@pytest.mark.parametrize("value", ["secret\n", os.fsdecode(b"caf\xe9")])
+async def test_an_administrator_whom_nobody_can_be_is_not_made(
+    tmp_path: Path, variable: str, value: str
+) -> None:
+    """The variable is named, and the next start makes who was meant."""
+    project = configured(tmp_path / "project")
+
+    told = await refusal(project, "run", **{**ADMIN, variable: value})
+
+    assert told.startswith(f"{variable}: expected one line of text")
+    async with serving(project, "run", environ=ADMIN):
+        pass
