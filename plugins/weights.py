@@ -76,7 +76,14 @@ class FetchError(SetupError):
 
 def user_cache(environ: Mapping[str, str]) -> Path:
     """Where model files are kept: `$XDG_CACHE_HOME/harperpy`, else `~/.cache/harperpy`."""
-    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "harperpy"
+    if folder := environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "harperpy"
+    try:
+        home = Path.home()
+    except RuntimeError:
+        # Users that only a container knows by their number have none.
+        home = Path("/")
+    return home / ".cache" / "harperpy"
 
 
 class Cache:

@@ -37,3 +37,16 @@ async def test_an_administrator_whom_nobody_can_be_is_not_made(
     assert told.startswith(f"{variable}: expected one line of text")
     async with serving(project, "run", environ=ADMIN):
         pass
+
+
+async def test_a_user_without_a_name_or_a_home_serves(tmp_path: Path) -> None:
+    """As in a container: all plugins start, and the model files can be asked for."""
+    if (await execute(tmp_path, *NAMELESS, "true")).code:
+        pytest.skip("there is no name space of users")
+    project = configured(tmp_path / "project")
+
+    async with serving(project, "run", environ=ADMIN, within=NAMELESS) as server:
+        assert (200, {"status": "ok"}) == await get(f"{server.url}/health")
+    done = await execute(project, *NAMELESS, "harperpy", "models", "list")
+
+    assert (0, "") == (done.code, done.err)
