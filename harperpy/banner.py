@@ -50,9 +50,15 @@ def banner(server: Server, version: str) -> str:
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print it, if it can be: a full disk, or a terminal that was closed, ends no server."""
+    """Print it, if it can be: a full disk, or a terminal that was closed, ends no server.
+
+    Nor does a name that the terminal's encoding lacks.
+    """
     with contextlib.suppress(OSError):
-        click.echo(text, err=err)
+        try:
+            click.echo(text, err=err)
+        except UnicodeEncodeError:
+            click.echo(text.encode("ascii", "backslashreplace").decode(), err=err)
 
 
 def _warnings(config: Config) -> Iterator[str]:

@@ -50,3 +50,27 @@ async def test_a_user_without_a_name_or_a_home_serves(tmp_path: Path) -> None:
     done = await execute(project, *NAMELESS, "harperpy", "models", "list")
 
     assert (0, "") == (done.code, done.err)
+
+
+@pytest.mark.parametrize("command", ["dev", "run"])
+async def test_a_name_that_cannot_be_printed_stops_no_server(tmp_path: Path, command: str) -> None:
+    """It is shown by its numbers: of a model, or of a folder that is no UTF-8."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    configured(folder)
+    (folder / "config.yaml").write_text(
+        FREE + ECHO.replace("default:", "日本: {backend: echo}, default:", 1)
+    )
+    environ = {**ADMIN, "PYTHONIOENCODING": "latin-1:strict"}
+
+    async with serving(tmp_path, command, folder.name, environ=environ) as server:
+        assert "\\u65e5\\u672c" in server.printed
+        assert "caf\\udce9" in server.printed
+        assert 200 == (await get(f"{server.url}/health"))[0]
+
+
+async def test_a_project_whose_name_cannot_be_printed_is_written(tmp_path: Path) -> None:
+    """And said to be."""
+    done = await harperpy(tmp_path, "init", "日本", PYTHONIOENCODING="latin-1:strict")
+
+    assert (0, "") == (done.code, done.err)
+    assert done.out.startswith("Wrote \\u65e5\\u672c. Next: ")
