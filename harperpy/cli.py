@@ -7,7 +7,6 @@ import importlib.metadata
 import logging
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
+from .banner import say
 from .ending import start_again
 from .health import Health
 from .processors import processes
@@ -24,7 +24,7 @@ from .sections import Config, DatabaseConfig
 from .server import Server
 from .serving import Inherited, Serving, serve
 from .spelling import nearest
-from .target import Target, config_of, import_from, open_streams, run_to_end, show, told
+from .target import Target, config_of, import_from, open_streams, run_to_end, scratch, show, told
 from .words import parameters
 from .workers import Workers
 
@@ -145,7 +145,7 @@ _TEMPLATES = "\n".join(f"{name:<10}{about}" for name, about in TEMPLATES.items()
 def init(name: Path, template: str) -> None:
     """Write a new project into the folder NAME: its config, its code, and tests that pass."""
     told(lambda: write_project(name, template))
-    click.echo(f"Wrote {name}. Next: harperpy dev {shlex.quote(str(name))}")
+    say(f"Wrote {name}. Next: harperpy dev {shlex.quote(str(name))}")
 
 
 @main.command(short_help="Load DIR, and say what is wrong with it.")
@@ -365,12 +365,12 @@ def _serve(what: Serving, inherited: str | None) -> None:
 
 
 async def _check(directory: Path) -> Health:
-    with tempfile.TemporaryDirectory() as root:
+    with scratch() as root:
         config = config_of(directory)
         # A database outside of the data folder is in use: the check leaves it alone.
         config = msgspec.structs.replace(config, database=DatabaseConfig())
         import_from(directory)
-        server = Server(config, directory=directory, root=Path(root), dev=True)
+        server = Server(config, directory=directory, root=root, dev=True)
         logging.disable(logging.CRITICAL)
         await server.open()
         await server.stop()
@@ -381,8 +381,8 @@ def _on_files(operation: str, name: str | None, *, as_json: bool = False) -> Non
     """An operation on the user's cache: no project and no running server has a part in it."""
 
     async def operate() -> Any:
-        with tempfile.TemporaryDirectory() as root:
-            server = Server(Config(), directory=Path(root), root=Path(root))
+        with scratch() as root:
+            server = Server(Config(), directory=root, root=root)
             await server.open()
             try:
                 given = {"operation": operation, "name": name}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Coroutine
+import tempfile
+from collections.abc import Callable, Coroutine, Generator
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -185,6 +187,18 @@ def open_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+
+
+@contextlib.contextmanager
+def scratch() -> Generator[Path]:
+    """A folder for now. Raises `ConfigError` where there can be none."""
+    try:
+        folder = tempfile.TemporaryDirectory()
+    except OSError as error:
+        message = "there is no folder for temporary files that can be written: TMPDIR names one"
+        raise ConfigError(message) from error
+    with folder as path:
+        yield Path(path)
 
 
 def config_of(directory: Path) -> Config:

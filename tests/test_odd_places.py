@@ -74,3 +74,18 @@ async def test_a_project_whose_name_cannot_be_printed_is_written(tmp_path: Path)
 
     assert (0, "") == (done.code, done.err)
     assert done.out.startswith("Wrote \\u65e5\\u672c. Next: ")
+
+
+@pytest.mark.parametrize("command", ["check", "models list"])
+async def test_where_no_file_can_be_made_the_reason_is_one_sentence(
+    tmp_path: Path, command: str
+) -> None:
+    """As in a container that is read-only altogether."""
+    project = configured(tmp_path / "project")
+    # Where no file may be longer than nothing, no folder is fit for one.
+    done = await execute(
+        project, "bash", "-c", f"trap '' XFSZ; ulimit -f 0; exec harperpy {command}"
+    )
+
+    told = "there is no folder for temporary files that can be written: TMPDIR names one"
+    assert (1, f"harperpy: {told}") == (done.code, done.err.strip().replace("models list: ", ""))
