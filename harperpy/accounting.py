@@ -241,6 +241,10 @@ class Ledger:
                 except WHATEVER:
                     logger.exception("a subscriber of the ledger failed")
 
+    def number_above(self, number: int) -> None:
+        """Give no call this number, or a lower one."""
+        self._last_id = max(self._last_id, number)
+
     def next_id(self) -> int:
         """Microseconds since 1970, always above the last, and no other ledger's: it sorts by time.
 

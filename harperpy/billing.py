@@ -7,6 +7,7 @@ from datetime import date
 from typing import Any
 
 import msgspec
+import sqlalchemy as sa
 
 from .accounting import Ledger
 from .database import Database
@@ -20,7 +21,7 @@ from .repricing import Repriced, Repricing
 from .rules import check_rules
 from .sections import Config
 from .shared_meters import SharedMeters
-from .system import purpose_key
+from .system import hdb_model_calls, purpose_key
 
 
 class Billing(msgspec.Struct):
@@ -36,7 +37,13 @@ class Billing(msgspec.Struct):
         """Admit and price calls from now on. Raises `ServiceUnavailable`."""
         # What processes that are no more held is dropped only after their calls have rows.
         await self.ledger.drain()
+        await self.database.read(self._number_on)
         await self.limits.open()
+
+    def _number_on(self, connection: sa.Connection) -> None:
+        # A clock that was set back would give a call the number of one that has its row.
+        newest = connection.scalar(sa.select(sa.func.max(hdb_model_calls.c.id)))
+        self.ledger.number_above(newest or 0)
 
     async def close(self) -> None:
         """Bring to its end what has been settled."""

@@ -2,16 +2,32 @@
 
 import os
 import shutil
+import sqlite3
 import stat
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
+import aiohttp
 import pytest
 
-from commands import ADMIN, configured, get, names, refusal, said, serving
+from commands import ADMIN, Serving, configured, get, names, refusal, rows, said, serving
+from helpers import basic
 
+HOUR = 3_600_000_000
 UNSHARE = shutil.which("unshare")
 CAN_GIVE_AWAY = os.geteuid() == 0 and UNSHARE and not subprocess.call([UNSHARE, "-r", "true"])
+
+
+async def called(server: Serving) -> int:
+    """Ask a model; the number of the call."""
+    headers = {"Authorization": basic(*ADMIN.values())}
+    body = {"messages": [{"role": "user", "content": "hello"}]}
+    async with (
+        aiohttp.ClientSession(headers=headers) as session,
+        session.post(f"{server.url}/v1/chat/completions", json=body) as response,
+    ):
+        return int(response.headers["x-harper-call-id"])
 
 
 async def test_paths_of_the_configuration_begin_at_the_project(tmp_path: Path) -> None:
@@ -67,3 +83,20 @@ async def test_a_volume_may_be_somebody_elses(tmp_path: Path) -> None:
     assert 0o2775 == stat.S_IMODE(volume.stat().st_mode)
     modes = {stat.S_IMODE(file.stat().st_mode) for file in volume.iterdir() if file.is_file()}
     assert {0o600} == modes
+
+
+async def test_a_clock_that_was_set_back_numbers_no_call_anew(tmp_path: Path) -> None:
+    """Its calls come after those that have rows, whose numbers no other call is given."""
+    project = configured(tmp_path / "project")
+    database = project / ".harperpy" / "system.db"
+    async with serving(project, "run", environ=ADMIN) as server:
+        await called(server)
+    with closing(sqlite3.connect(database)) as ahead, ahead:
+        ahead.execute("UPDATE hdb_model_calls SET id = id + ?", (HOUR,))
+        ((last,),) = ahead.execute("SELECT id FROM hdb_model_calls")
+
+    async with serving(project, "run", environ=ADMIN) as server:
+        number = await called(server)
+
+    assert last < number
+    assert 2 == len(await rows(project))
