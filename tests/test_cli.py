@@ -162,6 +162,18 @@ async def test_init_overwrites_nothing(tmp_path: Path) -> None:
     assert "Wrote empty. Next: harperpy dev empty" == await said(tmp_path, "init", "empty")
 
 
+async def test_init_takes_a_repository_and_an_environment(tmp_path: Path) -> None:
+    """What people have before a project; its own `.gitignore` would be overwritten."""
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".gitignore").write_text("mine")
+
+    assert ". exists and is not empty" == await refusal(tmp_path, "init", ".")
+    (tmp_path / ".gitignore").unlink()
+    assert "Wrote .. Next: harperpy dev ." == await said(tmp_path, "init", ".")
+    assert {".git", ".venv", ".gitignore", "config.yaml"} <= set(names(tmp_path))
+
+
 # check
 
 
