@@ -94,6 +94,13 @@ async def test_version(tmp_path: Path) -> None:
     assert metadata.version("harperpy") == str(await said(tmp_path, "--version"))
 
 
+async def test_the_module_is_the_command(tmp_path: Path) -> None:
+    """For who has no `harperpy` on the path."""
+    done = await execute(tmp_path, sys.executable, "-m", "harperpy", "version")
+
+    assert (0, f"{metadata.version('harperpy')}\n") == (done.code, done.out)
+
+
 async def test_a_misspelt_command_is_refused(tmp_path: Path) -> None:
     """With the exit code of a wrong usage."""
     assert 2 == (await harperpy(tmp_path, "chekc")).code

@@ -142,6 +142,7 @@ ORDER = (
     "target",
     "workers",
     "cli",
+    "__main__",
     "__init__",
 )
 PUBLIC_MODULES = {"harperpy", "harperpy.streaming", "harperpy.testing", "harperpy.upstream"}
