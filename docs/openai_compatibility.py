@@ -47,7 +47,8 @@ the same as absent. The values in brackets ask for nothing, so every backend tak
 Fields that OpenAI does not know (`extra_body` in its clients) go to the provider as they are. That
 is for fields of the body: what it does not know within a message, a tool or another object is left
 out, save for `reasoning_content`, `reasoning_details`, `cache_control` of parts and
-`extra_content` of tool calls.
+`extra_content` of tool calls. The local model takes `top_k`, `min_p`, `typical_p` and
+`repeat_penalty`, and no others.
 
 ### Chat completions
 """

@@ -51,6 +51,8 @@ logger = logging.getLogger("harperpy.plugins.local")
 DEMO = "a small demo model, often wrong"
 _QUEUE = 16
 _MOST_TOKENS = 512
+# By others of its own llama.cpp ends, is busy for minutes, or answers at length.
+_PASSED_ON = frozenset({"top_k", "min_p", "typical_p", "repeat_penalty"})
 
 
 def register_model_backends(register: Callable[[str, BackendFactory], None]) -> None:
@@ -208,12 +210,10 @@ class LocalChat(ModelBackend):
                     yield chunk
 
     def _body(self, prompt: Prompt, opts: GenerateOpts) -> bytes:
-        extra = {"temperature": 0, "max_tokens": _MOST_TOKENS, **opts.provider_options}
-        # Without it llama.cpp does not notice who leaves while it reads the prompt.
-        extra["return_progress"] = True
-        # By this name, too, it would hear how long an answer may be.
-        extra.pop("n_predict", None)
-        opts.provider_options = extra
+        own = {name: told for name, told in opts.provider_options.items() if name in _PASSED_ON}
+        # Without the last one llama.cpp does not notice who leaves while it reads the prompt.
+        defaults = {"temperature": 0, "max_tokens": _MOST_TOKENS, "return_progress": True}
+        opts.provider_options = {**own, **defaults}
         opts.model = self._runner.name
         return chat_body(prompt, opts, "max_tokens", stream=True, usage=True)
 

@@ -123,6 +123,31 @@ async def test_an_answer_is_no_longer_by_another_name(client: openai.AsyncOpenAI
     assert 2 == len(cut.logprobs.content)
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"n_probs": 100_000},
+        {"reasoning_format": "none of them"},
+        {"grammar": f"root ::= {'(' * 50_000}"},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+async def test_no_caller_ends_the_model_for_the_others(
+    client: openai.AsyncOpenAI, own: dict[str, Any]
+) -> None:
+    """What llama.cpp's process would end by does not reach it; ways to pick a token do."""
+    plain = await ask(client, "Hello", max_tokens=4)
+    told = await ask(client, "Hello", max_tokens=4, extra_body=own)
+    assert plain.message.content == told.message.content
+
+
+async def test_an_answer_is_picked_as_its_caller_wants(client: openai.AsyncOpenAI) -> None:
+    """`top_k` reaches the model: of one token to choose from, no temperature makes another."""
+    sure = await ask(client, "Tell me a story.", max_tokens=12)
+    one = {"temperature": 2.0, "max_tokens": 12, "extra_body": {"top_k": 1}}
+    assert sure.message.content == (await ask(client, "Tell me a story.", **one)).message.content
+
+
 async def test_a_seed_makes_an_answer_repeatable(client: openai.AsyncOpenAI) -> None:
     """The same seed at a high temperature gives the same answer."""
     options = {"temperature": 1.0, "seed": 7, "max_tokens": 12}
