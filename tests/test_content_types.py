@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -106,7 +107,18 @@ class Answers(Items):
     extensions = True
 
 
-RESOURCES = {"typed": Typed, "raw": Raw, "items": Items, "answers": Answers}
+class Size(Resource):
+    """Takes anything, and gives little."""
+
+    public = True
+
+    @staticmethod
+    async def post(target: RequestTarget, data: Body) -> int:
+        """How much came."""
+        return len(await data)
+
+
+RESOURCES = {"typed": Typed, "raw": Raw, "size": Size, "items": Items, "answers": Answers}
 
 
 async def get(path: str, config: str = ECHO, key: str | None = "", **headers: str) -> Answered:
@@ -247,6 +259,31 @@ async def test_a_body_that_is_not_what_it_says_is_400(content_type: str, body: b
     answer = await post("/raw", body, content_type)
     assert 400 == answer.status
     assert "the body is not" in answer.json["detail"]
+
+
+LISTS = b"\xdd" + (3_000_000).to_bytes(4, "big") + b"\x90" * 3_000_000
+BYTES = hashlib.shake_128(b"").digest(9_000_000)
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "status"),
+    [
+        ("application/msgpack", LISTS, 413),
+        ("application/msgpack", msgspec.msgpack.encode(LISTS), 413),
+        ("application/msgpack", msgspec.msgpack.encode(BYTES), 200),
+        ("application/msgpack", msgspec.msgpack.encode("Привет, мир" * 450_000), 200),
+        ("application/x-ndjson", b"{}\n" * 3_000_000, 200),
+    ],
+    ids=["lists", "bytes like lists", "bytes", "text", "lines"],
+)
+async def test_what_takes_long_to_read_is_not_read(
+    content_type: str, body: bytes, status: int
+) -> None:
+    """MessagePack that may hold millions of lists is refused; what else is as long is not."""
+    answer = await post("/size", io.BytesIO(body), content_type)
+    assert status == answer.status
+    if status == 413:
+        assert "2000000 bytes that begin a list" in answer.json["detail"]
 
 
 @pytest.mark.parametrize(
