@@ -33,6 +33,7 @@ Parameters: TypeAlias = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 Rows: TypeAlias = list[dict[str, Any]]
 
 _ENDED = "the transaction has ended"
+_LIST_BYTES = 64
 
 
 class _Block(NamedTuple):
@@ -263,7 +264,11 @@ def _rows(result: sa.CursorResult[Any], most: int | None) -> Iterator[dict[str, 
 def _size(value: Any) -> int:
     if isinstance(value, str | bytes):
         return len(value)
-    return len(encode_json(value)) if isinstance(value, list | dict) else 0
+    if not isinstance(value, list | dict):
+        return 0
+    data = encode_json(value)
+    # Two bytes of it may be a list, which takes thirty times as much.
+    return len(data) + _LIST_BYTES * (data.count(b"[") + data.count(b"{"))
 
 
 class _Session:

@@ -214,14 +214,22 @@ def _read_rows(
 ) -> Iterator[dict[str, Any]]:
     keys = _unique(names)
     converters = [kinds.get(name, _plain) for name in names]
+    decoded = [at for at, convert in enumerate(converters) if convert is _decoded]
     size = 0
     for row in islice(cursor, max_rows):
         size += _CELL_BYTES * len(row) + sum(len(v) for v in row if isinstance(v, str | bytes))
+        # Two bytes of JSON may be a list, which takes as much as a cell.
+        size += sum(_CELL_BYTES * _parts(row[at]) for at in decoded)
         if size > _MAX_RESULT_BYTES:
             limit = _MAX_RESULT_BYTES // 2**20
             message = f"The result is larger than {limit} MiB: name fewer columns or add a LIMIT."
             raise ClientError(message)
         yield {key: convert(v) for key, v, convert in zip(keys, row, converters, strict=True)}
+
+
+def _parts(value: Any) -> int:
+    """How many lists and maps there are in JSON, at most."""
+    return value.count("[") + value.count("{") if isinstance(value, str) else 0
 
 
 def _unique(names: Sequence[str]) -> list[str]:

@@ -305,6 +305,18 @@ async def test_the_columns_of_json_are_decoded(asks: Asks) -> None:
     assert {"tables": ROLES["writer"]} == rows[0]["permission"]["data"]
 
 
+async def test_what_json_becomes_is_64_mib_at_most(asks: Asks) -> None:
+    """Lists are counted as what they take, not as the two letters that they are written with."""
+    many = MANY.format(300_000)
+    lists = f"'[' || (SELECT group_concat('[]') FROM ({many})) || ']'"  # noqa: S608
+    names = {"tags": 400, "written": 200}
+    for name, status in names.items():
+        asked = f"SELECT {lists} AS {name} FROM dog, (SELECT 1 UNION SELECT 2)"  # noqa: S608
+        told, rows = await asks("reader", asked)
+        assert status == told, rows
+        assert 4 == len(rows) if status == 200 else "larger than 64 MiB" in rows["error"]
+
+
 MANY = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x+1 FROM c LIMIT {}) SELECT x FROM c"
 
 

@@ -686,6 +686,21 @@ async def test_a_list_has_64_mib_at_most() -> None:
         assert 200 == (await ask(server, "GET", "/all?limit=2&select(id)")).status
 
 
+async def test_lists_in_a_record_count_as_what_they_take() -> None:
+    """Not as the two letters that they are written with."""
+
+    async def apply(scope: Scope) -> None:
+        table = await scope.database.tables.ensure("everything", Everything)
+        scope.resources.set("all", TableResource.over(table))
+
+    async with running(handle_application=apply) as server:
+        for at in range(3):
+            records = [{"id": str(at), "any": [[]] * 400_000}]
+            await server.operate("insert", table="everything", records=records)
+        assert 400 == (await ask(server, "GET", "/all")).status
+        assert 200 == (await ask(server, "GET", "/all?limit=1")).status
+
+
 async def test_two_writers_of_one_record_follow_one_another() -> None:
     """No change of one field is lost to a change of another at the same time."""
     async with running(handle_application=mount) as server:
