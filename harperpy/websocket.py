@@ -126,6 +126,9 @@ class _Conversation:
                     await self._response.pong(message.data)
                 elif message.type is not WSMsgType.PONG:
                     return
+                else:
+                    # Nobody waits for one: of a flood of them each gives the others a turn.
+                    await asyncio.sleep(0)
 
     async def _ask(self) -> None:
         """Return when nobody is there any more. Raises what refuses the user by now."""

@@ -872,6 +872,23 @@ async def test_a_flood_pauses_the_client() -> None:
     assert " 101 " in head
 
 
+async def test_a_flood_of_pongs_stops_nobody() -> None:
+    """Others have a turn after each of them, however many one read of the connection brings."""
+    pongs, turns = 5000, 0
+
+    async with asyncio.timeout(SECONDS), running(resources={"it": talk(echo)}) as server:
+        _, reader, writer = await raw(server, written())
+        writer.write(b"\x8a\x80\0\0\0\0" * pongs + frame(b"x"))
+        answer = asyncio.create_task(reader.readexactly(3))
+        while not answer.done():
+            turns += 1
+            await asyncio.sleep(0)
+        writer.close()
+
+    assert b"\x82\x01x" == answer.result()
+    assert turns > pongs
+
+
 @pytest.mark.parametrize(("size", "code"), [(1000, None), (1001, 1009)])
 async def test_a_message_has_a_size(size: int, code: int | None) -> None:
     """`http.maxBodySize` bounds what comes, and not what goes."""
