@@ -44,10 +44,10 @@ Where a backend lacks what a parameter needs (marked ✗), the call is refused w
 the same as absent. The values in brackets ask for nothing, so every backend takes them. What the
 `openai` backend passes on, the provider may still refuse: its own error comes back.
 
-Fields that OpenAI does not know (`extra_body` in its clients) go to the provider as they are. That
-is for fields of the body: what it does not know within a message, a tool or another object is left
-out, save for `reasoning_content`, `reasoning_details`, `cache_control` of parts and
-`extra_content` of tool calls. The local model takes `top_k`, `min_p`, `typical_p` and
+Fields that OpenAI does not know (`extra_body` in its clients; a thousand at most) go to the
+provider as they are. That is for fields of the body: what it does not know within a message, a tool
+or another object is left out, save for `reasoning_content`, `reasoning_details`, `cache_control` of
+parts and `extra_content` of tool calls. The local model takes `top_k`, `min_p`, `typical_p` and
 `repeat_penalty`, and no others.
 
 ### Chat completions

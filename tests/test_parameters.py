@@ -1,5 +1,7 @@
 """Every parameter that the openai package knows has a treatment, and gets it."""
 
+import asyncio
+import io
 import json
 import runpy
 from collections.abc import AsyncIterator
@@ -345,6 +347,30 @@ async def test_unknown_and_labelling_fields_of_an_embedding_reach_the_provider(
     await ask(gateway, "POST", "/v1/embeddings", json={"input": "hello", **more})
 
     assert more == {name: upstream.requests[0].body[name] for name in more}
+
+
+async def test_a_body_has_a_thousand_unknown_fields_at_most(gateway: RunningServer) -> None:
+    """Each costs time of its own: a body of nothing else would keep others waiting."""
+    for count, status in ((1000, 200), (1001, 400)):
+        more = {f"unknown_{at}": at for at in range(count)}
+        answer = await ask(gateway, "POST", "/v1/embeddings", json={"input": "hello", **more})
+        assert status == answer.status
+    assert "1000 fields that OpenAI does not know" in answer.json["error"]["message"]
+
+
+async def test_a_long_answer_of_echo_stops_nobody() -> None:
+    """Others have turns while it is made."""
+    turns, message = 0, {"role": "user", "content": "a " * 2_000_000}
+    body = io.BytesIO(json.dumps({"model": "echo", "messages": [message]}).encode())
+    headers = {"Content-Type": "application/json"}
+    async with running() as server:
+        path = "/v1/chat/completions"
+        answer = asyncio.create_task(ask(server, "POST", path, data=body, headers=headers))
+        while not answer.done():
+            turns += 1
+            await asyncio.sleep(0)
+    assert 200 == answer.result().status
+    assert turns > 2000
 
 
 def test_the_page_says_what_the_table_says() -> None:

@@ -12,6 +12,8 @@ from .wording import reworded
 
 T = TypeVar("T", bound=msgspec.Struct)
 
+# Each is decoded by itself.
+_MOST_UNKNOWN = 1000
 _ANY = msgspec.json.Decoder()
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -45,6 +47,9 @@ class Reader(Generic[T]):
             raise reworded(error, self._decoder.type, _anything(await data.bytes())) from error
         fields = decode_json(await data.bytes(), _FIELDS)
         unknown = fields.keys() - self._known
+        if len(unknown) > _MOST_UNKNOWN:
+            message = f"expected at most {_MOST_UNKNOWN} fields that OpenAI does not know"
+            raise InvalidBody(message)
         return request, {name: decode_json(bytes(fields[name]), _ANY) for name in unknown}
 
 
