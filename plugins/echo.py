@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
 import re
@@ -28,6 +29,7 @@ from harperpy import (
 
 DIMENSIONS = 16
 MOST_DIMENSIONS = 4096
+_AT_ONCE = 1000
 _WORD = re.compile(r"\s*\S+|\s+$")
 _CALL = re.compile(r"\s*call\s+(?P<name>[\w-]+)\s*(?P<arguments>\{.*\})?\s*", re.DOTALL)
 
@@ -62,16 +64,21 @@ class Echo(ModelBackend):
         """One chunk a word, then the reason and the usage."""
         asked = sum(estimate_tokens(message.text) for message in prompt.messages)
         call = _tool_call(prompt, opts)
-        said = _before(prompt.text, opts.stop or ())
-        words = [] if call else _WORD.findall(said)
-        told = words[: opts.max_tokens]
+        said = "" if call else _before(prompt.text, opts.stop or ())
+        reason: Literal["tool_calls", "stop", "length"] = "tool_calls" if call else "stop"
+        told = 1 if call else 0
         if call:
             yield GenerateChunk(delta_tool_calls=[call])
-        for word in told:
-            yield GenerateChunk(delta_content=word)
-        ended: Literal["tool_calls", "stop"] = "tool_calls" if call else "stop"
-        usage = TokenUsage(prompt_tokens=asked, completion_tokens=len(told) or (1 if call else 0))
-        reason = "length" if len(told) < len(words) else ended
+        for word in _WORD.finditer(said):
+            if told == opts.max_tokens:
+                reason = "length"
+                break
+            told += 1
+            if not told % _AT_ONCE:
+                # A body may hold millions of them.
+                await asyncio.sleep(0)
+            yield GenerateChunk(delta_content=word[0])
+        usage = TokenUsage(prompt_tokens=asked, completion_tokens=told)
         yield GenerateChunk(finish_reason=reason, usage=usage)
 
 
