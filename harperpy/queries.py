@@ -61,7 +61,7 @@ _PARTS: dict[str, Literal["contains", "starts_with", "ends_with"]] = {
     "=sw=": "starts_with",
     "=ew=": "ends_with",
 }
-# It is looked for at each place of each value.
+# It is looked for at each place of each value, and no time limit counts within one record.
 _LONGEST_PART = 200
 _CONDITION = re.compile(r"([^=!]+)(!=|==|=[a-z]{2}=|=)(.*)", re.DOTALL)
 # In Harper's queries it is an or; taken as part of the value it would find nothing, in silence.
@@ -74,12 +74,16 @@ _MOST_SECONDS = 5.0
 
 
 class Query(msgspec.Struct):
-    """What a URL asks of a table. `select` is empty for whole records; `bare` asks for values."""
+    """What a URL asks of a table. `select` is empty for whole records; `bare` asks for values.
+
+    `sought` is how many characters are looked for within texts.
+    """
 
     where: list[sa.ColumnElement[bool]] = []
     order: list[sa.ColumnElement[Any]] = []
     select: list[str] = []
     bare: bool = False
+    sought: int = 0
     limit: int | None = None
     offset: int = 0
 
@@ -97,7 +101,7 @@ def read_query(table: Table[Any], search: str) -> Query:
             message = f"query: expected at most {_MOST_CONDITIONS} conditions"
             raise ClientError(message)
         else:
-            query.where.append(_condition(table, part))
+            query.where.append(_condition(table, part, query))
     return query
 
 
@@ -109,7 +113,7 @@ def refuse_conditions(table: Table[Any], search: str) -> None:
             _refuse(name, "conditions are for lists; for a version of one there is If-Match")
 
 
-def _condition(table: Table[Any], part: str) -> sa.ColumnElement[bool]:
+def _condition(table: Table[Any], part: str, query: Query) -> sa.ColumnElement[bool]:
     found = _CONDITION.fullmatch(part)
     if found is None:
         _refuse(unquote_plus(part), "expected FIELD=VALUE, or FIELD=gt=VALUE and the like")
@@ -118,7 +122,8 @@ def _condition(table: Table[Any], part: str) -> sa.ColumnElement[bool]:
     if (other := _OR.search(found[3])) and other[1] in table.fields:
         _refuse(name, f"expected '&' before {other[1]}: '|' is none here (%7C is the sign itself)")
     if sign in _PARTS:
-        return _part(column, sign, text)
+        query.sought += len(text) if sign == "=ct=" else 0
+        return _part(column, sign, text, query.sought)
     if sign not in _COMPARISONS:
         known = ", ".join((*_COMPARISONS, *_PARTS))
         _refuse(name, f"unknown comparison {sign!r}; there are {known}")
@@ -137,11 +142,13 @@ def _condition(table: Table[Any], part: str) -> sa.ColumnElement[bool]:
     return compare(column, sa.literal(value, column.type))
 
 
-def _part(column: sa.Column[Any], sign: str, text: str) -> sa.ColumnElement[bool]:
+def _part(column: sa.Column[Any], sign: str, text: str, sought: int) -> sa.ColumnElement[bool]:
     if type(column.type) is not sa.String:
         _refuse(column.name, f"{sign} is for texts alone")
     if not 0 < len(text) <= _LONGEST_PART:
         _refuse(column.name, f"{sign}: expected a text of 1 to {_LONGEST_PART} characters")
+    if sought > _LONGEST_PART:
+        _refuse(column.name, f"{sign}: expected at most {_LONGEST_PART} characters in all of them")
     return has_part(column, _PARTS[sign], text)
 
 

@@ -47,6 +47,7 @@ class Conditions:
 
     def __init__(self) -> None:
         self.attributes: list[str] = []
+        self._sought = 0
 
     def read(self, group: Group, param: str, level: int = 1) -> Callable[[Place], Compared]:
         """What makes SQL of a group, once the table is known. Raises `InvalidBody`."""
@@ -66,7 +67,8 @@ class Conditions:
 
     def _one(self, condition: Condition, param: str) -> Callable[[Place], Compared]:
         name = condition.comparator.lower()
-        compare = _COMPARATORS.get(_SHORT.get(name, name))
+        name = _SHORT.get(name, name)
+        compare = _COMPARATORS.get(name)
         if compare is None:
             message = f"{param}.comparator: expected one of {', '.join(_COMPARATORS)}"
             raise InvalidBody(message, param=f"{param}.comparator")
@@ -74,6 +76,8 @@ class Conditions:
         if len(self.attributes) > _MOST_CONDITIONS:
             message = f"conditions: expected at most {_MOST_CONDITIONS}"
             raise InvalidBody(message, param="conditions")
+        if name == "contains" and isinstance(condition.value, str):
+            self._seek(condition.value, f"{param}.value")
 
         def made(place: Place) -> Compared:
             named, null = condition.attribute, condition.value is None
@@ -81,6 +85,13 @@ class Conditions:
             return compare(place, column, condition.value, f"{param}.value")
 
         return made
+
+    def _seek(self, text: str, param: str) -> None:
+        """Count what is looked for at each place of each value, whatever the time limit is."""
+        self._sought += len(text)
+        if self._sought > _LONGEST_PART:
+            message = f"{param}: expected at most {_LONGEST_PART} characters in all that contain"
+            raise InvalidBody(message, param=param)
 
 
 Compare: TypeAlias = Callable[[Place, sa.Column[Any], Any, str], Compared]

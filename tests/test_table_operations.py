@@ -248,6 +248,7 @@ async def test_what_is_found_is_sorted_and_cut(admin: Caller) -> None:
     assert [*others, {"name": "Rex", "breed": "x"}] == found
 
 
+SOUGHT = {"attribute": "name", "comparator": "contains", "value": "x" * 70}
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("search_by_id", {"ids": 1}, "ids"),
     ("search_by_id", {}, "ids"),
@@ -264,6 +265,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("search_by_value", {"attribute": "name", "value": "x", "limit": 10_001}, "limit"),
     ("search_by_value", {"attribute": "name", "value": "x", "offset": -1}, "offset"),
     ("search_by_conditions", {"conditions": []}, "conditions"),
+    (
+        "search_by_conditions",
+        {"operator": "or", "conditions": [SOUGHT] * 3},
+        "conditions[2].value: expected at most 200 characters in all",
+    ),
     ("search_by_conditions", {"conditions": [{}]}, "conditions[0]"),
     ("search_by_conditions", {"conditions": [{"attribute": "x", "value": 1}]}, "conditions[0]"),
     (

@@ -194,6 +194,7 @@ async def test_a_condition_on_one_record_is_refused(method: str, query: str) -> 
         ("offset=-1", "query: offset: expected an integer of 0 or more, got '-1'"),
         ("limit=6", "query: limit: expected at most 5, got 6"),
         ("&".join(["topic=a"] * 101), "query: expected at most 100 conditions"),
+        ("&".join([f"text=ct={'a' * 70}"] * 3), "query: text: =ct=: expected at most 200 char"),
         (f"sort={'id,' * 3000}", "query: sort: expected each field once"),
     ],
 )
