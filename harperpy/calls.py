@@ -102,7 +102,7 @@ class Call(msgspec.Struct, eq=False):
         caller.asking += 1
         try:
             while True:
-                recorder = None
+                recorder = asked = None
                 try:
                     candidate = self.plan[self._at]
                     row = self._row(candidate.row)
@@ -124,6 +124,7 @@ class Call(msgspec.Struct, eq=False):
                         if synced is not None:
                             await synced()
                         try:
+                            asked = self.asked
                             answer = await ask(self, candidate, own, recorder)
                             if told is None:
                                 return answer
@@ -134,7 +135,7 @@ class Call(msgspec.Struct, eq=False):
                     recorder.close(None)
                     break
                 except BaseException as error:
-                    await self._failed(recorder, error)
+                    await self._failed(recorder, error, asked)
                     if (pause := self._pause(error)) is None:
                         raise
                 with guard:
@@ -274,12 +275,12 @@ class Call(msgspec.Struct, eq=False):
             opts.max_tokens = attempt.most_allowed
 
     async def _failed(
-        self, recorder: Recorder | None, error: BaseException, prompt: Prompt | None = None
+        self, recorder: Recorder | None, error: BaseException, asked: Prompt | EmbedInputs | None
     ) -> None:
         if recorder is None:
             return
         self._attempts += 1
-        recorder.close(error, prompt)
+        recorder.close(error, asked)
         # Who was cancelled tells nobody of it.
         if isinstance(error, Exception) and (synced := self.ledger.synced) is not None:
             await synced()

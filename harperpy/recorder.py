@@ -29,6 +29,7 @@ from .messages import (
     TokenUsage,
     estimate_tokens,
 )
+from .vocabulary import EmbedInputs
 
 _MOST = 2**53
 # What few providers count.
@@ -146,8 +147,8 @@ class Recorder(msgspec.Struct, eq=False):
             reasoning_tokens=call.reasoning_tokens,
         )
 
-    def close(self, error: BaseException | None, prompt: Prompt | None = None) -> None:
-        """Write the row. A stream left early is billed for what it had produced."""
+    def close(self, error: BaseException | None, asked: Prompt | EmbedInputs | None = None) -> None:
+        """Write the row. `asked` is what a provider had been asked when it failed or was left."""
         if self._closed:
             return
         self._closed = True
@@ -160,9 +161,22 @@ class Recorder(msgspec.Struct, eq=False):
             call.upstream_status = _whole(getattr(error, "upstream_status", None))
             if isinstance(error, HarperError) and isinstance(error.usage, TokenUsage):
                 self.count(error.usage)
-        if prompt is not None and not self.counted and self.source and self.source.deltas:
-            self.estimate(prompt)
+        if asked is not None:
+            self._bill(asked)
         self.ledger.record(call, self.admission)
+
+    def _bill(self, asked: Prompt | EmbedInputs) -> None:
+        """Count what a provider bills of who leaves: what a stream had brought, or the prompt."""
+        call = self.call
+        if isinstance(asked, Prompt) and self.source is not None and self.source.deltas:
+            if not self.counted:
+                self.estimate(asked)
+        elif call.error_code == "aborted" and call.prompt_tokens is call.embedding_tokens is None:
+            call.usage_estimated = True
+            if isinstance(asked, Prompt):
+                call.prompt_tokens = asked_tokens(asked)
+            else:
+                call.embedding_tokens = asked.estimate()
 
     def _elapsed(self) -> float:
         return (time.perf_counter_ns() - self._started) // 1000 / 1000

@@ -805,13 +805,15 @@ async def test_a_client_that_leaves(chain: Chain, when: str) -> None:
 
     assert 200 == after.answer.status
     row = rows[0]
-    assert (left.id, METHODS[call], False, None, None) == (
+    assert (left.id, METHODS[call], False, None, None, True) == (
         row["id"],
         row["method"],
         row["success"],
         row["completion_tokens"],
         row["ttft_ms"],
+        row["usage_estimated"],
     )
+    assert row["embedding_tokens" if call == "embed" else "prompt_tokens"] > 0
 
 
 # Asking again.

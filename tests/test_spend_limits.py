@@ -311,6 +311,29 @@ async def test_a_stream_that_is_left_settles_what_it_brought(
         assert [200, 200] == [answer.status for answer in answers]
 
 
+@STORES
+@pytest.mark.parametrize("stream", ["whole", "stream"])
+async def test_who_leaves_before_the_first_token_has_spent_the_prompt(
+    upstream: ScriptedUpstream, store: str, stream: str
+) -> None:
+    """Its provider has read it: otherwise a budget would be passed by leaving early."""
+    rule = "{per: user, budget: {tokens: 60}, concurrent: 5}"
+    async with serving(upstream, rule, store=store) as (server, key):
+        upstream.script(Answer(hang="head"))
+        body = {**HELLO, "stream": stream == "stream", "max_tokens": 35}
+        async with server.session(key) as client:
+            waiting = asyncio.create_task(client.post(CHAT, json=body))
+            await upstream.asked.wait()
+            waiting.cancel()
+            await upstream.left.wait()
+        while not (rows := await server.rows()):
+            pass
+        assert ("aborted", 5) == (rows[0]["error_code"], rows[0]["prompt_tokens"])
+        # 55 are left: 34 after the 21 that "hello" may be.
+        assert 200 == (await chat(server, key, max_tokens=40)).status
+        assert 34 == upstream.requests[1].body["max_tokens"]
+
+
 async def test_a_budget_bounds_the_answer(upstream: ScriptedUpstream) -> None:
     """`max_tokens` goes upstream: as asked, what is left, or what every model can answer."""
     rule = "{per: user, match: alice, budget: {tokens: 10000}}"
