@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from operator import attrgetter, call
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import msgspec
@@ -29,6 +30,8 @@ DEFAULT = "default"
 # What is asked for is the caller's text, and may be as long as a body.
 _MOST_KEPT, _LONGEST_KEPT = 1024, 256
 
+# What a backend may say anew at any time.
+_told_of = attrgetter("state", "about")
 _BASE: dict[Kind, frozenset[Capability]] = {
     "generative": frozenset({"generate", "stream"}),
     "embedding": frozenset({"embed"}),
@@ -253,11 +256,8 @@ class Routes:
 
         Of a permission only what it has.
         """
-        seen: list[Any] = []
-        for backend in self._backends:
-            seen += (backend.state, backend.about)
-        for served in self._served:
-            seen.append(tuple(served()))
+        served = map(tuple, map(call, self._served))
+        seen: list[Any] = [*map(_told_of, self._backends), *served]
         if seen != self._seen:
             self._seen, self._listed = seen, self._anew()
         if permission is None or permission.super_user or permission.models is None:
