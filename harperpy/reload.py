@@ -146,7 +146,8 @@ class Parent:
         if code == 0 or not self._was_ready:
             return code
         self._child = None
-        say("harperpy: the server is down and waits for a file to change", err=True)
+        down = f"the server is down (exit code {code})"
+        say(f"harperpy: {down} and waits for a file to change", err=True)
         return None
 
     async def _restart(self, why: str) -> None:
@@ -202,7 +203,8 @@ def _compile(files: list[Path]) -> None:
             with warnings.catch_warnings(action="ignore"):
                 compile(file.read_bytes(), str(file), "exec", dont_inherit=True)
         except SyntaxError as error:
-            message = f"{file}:{error.lineno}: {error.msg}"
+            where = file if error.lineno is None else f"{file}:{error.lineno}"
+            message = f"{where}: {error.msg}"
             raise ConfigError(message) from error
         except OSError as error:
             message = f"{file}: cannot be read: {error.strerror}"

@@ -86,6 +86,7 @@ async def test_the_banner_and_its_secrets_are_printed_once(project: Path) -> Non
 
 
 BROKEN = {
+    "a file that is no text": ("resources.py", "\0", "resources.py: source code string"),
     "a file that is no Python": ("resources.py", "class Word(:\n", "resources.py:1: "),
     "a file that no parser takes": ("resources.py", f"x = {'-' * 100_000}1\n", "resources.py: "),
     "a config.yaml with an unknown key": ("config.yaml", "htpp: {}\n", "did you mean 'http'?"),
@@ -120,6 +121,16 @@ async def test_a_server_that_cannot_start_again_waits_for_a_change(project: Path
         put(project / "config.yaml", good)
         await restarted(server)
         assert (200, "one") == await asked
+
+
+async def test_how_a_server_ended_by_itself_is_told(project: Path) -> None:
+    """Its code says nothing when it ends the process, nor does a library that crashes."""
+    good = (project / "resources.py").read_text()
+    async with serving(project) as server:
+        put(project / "resources.py", "import os\n\nos._exit(4)\n")
+        await logged(project, "the server is down (exit code 4) and waits for a file to change")
+        put(project / "resources.py", good)
+        await restarted(server)
 
 
 async def test_a_changed_config_is_used(project: Path) -> None:
