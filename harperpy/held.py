@@ -311,6 +311,11 @@ def listen_apart(place: Place, count: int) -> list[list[socket.socket]]:
 def local_socket(root: Path) -> socket.socket:
     """The socket for who works on this machine in the owner's name. Raises `ConfigError`."""
     path = root / SOCKET_NAME
+    if _answers(path):
+        message = (
+            f"another harperpy, whose harperpy.lock is gone, already uses the data folder {root}"
+        )
+        raise ConfigError(message)
     path.unlink(missing_ok=True)
     one = socket.socket(socket.AF_UNIX)
     # Nobody else may connect, from the moment it exists.
@@ -326,6 +331,16 @@ def local_socket(root: Path) -> socket.socket:
         os.umask(before)
     one.settimeout(0)
     return one
+
+
+def _answers(path: Path) -> bool:
+    """Whether somebody listens there; who was killed leaves the socket behind."""
+    with socket.socket(socket.AF_UNIX) as one:
+        try:
+            one.connect(str(path))
+        except OSError:
+            return False
+    return True
 
 
 def _listening(family: int, address: Any, *options: int) -> socket.socket:

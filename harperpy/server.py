@@ -92,6 +92,7 @@ class Server:
         self._worker = held.worker if held else Worker()
         # A parent of several keeps the socket for local operations too.
         self._given = held.sockets.get(LOCAL, []) if held else []
+        self._made_socket = False
         self._plugins = plugins or {}
         self.config = config
         self.directory = directory
@@ -113,7 +114,9 @@ class Server:
             if self._held is None:
                 await self._listen()
             if not self._given:
-                await self._serve_socket(local_socket(self.root))
+                own = local_socket(self.root)
+                self._made_socket = True
+                await self._serve_socket(own)
             await self._apply()
             people, environ = self.core.people, self._environ
             lacks_first_user = await lacks_first(people, environ, dev=self.dev)
@@ -185,7 +188,7 @@ class Server:
             await self.core.billing.close()
             await self.core.database.close()
         if self._lock is not None:
-            if not self._given:
+            if self._made_socket:
                 (self.root / SOCKET_NAME).unlink(missing_ok=True)
             self._lock.close()
             self._lock = None

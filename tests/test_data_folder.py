@@ -100,3 +100,23 @@ async def test_a_clock_that_was_set_back_numbers_no_call_anew(tmp_path: Path) ->
 
     assert last < number
     assert 2 == len(await rows(project))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_lock_that_was_removed_lets_no_second_server_in(
+    tmp_path: Path, workers: int
+) -> None:
+    """People remove what they think was left behind; the first server goes on."""
+    project = configured(tmp_path / "project")
+    config = (project / "config.yaml").read_text()
+    (project / "config.yaml").write_text(
+        config.replace("http: {port: 0}", f"http: {{port: 0, workers: {workers}}}")
+    )
+    async with serving(project, "run", environ=ADMIN) as server:
+        (project / ".harperpy" / "harperpy.lock").unlink()
+
+        for command in ("run", "dev"):
+            told = await refusal(project, command, **ADMIN)
+            assert told.endswith("is gone, already uses the data folder .harperpy")
+        assert ["root"] == [one["username"] for one in await said(project, "user", "list")]
+        assert 200 == (await get(f"{server.url}/health"))[0]
