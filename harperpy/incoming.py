@@ -32,7 +32,7 @@ class Incoming:
     """The messages of a client, once each, until it closes; what was sent before is still read.
 
     A message that is not of the type that the handler says raises `InvalidBody`; the next one can
-    be read after it. `taken` says whether anybody has asked for one.
+    be read after it. `taken` says whether anybody has asked for one, `ended` that no more come.
     """
 
     def __init__(self, read: Read | None = None) -> None:
@@ -40,7 +40,7 @@ class Incoming:
         self._read = read
         self._messages: deque[Message] = deque()
         self._size = 0
-        self._ended = False
+        self.ended = False
         self._arrived = asyncio.Event()
         self._space = asyncio.Event()
 
@@ -50,7 +50,7 @@ class Incoming:
     async def __anext__(self) -> Any:
         self.taken = True
         while not self._messages:
-            if self._ended:
+            if self.ended:
                 raise StopAsyncIteration
             self._arrived.clear()
             await self._arrived.wait()
@@ -62,7 +62,7 @@ class Incoming:
     @property
     def full(self) -> bool:
         """Whether no more is read before some is taken."""
-        return self._size > _MOST_BYTES and not self._ended
+        return self._size > _MOST_BYTES and not self.ended
 
     async def room(self) -> None:
         """Return when there is room for another message."""
@@ -72,14 +72,14 @@ class Incoming:
 
     def put(self, message: Message) -> None:
         """Take a message in; after the end it is dropped."""
-        if not self._ended:
+        if not self.ended:
             self._messages.append(message)
             self._size += len(message) + _BYTES_OF_ANY
             self._arrived.set()
 
     def end(self) -> None:
         """Nothing more comes."""
-        self._ended = True
+        self.ended = True
         self._arrived.set()
         self._space.set()
 

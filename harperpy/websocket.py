@@ -97,6 +97,10 @@ class _Conversation:
                 await self._write(*framed(item))
         except SystemExit as error:
             raise exited() from error
+        except RuntimeError as error:
+            # Python's word for a generator's `await anext(incoming)` that has no next one.
+            if not (self._incoming.ended and isinstance(error.__cause__, StopAsyncIteration)):
+                raise
         except asyncio.CancelledError as error:
             if is_ending():
                 raise

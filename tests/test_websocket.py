@@ -926,6 +926,40 @@ async def test_a_stop_ends_it_in_good_form(*, hand_over: bool) -> None:
     assert watched.context.stopping.aborted
 
 
+async def one_by_one(_: RequestTarget, incoming: Any) -> AsyncIterator[Any]:
+    """Asks for each message by itself, in a generator."""
+    yield "open"
+    yield await anext(incoming)
+
+
+async def then_all(_: RequestTarget, incoming: Any) -> AsyncIterator[Any]:
+    """Asks for one before it gives anything."""
+    await anext(incoming)
+    return one_by_one(_, incoming)
+
+
+@pytest.mark.parametrize("connect", [one_by_one, then_all])
+async def test_who_waits_for_one_message_may_be_left_too(
+    connect: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`await anext(incoming)` that has no next one ends the handler, and is no failure of it."""
+    async with (
+        asyncio.timeout(SECONDS),
+        Stoppable(hand_over=False, it=talk(connect)) as running_,
+        opened(running_.server) as connection,
+        opened(running_.server) as leaving,
+    ):
+        for one in (connection, leaving):
+            if connect is then_all:
+                await one.send_str("first")
+            assert "open" == await one.receive_str()
+        await leaving.close()
+        running_.stop()
+        assert (1001, "server_shutdown") == await ended(connection)
+
+    assert [] == [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 async def test_who_does_not_hear_of_the_stop_is_cut_off() -> None:
     """When another process takes over, after a moment; its client is told the same."""
     watched = Watched()
