@@ -344,7 +344,7 @@ async def test_a_long_search_ends_and_keeps_nobody_out(admin: Caller) -> None:
     for _ in range(30):
         await admin.get("insert", table="dog", records=[{"name": "x" * 1_000_000}])
     key = await admin.server.key_for("ann", role="super_user")
-    ends = [f"{'x' * 190}{at}" for at in range(100)]
+    ends = [f"x{chr(at)}" for at in range(200, 300)]
     conditions = [{"attribute": "name", "comparator": "ct", "value": end} for end in ends]
     search = {"table": "dog", "operator": "or", "conditions": conditions}
     left, *others = (
