@@ -29,6 +29,7 @@ Kind: TypeAlias = Literal["generative", "embedding"]
 DEFAULT = "default"
 # What is asked for is the caller's text, and may be as long as a body.
 _MOST_KEPT, _LONGEST_KEPT = 1024, 256
+_LONGEST_NAME = 1024
 
 # What a backend may say anew at any time.
 _told_of = attrgetter("state", "about")
@@ -197,6 +198,9 @@ class Routes:
             able = self._able[method].get(name)
             if able is not None:
                 return able
+        if isinstance(name, str) and len(name) > _LONGEST_NAME:
+            # A pattern would take it, and each event of a stream would hold it.
+            raise _no_model(name)
         # Once it has started no backend comes or changes any more, so neither does what is found.
         keeps = self._frozen and unlimited and isinstance(name, str) and len(name) <= _LONGEST_KEPT
         kind, requires = _kind_of(method), needs_of(method, asked, opts)
@@ -368,7 +372,8 @@ def _may_use(permission: Permission, candidate: Candidate, asked: str | None = N
 
 def _no_model(name: str) -> ModelNotFound:
     """OpenAI's sentence, which does not tell one that is not there from one that is not yours."""
-    message = f"The model `{name}` does not exist or you do not have access to it."
+    shown = name if len(name) <= _LONGEST_KEPT else f"{name[:_LONGEST_KEPT]}…"
+    message = f"The model `{shown}` does not exist or you do not have access to it."
     return ModelNotFound(message)
 
 

@@ -672,6 +672,18 @@ async def test_a_name_that_is_none_is_refused(method: str, name: Any) -> None:
 
 
 @every_method
+async def test_a_name_that_is_a_body_is_nobodys(upstream: ScriptedUpstream, method: str) -> None:
+    """Each event of a stream would hold it; no more of it is told than helps."""
+    kind = "embedding" if method == "embed" else "generative"
+    async with serving(NAMES.format(url=upstream.url, kind=kind)) as (_, models):
+        with pytest.raises(ModelNotFound) as caught:
+            await text_of(models, method, model="gpt-" + "x" * 1_000_000)
+
+    assert not upstream.requests
+    assert len(str(caught.value)) < 400
+
+
+@every_method
 async def test_without_a_default_a_model_has_to_be_named(method: str) -> None:
     """Where nothing stands for an absent name, that is told."""
     config = "models: {generative: {a: {backend: echo}}, embedding: {a: {backend: echo}}}"
