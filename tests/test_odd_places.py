@@ -82,10 +82,9 @@ async def test_where_no_file_can_be_made_the_reason_is_one_sentence(
 ) -> None:
     """As in a container that is read-only altogether."""
     project = configured(tmp_path / "project")
-    # Where no file may be longer than nothing, no folder is fit for one.
-    done = await execute(
-        project, "bash", "-c", f"trap '' XFSZ; ulimit -f 0; exec harperpy {command}"
-    )
+    # Where no file may be longer than nothing, no folder is fit for one, nor for what is covered.
+    limited = "unset COVERAGE_PROCESS_CONFIG; trap '' XFSZ; ulimit -f 0"
+    done = await execute(project, "bash", "-c", f"{limited}; exec harperpy {command}")
 
     told = "there is no folder for temporary files that can be written: TMPDIR names one"
     assert (1, f"harperpy: {told}") == (done.code, done.err.strip().replace("models list: ", ""))
