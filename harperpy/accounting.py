@@ -193,6 +193,8 @@ class Ledger:
         self._flush: Callable[[], Awaitable[None]] | None = None
         self._subscribers: list[Subscriber] = []
         self._last_id = 0
+        self.clock = 0
+        """When the last number was given, in microseconds since 1970; it may be below that."""
         self._index, self._of = index, of
 
     def subscribe(self, subscriber: Subscriber) -> None:
@@ -250,7 +252,7 @@ class Ledger:
 
         A number's remainder says whose it is.
         """
-        least = time.time_ns() // 1000
+        self.clock = least = time.time_ns() // 1000
         if least <= self._last_id:
             least = self._last_id + 1
         self._last_id = least + (self._index - least) % self._of

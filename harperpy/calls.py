@@ -293,7 +293,7 @@ class Call(msgspec.Struct, eq=False):
         row = replace(
             blank,
             id=id_,
-            created=id_ / 1000,
+            created=self.ledger.clock / 1000,
             app=caller.app,
             request_id=caller.request_id,
             tenant=extract_tenant_id(user),
