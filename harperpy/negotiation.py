@@ -27,7 +27,7 @@ _MOST_RANGES = 100
 # What is longer as JSON takes seconds to lay out.
 _LAID_OUT = 32_768
 # A list is one byte as MessagePack, and fifty or more in memory. Bytes of texts are like those that
-# begin one, half of them in Japanese: what is no longer than 10 MB is never refused for that.
+# begin one, half of them in Japanese: 10 MB of that are let in.
 _MOST_LISTS = 5_000_000
 _BEGINS = bytes((*range(0x80, 0xA0), *range(0xDC, 0xE0)))
 
