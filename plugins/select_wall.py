@@ -33,7 +33,10 @@ _MAX_VALUE_BYTES = 1_000_000
 _MAX_PATTERN_BYTES = 100  # LIKE and GLOB try it at each place of a value
 _MAX_RESULT_BYTES = 64 * 2**20
 _CELL_BYTES = 64  # roughly what a value costs in Python besides its text
+_MAX_TEMPORARY_BYTES = 256 * 2**20
 _STEPS_BETWEEN_CHECKS = 1000
+_SECONDS_BETWEEN_LOOKS = 0.01
+_WRITTEN = Path("/proc/thread-self/io")  # Linux; elsewhere time alone is a bound
 _ALLOWED_ACTIONS = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_RECURSIVE})
 # Not here: functions that load code, open files, make large values out of nothing (printf) or take
 # the square of a value's length (instr, replace, trim): no time limit counts within one call; nor
@@ -86,22 +89,18 @@ def run_select(
     in `boolean_columns` turn 0 and 1 into False and True, in `json_columns` text into what it says;
     bytes become base64; a name that comes twice becomes `name_2`.
 
-    Raises ClientError: 400 with SQLite's own words, or for a result of more than 64 MiB; 403 for
-    what may not be read or called; 408 when time is up. Raises NotReadable for a column outside of
-    `readable`, ServiceUnavailable while the file is locked, and sqlite3.Error when the file itself
-    cannot be read.
+    Raises ClientError: 400 with SQLite's own words, for a result of more than 64 MiB, or for more
+    than 256 MiB of temporary files; 403 for what may not be read or called; 408 when time is up.
+    Raises NotReadable for a column outside of `readable`, ServiceUnavailable while the file is
+    locked, and sqlite3.Error when the file itself cannot be read.
     """
     _refuse_unseen(sql, hidden_columns, readable or {})
-    gate = _Gate(hidden_columns, readable)
+    gate, watch = _Gate(hidden_columns, readable), _Watch(seconds, left)
     try:
         with closing(_open_read_only(path, seconds)) as connection:
             gate.tables = _tables(connection)
             connection.set_authorizer(gate)
-            deadline = time.monotonic() + seconds
-            connection.set_progress_handler(
-                lambda: time.monotonic() > deadline or (left is not None and left.is_set()),
-                _STEPS_BETWEEN_CHECKS,
-            )
+            connection.set_progress_handler(watch, _STEPS_BETWEEN_CHECKS)
             cursor = connection.execute(sql)
             names = [column[0] for column in cursor.description or ()]
             kinds = dict.fromkeys(json_columns, _decoded) | dict.fromkeys(boolean_columns, _flag)
@@ -112,7 +111,7 @@ def run_select(
     except sqlite3.Error as error:
         if gate.unreadable is not None:
             raise NotReadable(*gate.unreadable) from error
-        if (refusal := _explain(error, gate.refusal, seconds)) is None:
+        if (refusal := _explain(error, gate.refusal, watch.refusal)) is None:
             raise
         raise refusal from error
 
@@ -183,6 +182,46 @@ class _Gate:
     def _deny(self, what: str) -> int:
         self.refusal = self.refusal or f"Not allowed in SQL here: {what}."
         return sqlite3.SQLITE_DENY
+
+
+class _Watch:
+    """SQLite's progress handler: says when a statement is to stop, and by `refusal` why.
+
+    What a sort does not hold in memory it writes into files without a name, of whatever size, where
+    the ledger may want the room: the thread that reads writes nothing else.
+    """
+
+    def __init__(self, seconds: float, left: Event | None) -> None:
+        self.refusal = _stopped(f"{seconds:g} s", 408)
+        self._left = left
+        self._look = time.monotonic()
+        self._deadline = self._look + seconds
+        self._before = _written()
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now > self._deadline or (self._left is not None and self._left.is_set()):
+            return True
+        if now < self._look:
+            return False
+        self._look = now + _SECONDS_BETWEEN_LOOKS
+        if _written() - self._before <= _MAX_TEMPORARY_BYTES:
+            return False
+        self.refusal = _stopped(f"{_MAX_TEMPORARY_BYTES // 2**20} MiB of temporary data", 400)
+        return True
+
+
+def _stopped(after: str, status: int) -> ClientError:
+    message = f"The statement was stopped after {after}: narrow it by WHERE or LIMIT."
+    return ClientError(message, status=status)
+
+
+def _written() -> int:
+    """The bytes that this thread has written to files."""
+    try:
+        return int(_WRITTEN.read_bytes().partition(b"wchar: ")[2].split()[0])
+    except OSError:
+        return 0
 
 
 def _open_read_only(path: Path, seconds: float) -> sqlite3.Connection:
@@ -263,13 +302,12 @@ def _decoded(value: Any) -> Any:
         return value
 
 
-def _explain(error: sqlite3.Error, refusal: str | None, seconds: float) -> HarperError | None:
+def _explain(error: sqlite3.Error, refusal: str | None, stopped: ClientError) -> HarperError | None:
     """What the caller is told; None for an error of the file itself, which is no answer to them."""
     # Errors of the Python layer (a bind parameter, a second statement) carry no code.
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     if code == sqlite3.SQLITE_INTERRUPT:
-        message = f"The statement was stopped after {seconds:g} s: narrow it by WHERE or LIMIT."
-        return ClientError(message, status=408)
+        return stopped
     if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
         message = "The database is locked by a writer."
         return ServiceUnavailable(message, headers={"Retry-After": "1"})

@@ -2,6 +2,7 @@
 """SQL over the system tables: what is understood, what is refused, what no wording can reach."""
 
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -510,6 +511,19 @@ def test_no_more_bytes_than_allowed(database: Path) -> None:
 
     assert caught.value.status == 400
     assert len(ask(database, wide)) == 16
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing tells what a thread has written")
+def test_no_more_temporary_bytes_than_allowed(database: Path) -> None:
+    """A sort that would fill the disk is refused; one that needs some of it goes on."""
+    sort = f"{LONG}, n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT {{}})"
+    sort += " SELECT length(x) AS one FROM n, long ORDER BY random(), x"
+
+    with pytest.raises(ClientError, match="stopped after 256 MiB of temporary data") as caught:
+        ask(database, sort.format(10**6), seconds=60.0)
+
+    assert caught.value.status == 400
+    assert 20 == len(ask(database, sort.format(20), seconds=60.0))
 
 
 @pytest.fixture
