@@ -22,6 +22,7 @@ from .health import Health, PluginStatus, cause
 from .hookspecs import BackendFactory, ModelEntry, check_began, check_hooks
 from .importing import import_file, import_package
 from .middleware import Middlewares
+from .operations import Operations
 from .options import Change
 from .ordering import missing, ordered, required
 from .registry import Resources
@@ -293,8 +294,10 @@ class Loader:
         trace = None if isinstance(error, HarperError) else error
         logger.error("plugin %s did not start: %s", name, told, exc_info=trace)
 
-    def withdraw(self, *registries: Resources | Middlewares | Authenticators | Routes) -> None:
-        """Let a failed plugin's mounts and models say so, and take away what else it asked for."""
+    def withdraw(
+        self, *registries: Resources | Operations | Middlewares | Authenticators | Routes
+    ) -> None:
+        """Let what a failed plugin offers say so, and take away what else it asked for."""
         for name, status in self._health.plugins.items():
             if status.status == "error":
                 for registry in registries:

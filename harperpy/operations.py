@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +15,14 @@ from .backend import positional, settled
 from .content import refused
 from .context import Context
 from .doors import authorise
-from .errors import AccessViolation, ClientError, NotAuthorised, NotFound, RegistrationError
+from .errors import (
+    AccessViolation,
+    ClientError,
+    NotAuthorised,
+    NotFound,
+    PluginNotStarted,
+    RegistrationError,
+)
 from .permission import READ_ONLY, STANDARD_USER, Permission, Verb
 from .request import RequestTarget
 from .spelling import closest, nearest
@@ -46,6 +54,7 @@ class Operation(msgspec.Struct, frozen=True):
     parameters: int
     help: str | None = None
     reads: bool = False
+    owner: str = ""
 
     def refused(self, user: User) -> AccessViolation:
         """What is said to a user who may not run it."""
@@ -71,12 +80,25 @@ class Operation(msgspec.Struct, frozen=True):
         return (self.name, *groups)
 
 
+class _ByName(dict[str, Operation]):
+    """What all plugins share."""
+
+    frozen = False
+
+
 class Operations:
     """The operations of a server; open until it starts, then frozen."""
 
     def __init__(self) -> None:
-        self._operations: dict[str, Operation] = {}
-        self._frozen = False
+        self._operations = _ByName()
+        self.owner = ""
+        """The plugin whose own is what is added here."""
+
+    def of(self, owner: str) -> Operations:
+        """The same, for a plugin: what it adds is its own."""
+        same = copy.copy(self)
+        same.owner = owner
+        return same
 
     def add(
         self,
@@ -93,7 +115,7 @@ class Operations:
         One that `reads`, and changes nothing, is in the group `read_only` too. Raises
         `RegistrationError` for a taken name or an unknown `open_to`.
         """
-        if self._frozen or name in self._operations:
+        if self._operations.frozen or name in self._operations:
             message = f"operation {name!r} cannot be added: it exists, or the server has started"
             raise RegistrationError(message)
         if open_to not in ("super_user", "user", "anyone"):
@@ -101,12 +123,23 @@ class Operations:
             raise RegistrationError(message)
         count = positional(function, 2)
         self._operations[name] = Operation(
-            name, function, request_type, open_to, count, help, reads
+            name, function, request_type, open_to, count, help, reads, self.owner
         )
+
+    def fail(self, owner: str) -> None:
+        """Let every operation of a plugin that did not start say so."""
+
+        def refuse() -> None:
+            message = f"plugin {owner} did not start"
+            raise PluginNotStarted(message)
+
+        for one in [one for one in self if one.owner == owner]:
+            failed = msgspec.structs.replace(one, function=refuse, parameters=0)
+            self._operations[one.name] = failed
 
     def freeze(self) -> None:
         """Take no more operations."""
-        self._frozen = True
+        self._operations.frozen = True
 
     def __iter__(self) -> Iterator[Operation]:
         return iter(self._operations.values())

@@ -172,8 +172,8 @@ class Scope:
             operate=core.operate,
         )
         self.models = core.models.of(name)
-        self.operations = core.operations
-        self.commands = Commands(core.operations, name)
+        self.operations = core.operations.of(name)
+        self.commands = Commands(self.operations, name)
         self.authenticators = core.authenticators.of(name)
         self.ledger = core.ledger
         self.analytics = core.analytics

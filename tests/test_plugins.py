@@ -441,6 +441,37 @@ async def test_the_models_of_a_failed_plugin_say_so(stream: str) -> None:
         assert "plugin test did not start" == answer.json["error"]["message"]
 
 
+async def test_the_operations_of_a_failed_plugin_say_so() -> None:
+    """They do nothing, the names stay its own, and who may not run them is told only that."""
+
+    class Wipe(msgspec.Struct):
+        drive: str
+
+    def wipe(request: Wipe) -> None:
+        pytest.fail(f"it wiped {request.drive}")
+
+    def apply(scope: Scope) -> None:
+        scope.operations.add("wipe", wipe, Wipe, open_to="user")
+        scope.commands.add("wipe_all", wipe, Wipe)
+        raise ValueError
+
+    async with running(handle_application=apply) as server:
+        plain = await server.key_for("ada")
+        asked = [("wipe", None), ("wipe", plain), ("wipe_all", None), ("wipe_all", plain)]
+        answers = [
+            await operation(
+                server,
+                {"operation": name, "drive": "a"},
+                f"Bearer {key or server.api_key}",
+            )
+            for name, key in asked
+        ]
+
+    assert [500, 500, 500, 403] == [status for status, _ in answers]
+    for _, told in answers[:3]:
+        assert "plugin test did not start" == told["error"]
+
+
 async def test_a_plugin_whose_model_falls_back_to_nothing_fails_alone() -> None:
     """A typo in a registration is told at the start, not by the first failing call."""
 
