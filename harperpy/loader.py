@@ -294,14 +294,17 @@ class Loader:
         trace = None if isinstance(error, HarperError) else error
         logger.error("plugin %s did not start: %s", name, told, exc_info=trace)
 
-    def withdraw(
+    async def withdraw(
         self, *registries: Resources | Operations | Middlewares | Authenticators | Routes
     ) -> None:
-        """Let what a failed plugin offers say so, and take away what else it asked for."""
-        for name, status in self._health.plugins.items():
-            if status.status == "error":
-                for registry in registries:
-                    registry.fail(name)
+        """Let what failed plugins offer say so, take away what else they asked for, close them."""
+        failed = {name for name, one in self._health.plugins.items() if one.status == "error"}
+        for name in failed:
+            for registry in registries:
+                registry.fail(name)
+        for scope in [one for one in reversed(self.scopes) if one.plugin_name in failed]:
+            self.scopes.remove(scope)
+            await scope.close()
 
     def _factory(self, entry: ModelEntry) -> BackendFactory:
         kind = entry.settings.backend

@@ -279,7 +279,7 @@ class Server:
         for owner, error in strangers:
             loader.failed(owner, error)
         mounts = (core.resources, core.operations_resources)
-        loader.withdraw(*mounts, *chains, core.operations, core.authenticators, self.routes)
+        await loader.withdraw(*mounts, *chains, core.operations, core.authenticators, self.routes)
         loader.insist()
         frozen = (core.resources, core.operations_resources, core.operations, core.content_types)
         for part in (*frozen, self.routes):

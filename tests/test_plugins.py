@@ -914,7 +914,7 @@ def handle_application(scope):
 
 
 async def test_plugins_close_in_reverse(tmp_path: Path, on_path: Path) -> None:
-    """The last plugin of config.yaml is closed first; one that failed is closed as well."""
+    """The last plugin of config.yaml is closed first; those that failed once all have started."""
     write(on_path, harperpy_test_closed="closed = []")
     write(tmp_path, closer=CLOSER, failing=f"{CLOSER}    raise ValueError")
     config = """
@@ -924,10 +924,30 @@ plugins:
   c: {path: closer.py}
 """
     async with echoing(config, directory=tmp_path):
-        pass
+        closed = sys.modules["harperpy_test_closed"].closed
+        assert ["open a", "open b", "open c", "close b"] == closed
 
-    closed = sys.modules["harperpy_test_closed"].closed
-    assert ["open a", "open b", "open c", "close c", "close b", "close a"] == closed
+    assert ["close c", "close a"] == closed[4:]
+
+
+async def test_a_failed_plugin_does_nothing_more() -> None:
+    """Its tasks end before the server is ready, though it is up for others."""
+    ended = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async def apply(scope: Scope) -> None:
+        scope.create_task(work(), name="work")
+        await asyncio.sleep(0)
+        raise ValueError
+
+    async with running(handle_application=apply) as server:
+        assert ended.is_set()
+        assert "ValueError" in await cause(server, "test")
 
 
 async def test_a_background_task_that_fails_is_logged(caplog: pytest.LogCaptureFixture) -> None:
