@@ -112,6 +112,9 @@ async def lacks_first(people: People, environ: Mapping[str, str], *, dev: bool) 
         if not environ.get(variable, "").isprintable():
             message = f"{variable}: expected one line of text; it ends in a newline, or is no UTF-8"
             raise ConfigError(message)
+    if name and ":" in name:
+        message = "HDB_ADMIN_USERNAME: expected a name without a colon"
+        raise ConfigError(message)
     return True
 
 

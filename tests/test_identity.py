@@ -400,6 +400,18 @@ async def test_a_name_that_each_row_would_hold_is_no_longer_than_a_row_takes(
     await server.operate("add_user", **{**ada, "username": "eve", field: "x" * 256})
 
 
+@pytest.mark.parametrize("name", ["a:b", "ada\n", "a\tb", "\x00"])
+async def test_a_name_by_which_nobody_can_log_in_is_refused(
+    server: RunningServer, name: str
+) -> None:
+    """Basic ends a name at its first colon, and no header has a control character."""
+    new = {"operation": "add_user", "username": name, "password": "pw", "role": "model_user"}
+
+    status, told = await operation(server, new, f"Bearer {server.api_key}")
+
+    assert (400, "username: expected printable characters, and no colon") == (status, told["error"])
+
+
 @pytest.mark.parametrize("field", ["name", "tenant"])
 async def test_what_a_key_is_called_has_an_end(server: RunningServer, field: str) -> None:
     """Its tenant, which each row would hold, and its name, which anybody gives."""

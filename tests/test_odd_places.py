@@ -10,6 +10,7 @@ from commands import ADMIN, ECHO, FREE, configured, execute, get, harperpy, refu
 KEYED = """
 models: {generative: {default: {backend: openai, apiKey: "${MY_KEY}"}}}
 """
+UNWRITTEN = ("secret\n", os.fsdecode(b"caf\xe9"))
 NAMELESS = ("unshare", "--map-user=54321", "env", "-u", "HOME", "-u", "XDG_CACHE_HOME")
 
 
@@ -24,17 +25,22 @@ async def test_a_key_that_ends_in_a_newline_is_named(tmp_path: Path) -> None:
     assert told.endswith(", got a value that is not shown from ${MY_KEY}")
 
 
-@pytest.mark.parametrize("variable", ADMIN)
-@pytest.mark.parametrize("value", ["secret\n", os.fsdecode(b"caf\xe9")])
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        *((variable, value, "one line of text") for variable in ADMIN for value in UNWRITTEN),
+        ("HDB_ADMIN_USERNAME", "ro:ot", "a name without a colon"),
+    ],
+)
 async def test_an_administrator_whom_nobody_can_be_is_not_made(
-    tmp_path: Path, variable: str, value: str
+    tmp_path: Path, variable: str, value: str, expected: str
 ) -> None:
     """The variable is named, and the next start makes who was meant."""
     project = configured(tmp_path / "project")
 
     told = await refusal(project, "run", **{**ADMIN, variable: value})
 
-    assert told.startswith(f"{variable}: expected one line of text")
+    assert told.startswith(f"{variable}: expected {expected}")
     async with serving(project, "run", environ=ADMIN):
         pass
 
