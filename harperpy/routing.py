@@ -141,8 +141,8 @@ class Routes:
             for other in one.fallback:
                 if one.owner is not None and other not in self._by_name[one.kind]:
                     hint = nearest(other, [*self._by_name[one.kind]], f"{one.kind} models")
-                    message = f"models: {one.kind} {one.name!r} "
-                    message += f"falls back to {other!r}, which does not exist; {hint}"
+                    missing = f"falls back to {other!r}, which does not exist; {hint}"
+                    message = f"models: {one.kind} {one.name!r} {missing}"
                     yield one.owner, RegistrationError(message)
 
     def fail(self, owner: str) -> None:

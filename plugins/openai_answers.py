@@ -356,15 +356,15 @@ class ChunkReader:
             if given:
                 self._calls[choice.index] = calls
         deltas = calls.read(given)
-        pieces = (text, said.refusal, deltas, said.thought, said.annotations, said.audio)
-        details = said.reasoning_details or None
+        thoughts = said.thought, said.reasoning_details
+        pieces = (text, said.refusal, deltas, *thoughts, said.annotations, said.audio)
         likely = choice.logprobs and (choice.logprobs.content or choice.logprobs.refusal)
         reason = choice.finish_reason
         if reason:
             reason = finish_reason(reason, calls=bool(calls))
             self.reasons |= {choice.index}
             deltas += calls.held_back(whole=reason == "tool_calls")
-        elif not (any(pieces) or likely or details):
+        elif not (any(pieces) or likely):
             return None
         return GenerateChunk(
             index=choice.index,
@@ -377,7 +377,7 @@ class ChunkReader:
             finish_reason=reason or None,
             logprobs=choice.logprobs.content if choice.logprobs else None,
             refusal_logprobs=choice.logprobs.refusal if choice.logprobs else None,
-            delta_reasoning_details=details,
+            delta_reasoning_details=said.reasoning_details or None,
         )
 
 
