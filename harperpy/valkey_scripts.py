@@ -39,7 +39,10 @@ local function let_go(stands, holds, field)
     local value = redis.call('HGET', holds, field)
     if not value then return false end
     redis.call('HDEL', holds, field)
-    local left = redis.call('HINCRBY', stands, 'held', '-' .. string.match(value, '^%d+'))
+    local amount = string.match(value, '^%d+')
+    -- What costs nothing holds nothing, and '-0' is no number there.
+    if amount == '0' then return true end
+    local left = redis.call('HINCRBY', stands, 'held', '-' .. amount)
     if left < 0 then redis.call('HSET', stands, 'held', 0) end
     return true
 end

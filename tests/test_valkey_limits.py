@@ -489,3 +489,13 @@ async def test_over_tls_it_shows_who_it_is(
         config = limited(upstream.url, url, "{per: user, match: alice, concurrent: 5}")
         async with machines(config) as ((server, key),):
             assert status == (await chat(server, key)).status
+
+
+async def test_what_costs_nothing_is_settled_at_once(
+    upstream: ScriptedUpstream, valkey: ValkeyServer
+) -> None:
+    """Under a budget of money too: the place is free for the next call."""
+    rules = "{per: user, budget: {cost: 0}}", "{per: user, match: alice, concurrent: 1}"
+    config = limited(upstream.url, valkey.url, *rules, more=PRICES % (0, 0))
+    async with machines(config) as ((server, key),):
+        assert [200] * 5 == [(await chat(server, key)).status for _ in range(5)]
