@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from valkey.asyncio import Valkey
+from valkey.asyncio import SSLConnection, Valkey
 from valkey.exceptions import NoScriptError, ValkeyError
 
 from .errors import ServiceUnavailable
@@ -43,6 +43,7 @@ class ValkeyLine:
                 socket_timeout=ANSWER_SECONDS,
                 socket_connect_timeout=ANSWER_SECONDS,
             )
+            _expect_name(self._client)
             # What the URL asks for is looked at when a connection is made, so make one.
             self._client.connection_pool.make_connection()
         except (TypeError, ValkeyError) as error:
@@ -102,6 +103,14 @@ class ValkeyLine:
             else:
                 _answer(step, answer)
         return unknown
+
+
+def _expect_name(client: Valkey) -> None:
+    """Over TLS a certificate has to be the host's own, unless the URL wants none or any."""
+    pool: Any = client.connection_pool
+    options = pool.connection_kwargs
+    if issubclass(pool.connection_class, SSLConnection) and options.get("ssl_cert_reqs") != "none":
+        options.setdefault("ssl_check_hostname", True)
 
 
 def _answer(step: _Step, answer: Any) -> None:

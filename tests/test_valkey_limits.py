@@ -458,10 +458,12 @@ async def test_a_server_leaves_nothing_behind(
 
 
 @asynccontextmanager
-async def behind_tls(port: int, certified: Path) -> AsyncIterator[int]:
-    """A port that speaks TLS, and passes on what it hears."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(certified)
+async def passing(ports: list[int], certified: Path | None = None) -> AsyncIterator[int]:
+    """A port that passes on what it hears to the last of these; in TLS where it is certified."""
+    context = None
+    if certified:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certified)
 
     async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError), closing(writer):
@@ -470,21 +472,30 @@ async def behind_tls(port: int, certified: Path) -> AsyncIterator[int]:
                 await writer.drain()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection("127.0.0.1", port)
+        there, back = await asyncio.open_connection("127.0.0.1", ports[-1])
         await asyncio.gather(pass_on(reader, back), pass_on(there, writer))
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as listener:
         yield listener.sockets[0].getsockname()[1]
 
 
-@pytest.mark.parametrize(("known", "status"), [(True, 200), (False, 503)])
+@pytest.mark.parametrize(
+    ("host", "known", "status"),
+    [("localhost", True, 200), ("localhost", False, 503), ("127.0.0.1", True, 503)],
+)
 async def test_over_tls_it_shows_who_it_is(
-    upstream: ScriptedUpstream, valkey: ValkeyServer, tmp_path: Path, *, known: bool, status: int
+    upstream: ScriptedUpstream,
+    valkey: ValkeyServer,
+    tmp_path: Path,
+    *,
+    host: str,
+    known: bool,
+    status: int,
 ) -> None:
-    """By a certificate of the authority that the URL names; nobody else counts for us."""
+    """By a certificate of that host, of the authority that the URL names; nobody else counts."""
     path = certificate(tmp_path)
-    async with behind_tls(valkey.port, path) as port:
-        url = f"valkeys://:{PASSWORD}@localhost:{port}/0"
+    async with passing([valkey.port], path) as port:
+        url = f"valkeys://:{PASSWORD}@{host}:{port}/0"
         url += f"?ssl_ca_certs={path}" if known else ""
         config = limited(upstream.url, url, "{per: user, match: alice, concurrent: 5}")
         async with machines(config) as ((server, key),):
