@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from valkey.asyncio import SSLConnection, Valkey
-from valkey.exceptions import NoScriptError, ValkeyError
+from valkey.exceptions import NoScriptError, ReadOnlyError, ValkeyError
 
 from .errors import ServiceUnavailable
 from .secret import mask
@@ -96,6 +96,9 @@ class ValkeyLine:
         for step in steps:
             pipe.execute_command("EVALSHA", step.script.sha, *step.given)
         answers: list[Any] = await pipe.execute(raise_on_error=False)
+        if any(isinstance(answer, ReadOnlyError) for answer in answers):
+            # Another one writes from now on; who it is shows a new connection.
+            await self._client.connection_pool.disconnect()
         unknown: list[_Step] = []
         for step, answer in zip(steps, answers, strict=True):
             if isinstance(answer, NoScriptError):

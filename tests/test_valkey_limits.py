@@ -17,7 +17,7 @@ from harperpy import ConfigError
 from harperpy.testing import Answer, RunningServer, ScriptedUpstream, running, streamed, whole
 from helpers import HELLO, Answered, ask, finished_calls, provider
 from raw_provider import certificate
-from valkeys import PASSWORD, ValkeyServer
+from valkeys import PASSWORD, ValkeyServer, valkey_server
 
 CHAT = "/v1/chat/completions"
 # What the upstream counts for a call, and what "hello" is reckoned at before it.
@@ -500,6 +500,27 @@ async def test_over_tls_it_shows_who_it_is(
         config = limited(upstream.url, url, "{per: user, match: alice, concurrent: 5}")
         async with machines(config) as ((server, key),):
             assert status == (await chat(server, key)).status
+
+
+async def test_another_may_take_over(upstream: ScriptedUpstream, valkey: ValkeyServer) -> None:
+    """Who only reads from now on is asked anew by name, and so by who writes."""
+    ports = [valkey.port]
+    with valkey_server() as other, closing(valkey.client()) as client:
+        assert other is not None
+        async with passing(ports) as port:
+            url = valkey.url.replace(str(valkey.port), str(port))
+            config = limited(upstream.url, url, "{per: user, match: alice, concurrent: 1}")
+            async with machines(config) as ((server, key),):
+                assert 200 == (await chat(server, key)).status
+                client.config_set("masterauth", PASSWORD)
+                client.config_set("repl-diskless-load", "swapdb")
+                client.replicaof("127.0.0.1", other.port)
+                ports.append(other.port)
+                try:
+                    await until_answered(server, key)
+                    assert 200 == (await chat(server, key)).status
+                finally:
+                    client.replicaof("NO", "ONE")
 
 
 async def test_what_costs_nothing_is_settled_at_once(
