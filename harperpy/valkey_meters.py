@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ class ValkeyMeters:
         self._tasks: set[asyncio.Task[None]] = set()
         self._beating: asyncio.Task[None] | None = None
         self._joined = False
+        self._run = ""
         # Its clock is the one of all machines.
         self._ahead = 0.0
 
@@ -226,16 +228,26 @@ class ValkeyMeters:
             await self._beat()
 
     async def _beat(self) -> None:
-        given = (self._worker, self._of, self._life, _LEASE_SECONDS, 30 * _DAY)
         try:
-            seconds, parts, before = await self._line.run(BEAT, [self._lives], given)
-            self._ahead = int(seconds) + int(parts) / 1e6 - time.time()
+            before, run = await self._say_alive()
+            if self._run not in ("", run):
+                # Started anew, or another one, it may have missed how calls ended, and nobody would
+                # let go of what they hold there: that goes with the life they were made in.
+                self._life, before = uuid.uuid4().hex, ""
+                await self._say_alive()
             if self._joined and before != self._life:
                 self._come_back(before)
-            self._joined = True
+            self._joined, self._run = True, run
             await self._tell()
         except HarperError as error:
             logger.warning("calls under a limit are refused: %s", error)
+
+    async def _say_alive(self) -> tuple[str, str]:
+        """Which life this worker had by then, and which run of the server's this is, if it says."""
+        given = (self._worker, self._of, self._life, _LEASE_SECONDS, 30 * _DAY)
+        seconds, parts, before, run = await self._line.run(BEAT, [self._lives], given)
+        self._ahead = int(seconds) + int(parts) / 1e6 - time.time()
+        return before, run
 
     def _come_back(self, before: str) -> None:
         if before:
@@ -243,7 +255,10 @@ class ValkeyMeters:
                 "two servers count as one by their limits: each needs a data folder of its own"
             )
         else:
-            logger.warning("the Valkey server of the limits has lost what it knew; it is told anew")
+            logger.warning(
+                "the Valkey server of the limits was started anew, or has lost what it knew; "
+                "it is told anew"
+            )
         self._untold.update(self._known)
         self.forget()
 

@@ -204,8 +204,8 @@ return {'told'}
 
 BEAT = Script(
     """
--- KEYS: lives; ARGV: worker, of, life, lease, how long to keep them. The time, and which life the
--- worker had.
+-- KEYS: lives; ARGV: worker, of, life, lease, how long to keep them. The time, which life the
+-- worker had, and which run of the server this is, where it tells such as us.
 redis.call('SET', 'harperpy:life:' .. ARGV[3], 1, 'EX', ARGV[4])
 local before = redis.call('HGET', KEYS[1], ARGV[1])
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
@@ -219,6 +219,8 @@ for i = 1, #row, 2 do
 end
 if before and before ~= ARGV[3] then redis.call('DEL', 'harperpy:life:' .. before) end
 local time = redis.call('TIME')
-return {time[1], time[2], before or ''}
+local info = redis.pcall('INFO', 'server')
+local run = type(info) == 'string' and string.match(info, 'run_id:(%x+)')
+return {time[1], time[2], before or '', run or ''}
 """
 )

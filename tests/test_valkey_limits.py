@@ -242,6 +242,32 @@ async def recorded(server: RunningServer, count: int) -> None:
             pass
 
 
+@pytest.mark.usefixtures("valkey")
+async def test_a_server_that_knows_what_was_is_told_what_is(upstream: ScriptedUpstream) -> None:
+    """Saved while a call ran, killed when more had ended: their costs count, the place is free."""
+    rule = "{per: user, match: alice, concurrent: 1, budget: {tokens: 200}}"
+    with valkey_server() as old:
+        assert old is not None
+        async with machines(limited(upstream.url, old.url, rule)) as ((server, key),):
+            upstream.script(Answer(events=streamed("one", done=False), hang="end"))
+            async with (
+                server.session(key) as caller,
+                caller.post(CHAT, json={**HELLO, "stream": True}) as response,
+            ):
+                await response.content.readuntil(b"\n\n")
+                with closing(old.client()) as client:
+                    client.save()
+            await upstream.left.wait()
+            await until_answered(server, key)
+            assert 200 == (await chat(server, key)).status
+            await recorded(server, 3)
+            old.kill()
+            old.start()
+            await meters(server)._beat()
+            await told(old, server)
+            assert 200 == (await chat(server, key)).status
+
+
 async def test_what_runs_while_the_server_forgets_counts_when_it_ends(
     upstream: ScriptedUpstream, valkey: ValkeyServer
 ) -> None:
@@ -513,7 +539,6 @@ async def test_another_may_take_over(upstream: ScriptedUpstream, valkey: ValkeyS
             async with machines(config) as ((server, key),):
                 assert 200 == (await chat(server, key)).status
                 client.config_set("masterauth", PASSWORD)
-                client.config_set("repl-diskless-load", "swapdb")
                 client.replicaof("127.0.0.1", other.port)
                 ports.append(other.port)
                 try:

@@ -4,6 +4,7 @@ import importlib.util
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -28,10 +29,14 @@ def binary() -> str | None:
 
 
 class ValkeyServer:
-    """One process, which may be killed and started again where it was; it keeps nothing."""
+    """One process, which may be killed and started again where it was.
 
-    def __init__(self, program: str) -> None:
+    It keeps nothing, unless it is told to save what it knows in its folder.
+    """
+
+    def __init__(self, program: str, folder: str) -> None:
         self._program = program
+        self._folder = folder
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
@@ -41,7 +46,7 @@ class ValkeyServer:
     def start(self) -> None:
         """Listen, and return when it does."""
         options = ("--port", str(self.port), "--bind", "127.0.0.1", "--requirepass", PASSWORD)
-        memory = ("--save", "", "--appendonly", "no")
+        memory = ("--save", "", "--appendonly", "no", "--dir", self._folder)
         self.process = subprocess.Popen(
             [self._program, *options, *memory], stdout=subprocess.DEVNULL
         )
@@ -51,7 +56,7 @@ class ValkeyServer:
             assert time.monotonic() < until
 
     def kill(self) -> None:
-        """End it at once; what it knew is lost."""
+        """End it at once; what it knew and has not saved is lost."""
         self.process.kill()
         self.process.wait()
 
@@ -93,8 +98,9 @@ def valkey_server() -> Iterator[ValkeyServer | None]:
     if program is None:
         yield None
         return
-    server = ValkeyServer(program)
-    try:
-        yield server
-    finally:
-        server.kill()
+    with tempfile.TemporaryDirectory() as folder:
+        server = ValkeyServer(program, folder)
+        try:
+            yield server
+        finally:
+            server.kill()
