@@ -53,19 +53,26 @@ def difference(rows: Iterable[Row], served: Iterable[Served]) -> Difference:
     upstream reported; so are those of one that failed, as far as it heard of them: what a call
     that was interrupted or left in the middle took, only the upstream knows.
     """
-    known = list(rows)
-    by_id = {str(row["id"]): row for row in known}
     asked = list(served)
     times = Counter(str(one.id) for one in asked)
+    known: list[Row] = []
+    unknown: dict[int, None] = {}
+    # There may be millions that nobody asks for.
+    for one in rows:
+        if str(one["id"]) in times:
+            known.append(one)
+        elif one["success"]:
+            unknown[one["id"]] = None
+    by_id = {str(row["id"]): row for row in known}
     counted = Counter(str(row["id"]) for row in known)
     return Difference(
         missing=[one for one in asked if str(one.id) not in by_id],
-        unknown=[row["id"] for name, row in by_id.items() if row["success"] and name not in times],
+        unknown=list(unknown),
         different=[
             *(
                 Unequal(row["id"], "rows", counted[name], times[name])
                 for name, row in by_id.items()
-                if times[name] and (counted[name], times[name]) != (1, 1)
+                if (counted[name], times[name]) != (1, 1)
             ),
             *(
                 one

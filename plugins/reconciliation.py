@@ -48,10 +48,13 @@ class Reconciliation:
         """What is `missing`, `unknown` or `different`; nothing where both are the same."""
         asked = self._statement(request)
         await self._ledger.flush()
-        rows = await self._database.read(
-            lambda connection: connection.execute(asked).mappings().all()
-        )
-        return difference(({**row} for row in rows), request.served)
+
+        def work(connection: sa.Connection) -> Difference:
+            # Here, and not where it would stop all others: there may be millions.
+            rows = connection.execute(asked).mappings()
+            return difference(({**row} for row in rows), request.served)
+
+        return await self._database.read(work)
 
     def _statement(self, request: Reconcile) -> sa.Select[tuple[object, ...]]:
         calls = self._database.model_calls.c

@@ -1,5 +1,7 @@
 """What an upstream says that it served, and the rows of the calls: whether they are the same."""
 
+import asyncio
+import time
 from typing import Any
 
 import aiohttp
@@ -192,6 +194,25 @@ async def test_an_account_is_compared_by_an_operation(upstream: ScriptedUpstream
         assert [first, second] == (await reconciled(server, **asked))["unknown"]
         for other in ({"backend_name": ["other"]}, {"to": "2026-01-01"}, {"from": "2100-01-01"}):
             assert same == await reconciled(server, **{**asked, **other})
+
+
+async def test_many_rows_stop_nobody(upstream: ScriptedUpstream) -> None:
+    """While 200,000 of them are compared, others have their turns."""
+    more = (
+        "INSERT INTO hdb_model_calls (id, __createdtime__, backend, backend_name, method, "
+        "usage_estimated, latency_ms, success) "
+        "WITH RECURSIVE n(id) AS (VALUES(1) UNION ALL SELECT id + 1 FROM n LIMIT 200000) "
+        "SELECT id, 1, 'openai', 'default', 'generate', 0, 1, 1 FROM n"
+    )
+    async with running(provider(upstream.url)) as server:
+        await server.server.core.database.run(lambda one: one.exec_driver_sql(more))
+        comparing = asyncio.create_task(reconciled(server, backend_name="default", served=[]))
+        longest, before = 0.0, time.monotonic()
+        while not comparing.done():
+            await asyncio.sleep(0)
+            longest, before = max(longest, time.monotonic() - before), time.monotonic()
+        assert 200_000 == len(comparing.result()["unknown"])
+    assert longest < 0.5
 
 
 async def test_who_is_no_super_user_compares_nothing(upstream: ScriptedUpstream) -> None:
