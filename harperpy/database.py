@@ -40,6 +40,7 @@ from .tables import Tables
 T = TypeVar("T")
 
 _READERS = 4
+_TOGETHER = 1000
 _LOOK_SECONDS = 0.1
 _STEPS_BETWEEN_LOOKS = 1000
 _SECRET_BYTES = 32
@@ -202,6 +203,13 @@ class Database:
             return await asyncio.wrap_future(threads.submit(self._read, work, seconds, left))
         finally:
             left.set()
+
+    async def prune(self, table: sa.Table, old: sa.ColumnElement[bool]) -> None:
+        """Remove the rows, some at a time: who else writes has turns between. Raises as `run`."""
+        some = sa.select(table.c.id).where(old).limit(_TOGETHER)
+        gone = sa.delete(table).where(table.c.id.in_(some))
+        while await self.run(lambda connection: connection.execute(gone).rowcount):
+            pass
 
     def occupy(self, work: Callable[[sa.Engine], None]) -> Future[None]:
         """Let `work(engine)` have the writing thread until it returns."""

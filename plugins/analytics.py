@@ -12,7 +12,6 @@ from collections import defaultdict
 from operator import attrgetter, methodcaller
 from typing import Any
 
-import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
 from harperpy import Analytics, HarperError, ModelCall, Scope
@@ -143,9 +142,8 @@ async def _clean(scope: Scope) -> None:
     """Once an hour, remove the rows older than the retention; a busy database is left be."""
     table, kept = scope.database.analytics, scope.config.analytics.retention
     while True:
-        old = sa.delete(table).where(table.c.time < time.time() * 1000 - kept)
         try:
-            await scope.database.run(methodcaller("execute", old))
+            await scope.database.prune(table, table.c.time < time.time() * 1000 - kept)
         except HarperError as error:
             scope.logger.warning("old rows of analytics stay for another hour: %s", error)
         await asyncio.sleep(_CLEANING_SECONDS)

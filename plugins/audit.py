@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from operator import methodcaller
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -136,9 +135,8 @@ async def _clean(scope: Scope) -> None:
         now = time.time() * 1000
         of_plugins = (audit.c.database != _SYSTEM) & (audit.c.timestamp < now - kept)
         too_old = audit.c.timestamp < now - max(kept, _SECURITY_MS)
-        old = sa.delete(audit).where(of_plugins | too_old)
         try:
-            await scope.database.run(methodcaller("execute", old))
+            await scope.database.prune(audit, of_plugins | too_old)
         except HarperError as error:
             scope.logger.warning("old audit rows stay for another hour: %s", error)
         await asyncio.sleep(_CLEANING_SECONDS)

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
-from sqlalchemy import Connection, delete, exc
+from sqlalchemy import Connection, exc
 
 from harperpy import (
     Booking,
@@ -132,8 +132,8 @@ class Mover:
     async def _forget(self, oldest: float) -> None:
         calls = self._database.model_calls
         # Whole days, so that those that are left are equal to their roll-up.
-        old = delete(calls).where(calls.c["__createdtime__"] < oldest - oldest % _DAY_MS)
-        await self._database.run(lambda connection: connection.execute(old))
+        old = calls.c["__createdtime__"] < oldest - oldest % _DAY_MS
+        await self._database.prune(calls, old)
 
     def _tell(self) -> None:
         """A call has ended: in a moment it is moved, with all that end meanwhile."""

@@ -686,3 +686,21 @@ async def test_rows_older_than_the_retention_go(tmp_path: Path) -> None:
         async with asyncio.timeout(30):
             while [newest["id"]] != [row["id"] for row in await server.rows()]:  # noqa: ASYNC110  # no event tells
                 await asyncio.sleep(0)
+
+
+async def test_others_write_while_many_old_rows_go(tmp_path: Path) -> None:
+    """A hundred thousand are removed a few at a time: nobody waits until all of them are."""
+    async with running(root=tmp_path):
+        pass
+    with closing(sqlite3.connect(tmp_path / "system.db")) as database, database:
+        database.execute(
+            "INSERT INTO hdb_model_calls (id, __createdtime__, backend, method, usage_estimated, "
+            "latency_ms, success) WITH RECURSIVE n(id) AS (VALUES(1) UNION ALL "
+            "SELECT id + 1 FROM n LIMIT 100000) SELECT id, 1, 'echo', 'embed', 0, 1, 1 FROM n"
+        )
+    writes = 0
+    async with running(root=tmp_path) as server:
+        while await server.rows("id = 100000"):
+            await server.operate("set_status", id="primary", status="writing")
+            writes += 1
+    assert writes > 20
