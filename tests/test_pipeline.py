@@ -26,7 +26,7 @@ from harperpy import (
     User,
     json_response,
 )
-from harperpy.testing import RunningServer, running
+from harperpy.testing import ECHO, RunningServer, running
 from helpers import HELLO, ask, ask_raw, error_of
 
 METHODS = {
@@ -814,6 +814,19 @@ async def test_a_listed_origin_is_echoed_and_no_other(
     assert ("x-request-id" in answer.headers.get("Access-Control-Expose-Headers", "")) is bool(
         allowed
     )
+
+
+async def test_a_page_sees_when_to_ask_again() -> None:
+    """All that a refusal says of it, so that OpenAI's client heeds it in a browser too."""
+    rule, hello = "{per: user, budget: {tokens: 0}}", {**HELLO, "model": "default"}
+    headers = {"Origin": "https://page.example"}
+    async with running(f"{ECHO}\n{CORS}\nlimits: {{rules: [{rule}]}}") as server:
+        answer = await ask(server, "POST", "/v1/chat/completions", json=hello, headers=headers)
+
+    assert 429 == answer.status
+    told = {name.lower() for name in answer.headers if "retry" in name.lower()}
+    assert {"retry-after", "retry-after-ms", "x-should-retry"} == told
+    assert told <= set(answer.headers["Access-Control-Expose-Headers"].split(", "))
 
 
 async def test_an_unlisted_preflight_gets_no_permission() -> None:
