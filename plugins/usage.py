@@ -83,10 +83,7 @@ class Usage:
 
 
 def _statement(database: Database, request: GetUsage, user: User) -> sa.Select[Any]:
-    start, end = window(request.from_, request.to)
-    whole_days = all(one is None or one % _DAY_MS == 0 for one in (start, end))
-    # The days outlive their rows, and are fewer.
-    source = (_days if whole_days else _calls)(database, start, end)
+    source = _source(database, *window(request.from_, request.to))
     groups = _groups(source, request.group_by)
     counts = ("calls", "failures", *_TOKENS, "unpriced")
     sums = [
@@ -101,41 +98,51 @@ def _statement(database: Database, request: GetUsage, user: User) -> sa.Select[A
     return asked.limit(MOST_ROWS + 1)
 
 
-def _days(database: Database, start: float | None, end: float | None) -> sa.Subquery:
-    """The roll-up of these days; what a call has none of is null, as in its row."""
+def _source(database: Database, start: float | None, end: float | None) -> sa.Subquery:
+    """Whole days as the roll-up has them, which outlives the rows; of other days their rows."""
+    first = None if start is None else -(-start // _DAY_MS) * _DAY_MS
+    after = None if end is None else end // _DAY_MS * _DAY_MS
+    if first is not None and after is not None and first >= after:
+        return _calls(database, start, end).subquery()
+    begun = [] if start == first else [_calls(database, start, first)]
+    ending = [] if end == after else [_calls(database, after, end)]
+    return sa.union_all(_days(database, start, end), *begun, *ending).subquery()
+
+
+def _days(
+    database: Database, start: float | None, end: float | None
+) -> sa.Select[tuple[object, ...]]:
+    """The roll-up of the whole ones; what a call has none of is null, as in its row."""
     days = database.model_calls_daily.c
-    first, after = (None if one is None else _day_of(one) for one in (start, end))
-    names = (*_TOKENS, "calls", "failures", "unpriced", "cost")
-    return (
-        sa.select(
-            days.day,
-            *(sa.func.nullif(days[name], "").label(name) for name in DIMENSIONS),
-            *(days[name] for name in names),
-        )
-        .where(*within(days.day, first, after))
-        .subquery()
+    found = sa.select(
+        days.day,
+        *(sa.func.nullif(days[name], "").label(name) for name in DIMENSIONS),
+        *(days[name] for name in (*_TOKENS, "calls", "failures", "unpriced", "cost")),
     )
+    if start is not None:
+        whole = start % _DAY_MS == 0
+        found = found.where(days.day >= _day_of(start) if whole else days.day > _day_of(start))
+    return found if end is None else found.where(days.day < _day_of(end))
 
 
 def _day_of(moment: float) -> str:
     return dt.datetime.fromtimestamp(moment / 1000, dt.UTC).date().isoformat()
 
 
-def _calls(database: Database, start: float | None, end: float | None) -> sa.Subquery:
+def _calls(
+    database: Database, start: float | None, end: float | None
+) -> sa.Select[tuple[object, ...]]:
     """The rows of the calls, each with the columns of a day that has it alone."""
     calls = database.model_calls.c
     created = calls[_CREATED]
-    return (
-        sa.select(
-            sa.func.date(created / 1000, "unixepoch").label("day"),
-            *(calls[name] for name in (*DIMENSIONS, *_TOKENS, "cost")),
-            sa.literal(1).label("calls"),
-            sa.case((calls.success, 0), else_=1).label("failures"),
-            sa.case((calls.success & calls.cost.is_(None), 1), else_=0).label("unpriced"),
-        )
-        .where(*within(created, start, end))
-        .subquery()
-    )
+    return sa.select(
+        sa.func.date(created / 1000, "unixepoch").label("day"),
+        *(calls[name] for name in (*DIMENSIONS, *_TOKENS)),
+        sa.literal(1).label("calls"),
+        sa.case((calls.success, 0), else_=1).label("failures"),
+        sa.case((calls.success & calls.cost.is_(None), 1), else_=0).label("unpriced"),
+        calls.cost,
+    ).where(*within(created, start, end))
 
 
 def _groups(source: sa.Subquery, group_by: str | list[str]) -> dict[str, sa.ColumnElement[Any]]:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from harperpy.plugins.usage import DIMENSIONS
 from harperpy.plugins.yaml_edit import edited
-from sqlalchemy import delete
+from sqlalchemy import delete, update
 
 from harperpy import ClientError, HarperError, Scope
 from harperpy.testing import ECHO, Answer, RunningServer, ScriptedUpstream, running
@@ -127,10 +127,10 @@ async def test_whole_days_are_told_as_their_rows_are_and_when_those_are_gone(
     """The roll-up says the same of a day, of whomever; and it outlives the rows."""
     server, _ = billed
     calls = server.server.core.database.model_calls
-    now = (await server.rows())[0]["__createdtime__"]
+    now, *_, first = [row["__createdtime__"] for row in await server.rows()]
     groups = ("", "user,api_key,app", "day,month,method", [*DIMENSIONS])
     of_days = [await got(server, "get_usage", group_by=one, **{"from": 0}) for one in groups]
-    of_rows = [await got(server, "get_usage", group_by=one, **{"from": 1}) for one in groups]
+    of_rows = [await got(server, "get_usage", group_by=one, **{"from": first}) for one in groups]
     assert of_days == of_rows
 
     await server.server.core.database.run(lambda connection: connection.execute(delete(calls)))
@@ -138,6 +138,31 @@ async def test_whole_days_are_told_as_their_rows_are_and_when_those_are_gone(
     assert of_days == [await got(server, "get_usage", group_by=one) for one in groups]
     assert 0 == (await got(server, "get_usage", **{"from": 1, "to": now + 1}))[0]["calls"]
     assert [] == await got(server, "get_usage", group_by="day", **{"from": "2100-01-01"})
+
+
+async def test_whole_days_count_that_outlived_their_rows_whatever_the_times(
+    billed: tuple[RunningServer, dict[str, str]],
+) -> None:
+    """From or until the middle of a day: only of that day the rows are asked."""
+    server, _ = billed
+    calls, days = (
+        getattr(server.server.core.database, name) for name in ("model_calls", "model_calls_daily")
+    )
+    await server.rows()
+    for change in (update(days).values(day="2020-01-05"), delete(calls)):
+        await server.server.core.database.run(lambda one, change=change: one.execute(change))
+
+    async def counted(start: str | None, end: str | None) -> int:
+        return (await got(server, "get_usage", **{"from": start, "to": end}))[0]["calls"]
+
+    assert 3 == await counted("2020-01-01", "2020-01-09T12:00:00Z")
+    assert 3 == await counted("2020-01-04T23:59:59Z", None)
+    assert 3 == await counted("2020-01-04T12:00:00Z", "2020-01-06T12:00:00Z")
+    assert 3 == await counted(None, "2020-01-06T00:00:01Z")
+    assert 0 == await counted("2020-01-05T00:00:01Z", "2020-01-09T12:00:00Z")
+    assert 0 == await counted("2020-01-04T12:00:00Z", "2020-01-05T12:00:00Z")
+    assert 0 == await counted("0001-01-01T00:00:01Z", "2020-01-05")
+    assert 0 == await counted("9999-12-31T12:00:00Z", None)
 
 
 async def test_a_user_sees_its_own_usage_alone(
