@@ -36,6 +36,12 @@ def _add_columns(connection: sa.Connection, table: sa.Table) -> None:
             connection.execute(added.against(table))
 
 
+def _add_indexes(connection: sa.Connection, table: sa.Table) -> None:
+    """Those that the table of an older file lacks."""
+    for index in table.indexes:
+        index.create(connection, checkfirst=True)
+
+
 def _add_costs(connection: sa.Connection) -> None:
     """What calls cost, and the days of the calls that are there."""
     _add_columns(connection, hdb_model_calls)
@@ -47,8 +53,7 @@ def _add_costs(connection: sa.Connection) -> None:
 def _add_grants_and_families(connection: sa.Connection) -> None:
     """What keys are granted, and which refresh tokens come from one log-in."""
     _add_columns(connection, hdb_token)
-    for index in hdb_token.indexes:
-        index.create(connection, checkfirst=True)
+    _add_indexes(connection, hdb_token)
     of_refresh = sa.update(hdb_token).where(hdb_token.c.kind == "refresh")
     connection.execute(of_refresh.values(family=hdb_token.c.id))
     for row in connection.execute(sa.select(hdb_role.c.id, hdb_role.c.permission)).all():
@@ -76,6 +81,7 @@ _MIGRATIONS: tuple[tuple[Callable[[sa.Connection], None], str], ...] = (
     (partial(_add_columns, table=hdb_audit), "PRAGMA user_version = 8"),
     (partial(hdb_status.create, checkfirst=True), "PRAGMA user_version = 9"),
     (partial(_add_columns, table=hdb_token), "PRAGMA user_version = 10"),
+    (partial(_add_indexes, table=hdb_model_calls_daily), "PRAGMA user_version = 11"),
 )
 
 

@@ -119,6 +119,11 @@ hdb_model_calls_daily = sa.Table(
     *(sa.Column(name, sa.String, primary_key=True) for name in DIMENSIONS),
     *(sa.Column(name, sa.BigInteger, nullable=False) for name in COUNTS),
     *(sa.Column(name, sa.Float, nullable=False) for name in COSTS),
+    # A budget is one of them, on some days, however many others there are.
+    *(
+        sa.Index(f"hdb_model_calls_daily_{one}", one, "day")
+        for one in ("tenant", "user", "api_key")
+    ),
 )
 
 # Rules are keyed by what they are about, holds by the meter and the call.

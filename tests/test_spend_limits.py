@@ -3,10 +3,11 @@
 import asyncio
 import calendar
 import re
+import sqlite3
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -940,3 +941,21 @@ async def test_a_reprice_is_a_new_reckoning(upstream: ScriptedUpstream, tmp_path
         assert done.changed == done.rows > 0
         assert 200 == (await chat(server, key, max_tokens=2000)).status
         assert 2000 == upstream.requests[-1].body["max_tokens"]
+
+
+@pytest.mark.parametrize("column", ["tenant", "user", "api_key"])
+async def test_what_was_spent_is_found_among_many(tmp_path: Path, column: str) -> None:
+    """By an index, in a file of before too: other names' days are not read."""
+    async with running(root=tmp_path):
+        pass
+    with closing(sqlite3.connect(tmp_path / "system.db")) as database, database:
+        database.execute(f"DROP INDEX hdb_model_calls_daily_{column}")
+        database.execute("PRAGMA user_version = 10")
+    async with running(root=tmp_path):
+        pass
+
+    with closing(sqlite3.connect(tmp_path / "system.db")) as database:
+        sums = f"SELECT sum(cost) FROM hdb_model_calls_daily WHERE {column} = 'one'"  # noqa: S608
+        asked = f"EXPLAIN QUERY PLAN {sums} AND day BETWEEN '2026-11-01' AND '2026-11-30'"
+        plan = database.execute(asked).fetchall()
+    assert f"hdb_model_calls_daily_{column} ({column}=? AND day>? AND day<?)" in plan[0][-1]
