@@ -18,6 +18,10 @@ ANSWER_SECONDS = 2.0
 """How long a server may take to connect or to answer, unless the URL says `socket_timeout`."""
 
 
+class Undone(ServiceUnavailable):
+    """Nobody answers, and the step is not done."""
+
+
 class _Step:
     """What is to be done, and who waits for it."""
 
@@ -37,7 +41,7 @@ class ValkeyLine:
 
     def __init__(self, url: str) -> None:
         try:
-            self._client = Valkey.from_url(
+            self._client: Any = Valkey.from_url(
                 url,
                 decode_responses=True,
                 socket_timeout=ANSWER_SECONDS,
@@ -50,11 +54,15 @@ class ValkeyLine:
             raise ValueError(str(error)) from error
         self._waiting: list[_Step] = []
         self._sending: asyncio.Task[None] | None = None
+        self._away = False
 
     def run(
         self, script: Script, keys: Sequence[str], args: Sequence[object]
     ) -> asyncio.Future[Any]:
-        """What the step answers, later. Raises `ServiceUnavailable` where nobody answers."""
+        """What the step answers, later.
+
+        Raises `Undone`, or `ServiceUnavailable` where it may be done and only the answer is lost.
+        """
         step = _Step(script, keys, args)
         self._waiting.append(step)
         if self._sending is None:
@@ -78,17 +86,22 @@ class ValkeyLine:
 
     async def _send(self, steps: Sequence[_Step]) -> None:
         error: Exception = NoScriptError("the server forgets its scripts")
+        sent = False
         try:
+            if self._away:
+                # Who asks meanwhile knows by this that nothing was done.
+                await self._client.ping()
+            self._away, sent = False, True
             unknown = await self._try(steps)
             if unknown:
                 for text in {step.script.text for step in unknown}:
                     await self._client.script_load(text)
                 await self._try(unknown)
         except (ValkeyError, OSError) as found:
-            error = found
+            error, self._away = found, True
         for step in steps:
             if not step.answer.done():
-                _answer(step, error)
+                _answer(step, error, ServiceUnavailable if sent else Undone)
 
     async def _try(self, steps: Sequence[_Step]) -> list[_Step]:
         """Send them; those whose script the server does not know were not done."""
@@ -116,15 +129,13 @@ def _expect_name(client: Valkey) -> None:
         options.setdefault("ssl_check_hostname", True)
 
 
-def _answer(step: _Step, answer: Any) -> None:
+def _answer(step: _Step, answer: Any, kind: type[ServiceUnavailable] = Undone) -> None:
     if step.answer.cancelled():
         return
     if not isinstance(answer, Exception):
         step.answer.set_result(answer)
         return
     reason = mask(f"{answer}" or type(answer).__name__)
-    away = ServiceUnavailable(
-        f"the Valkey server of the limits is away: {reason}", headers={"Retry-After": "1"}
-    )
+    away = kind(f"the Valkey server of the limits is away: {reason}", headers={"Retry-After": "1"})
     away.__cause__ = answer
     step.answer.set_exception(away)

@@ -12,7 +12,7 @@ from typing import Any
 from .errors import HarperError, ServiceUnavailable
 from .meters import Claim, Granted, Loading, Meter, Reading, Spending, grant, take
 from .quotas import Quotas
-from .valkey_line import ANSWER_SECONDS, ValkeyLine
+from .valkey_line import ANSWER_SECONDS, Undone, ValkeyLine
 from .valkey_scripts import BEAT, LOOK, PUBLISH, SETTLE, TAKE
 
 logger = logging.getLogger("harperpy.limits")
@@ -125,9 +125,9 @@ class ValkeyMeters:
         who = (self._ledger, call, self._life, _LEASE_SECONDS)
         try:
             found = await self._line.run(TAKE, keys, [now + self._ahead, deadline, *who, *wants])
-        except ServiceUnavailable:
-            # Perhaps it was done, and only the answer is lost.
-            self._release(claims, call)
+        except ServiceUnavailable as error:
+            if not isinstance(error, Undone):
+                self._release(claims, call)
             raise
         if found[0] == "late":
             message = "the Valkey server of the limits answers too late"

@@ -405,6 +405,24 @@ async def test_what_was_taken_and_never_told_is_given_back(
         assert 200 == (await chat(server, key)).status
 
 
+async def test_who_is_refused_leaves_nothing_to_do(
+    upstream: ScriptedUpstream, valkey: ValkeyServer
+) -> None:
+    """Of what was never asked nothing is given back, however long nobody answers."""
+    config = limited(upstream.url, valkey.url, "{per: user, match: alice, concurrent: 1}")
+    async with machines(config) as ((server, key),):
+        assert 200 == (await chat(server, key)).status
+        valkey.kill()
+        try:
+            assert {503} == {(await chat(server, key)).status for _ in range(20)}
+            # Of the first one it is not known.
+            assert len(meters(server)._tasks) <= 1
+        finally:
+            valkey.start()
+        await until_answered(server, key)
+        assert 200 == (await chat(server, key)).status
+
+
 async def test_what_comes_too_late_takes_nothing(
     upstream: ScriptedUpstream, valkey: ValkeyServer
 ) -> None:
