@@ -116,6 +116,9 @@ def _on_valkey(url: str, quotas: Quotas, **who: Any) -> Store:
         raise ConfigError(message) from None
     try:
         line = ValkeyLine(url)
+    except OSError as error:
+        message = f"config.yaml: limits.store: a file of its ssl_ options cannot be read: {error}"
+        raise ConfigError(message) from error
     except ValueError:
         message = (
             "config.yaml: limits.store: expected a URL such as valkey://user:password@host:6379/0, "

@@ -36,7 +36,8 @@ class _Step:
 class ValkeyLine:
     """Sends steps one after the other, all that have come meanwhile together.
 
-    Raises ValueError for a URL that cannot be, in words that may hold parts of it.
+    Raises ValueError for a URL that cannot be, in words that may hold parts of it, and OSError
+    where a certificate that it names cannot be read.
     """
 
     def __init__(self, url: str) -> None:
@@ -49,7 +50,9 @@ class ValkeyLine:
             )
             _expect_name(self._client)
             # What the URL asks for is looked at when a connection is made, so make one.
-            self._client.connection_pool.make_connection()
+            made = self._client.connection_pool.make_connection()
+            if isinstance(made, SSLConnection):
+                made.ssl_context.get()
         except (TypeError, ValkeyError) as error:
             raise ValueError(str(error)) from error
         self._waiting: list[_Step] = []

@@ -476,6 +476,20 @@ async def test_a_url_that_cannot_be_is_refused(rest: str, secret: str) -> None:
     assert "s3cret-word" not in str(caught.value)
 
 
+@pytest.mark.parametrize("text", [None, "no certificate"])
+async def test_a_certificate_that_cannot_be_read_is_refused(
+    tmp_path: Path, text: str | None
+) -> None:
+    """At the start, and not with each call."""
+    if text:
+        (tmp_path / "ca.pem").write_text(text)
+    url = f"valkeys://:s3cret-word@h:1/0?ssl_ca_certs={tmp_path}/ca.pem"
+    with pytest.raises(ConfigError, match=r"limits.store: a file of its ssl_ options") as refused:
+        async with running(limited("http://127.0.0.1:1", url)):
+            pass
+    assert "s3cret" not in f"{refused.value}"
+
+
 async def test_the_library_is_asked_for(tmp_path: Path) -> None:
     """Without the extra, the start says what to install."""
     (tmp_path / "config.yaml").write_text("limits: {store: 'valkey://127.0.0.1:1/0'}\n")
