@@ -116,10 +116,8 @@ class AnalyticsOperations:
 
     async def get_analytics(self, request: GetAnalytics) -> list[Row]:
         """A metric's rows, the newest 10,000 at most; last the unfinished period of this worker."""
-        for name in (*request.get_attributes, *(one.attribute for one in request.conditions)):
-            if name not in self._types:
-                message = f"'{name}' is no attribute: there are {', '.join(self._types)}"
-                raise InvalidBody(message, param="get_attributes")
+        self._check("get_attributes", request.get_attributes)
+        self._check("conditions", (one.attribute for one in request.conditions))
         found = await self._stored(request)
         known = {row["id"] for row in found}
         fresh = (row for row in self._fresh(request.metric) if row["id"] not in known)
@@ -145,6 +143,13 @@ class AnalyticsOperations:
         # A metric that has no rows yet may have any.
         names = [name for name in self._types if not rows or name in _has(rows[-1])]
         return {"attributes": [{"name": name, "type": self._types[name]} for name in names]}
+
+    def _check(self, param: str, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self._types:
+                known = ", ".join(self._types)
+                message = f"{param}: '{name}' is no attribute: there are {known}"
+                raise InvalidBody(message, param=param)
 
     def _fresh(self, metric: str | None = None) -> list[Row]:
         """The rows that are in no database yet."""

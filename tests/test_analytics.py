@@ -785,11 +785,15 @@ async def test_get_analytics_finds_what_is_asked(written: bool, tmp_path: Path) 
     ("operation_", "given", "told"),
     [
         ("get_analytics", {}, "metric"),
-        ("get_analytics", {"metric": "m", "get_attributes": ["p42"]}, "'p42' is no attribute"),
+        (
+            "get_analytics",
+            {"metric": "m", "get_attributes": ["p42"]},
+            "get_attributes: 'p42' is no",
+        ),
         (
             "get_analytics",
             {"metric": "m", "conditions": [{"attribute": "x", "value": 1}]},
-            "'x' is no attribute",
+            "conditions: 'x' is no attribute",
         ),
         (
             "get_analytics",
