@@ -32,6 +32,8 @@ COMMAND_LINE = frozenset(
     "check commands dev init key models run sql user version".split()  # noqa: SIM905
 )
 
+_LONGEST_TOLD = 100
+
 # The name, and what Harper's own server puts into a body: nobody says here who asks.
 _NOT_PARAMETERS = frozenset({"operation", "hdb_user", "hdb_auth_header", "bypass_auth"})
 
@@ -185,7 +187,7 @@ class Operations:
     def _unknown(self, name: str) -> NotFound:
         near = closest(name, self._operations)
         hint = f"; did you mean '{near}'?" if near else ""
-        message = f"Operation '{name}' not found{hint}"
+        message = f"Operation '{name[:_LONGEST_TOLD]}' not found{hint}"
         return NotFound(message, status=400, param="operation")
 
 

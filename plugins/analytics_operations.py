@@ -118,6 +118,10 @@ class AnalyticsOperations:
         """A metric's rows, the newest 10,000 at most; last the unfinished period of this worker."""
         self._check("get_attributes", request.get_attributes)
         self._check("conditions", (one.attribute for one in request.conditions))
+        start, end = request.start_time, request.end_time
+        if start is not None and end is not None and end < start:
+            message = "end_time: expected a moment that is not before 'start_time'"
+            raise InvalidBody(message, param="end_time")
         found = await self._stored(request)
         known = {row["id"] for row in found}
         fresh = (row for row in self._fresh(request.metric) if row["id"] not in known)

@@ -792,6 +792,11 @@ async def test_get_analytics_finds_what_is_asked(written: bool, tmp_path: Path) 
         ),
         (
             "get_analytics",
+            {"metric": "m", "start_time": 2, "end_time": 1},
+            "end_time: expected a moment that is not before",
+        ),
+        (
+            "get_analytics",
             {"metric": "m", "conditions": [{"attribute": "x", "value": 1}]},
             "conditions: 'x' is no attribute",
         ),

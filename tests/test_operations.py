@@ -124,6 +124,7 @@ BODIES: dict[str, tuple[Any, str]] = {
         "Operation 'ad_user' not found; did you mean 'add_user'?",
     ),
     "unknown": ({"operation": "zzz"}, "Operation 'zzz' not found"),
+    "endless": ({"operation": "z" * 100_000}, f"Operation '{'z' * 100}' not found"),
 }
 
 
