@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import fcntl
 import logging
-import mmap
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -16,6 +15,7 @@ import msgspec
 
 from .accounting import CallRow, ModelCall, row_of
 from .errors import ServiceUnavailable
+from .segment import Segment
 
 logger = logging.getLogger("harperpy.accounting")
 
@@ -24,6 +24,8 @@ INTENT, OUTCOME = b"I", b"O"
 
 LOCK = "lock"
 _SEGMENT = 1 << 18
+# So many that nothing needs any more are kept while there is much to note.
+_MOST_SPARE = 16
 # What an outcome adds to its intent's JSON: what stands around it, numbers, and why it ended.
 _MOST_ADDED = 1024
 _encode = msgspec.json.Encoder().encode_into
@@ -53,20 +55,19 @@ class Journal:
         """Called after an outcome that is the first to wait."""
         self._most = most
         self._closing = False
-        self._lock = self._file = -1
+        self._lock = -1
         self._number = 0
-        self._size = 0
-        # The segment in memory: a call is noted without a system call. All of it is on the disk
-        # already, so a full disk takes nothing away from below it.
-        self._map: mmap.mmap
-        self._at = 0
+        self._segment: Segment | None = None
         # What is left of the segment, without what was promised of it.
         self._room = 0
-        # As long as the last call's was: what is encoded from its beginning rarely makes it grow.
-        self._body = bytearray()
+        # As long as the last call's were: what is encoded into them rarely makes them grow.
+        self._intent, self._outcome = bytearray(INTENT), bytearray(OUTCOME)
         self._promised: dict[int, tuple[int, int]] = {}
-        self._sizes: dict[int, int] = {}
+        self._segments: dict[int, Segment] = {}
+        self._spare: list[Segment] = []
         self._ended: list[CallRow] = []
+        # The segments where those began.
+        self._begun: list[int] = []
         self.forgotten = 0
         """How many calls that ended do not wait any more."""
         self._safe = 0, 0
@@ -78,7 +79,7 @@ class Journal:
             message = "the server is stopping"
             raise ServiceUnavailable(message)
         try:
-            length = self._note(INTENT, call)
+            length = self._note(self._intent, call)
         except OSError as error:
             message = f"the journal of model calls cannot be written: {error.strerror or error}"
             raise ServiceUnavailable(message, headers={"Retry-After": "1"}) from error
@@ -88,13 +89,14 @@ class Journal:
         """Note how a call ended, in the room set aside for it."""
         if self._lock < 0:
             return
-        promise, _ = self._promised.pop(call.id, (0, 0))
+        promise, begun = self._promised.pop(call.id, (0, self._number))
         self._room += promise
         try:
-            self._note(OUTCOME, call)
+            self._note(self._outcome, call)
         except OSError as error:
             _make_plain(call)
             logger.warning("the end of model call %d is in memory alone: %s", call.id, error)
+        self._begun.append(begun)
         ended = self._ended
         ended.append(row_of(call))
         if len(ended) == 1:
@@ -113,23 +115,41 @@ class Journal:
         below = self._number
         needed = {segment for _, segment in list(self._promised.values())}
         rows = self._ended[:most]
-        if len(rows) < len(self._ended):
-            # Those left may be in any of them.
-            return Waiting(rows, [])
-        return Waiting(
-            rows, [one for one in list(self._sizes) if one < below and one not in needed]
-        )
+        # Those left ended where they began, or later.
+        below = min([below, *self._begun[len(rows) :]])
+        full = [one for one in list(self._segments) if one < below and one not in needed]
+        return Waiting(rows, full)
 
     def forget(self, waiting: Waiting) -> None:
         """These are in the database, or never will be; they were the first. In any one thread."""
         del self._ended[: len(waiting.rows)]
+        del self._begun[: len(waiting.rows)]
         self.forgotten += len(waiting.rows)
-        with contextlib.suppress(ValueError):  # it is closed
-            # Nobody reads it again, so it need not be in memory; the disk keeps it.
-            self._map.madvise(mmap.MADV_DONTNEED)
         for number in waiting.full:
-            (self.path / str(number)).unlink(missing_ok=True)
-            self._sizes.pop(number, None)
+            if (segment := self._segments.pop(number, None)) is not None:
+                self._put_aside(segment)
+        if not self._ended:
+            self._rest()
+
+    def _put_aside(self, segment: Segment) -> None:
+        """Keep it for what comes, if that is much."""
+        if self._ended and segment.is_open and len(self._spare) < _MOST_SPARE:
+            try:
+                segment.clear(self.path / f"spare-{segment.path.name}")
+            except (OSError, ValueError):  # its file is gone, or it was just closed
+                segment.remove()
+            else:
+                self._spare.append(segment)
+        else:
+            segment.remove()
+
+    def _rest(self) -> None:
+        """Hold no more than is needed."""
+        while self._spare:
+            with contextlib.suppress(IndexError):  # it was just taken
+                self._spare.pop().remove()
+        if (segment := self._segment) is not None:
+            segment.rest()
 
     def close(self, *, empty: bool) -> None:
         """Take no more calls. Remove the folder if all that it holds is in the database.
@@ -144,95 +164,100 @@ class Journal:
         self._let_go()
 
     def _let_go(self) -> None:
-        if self._file >= 0:
-            if self.synced is not None:
-                try:
-                    os.fdatasync(self._file)
-                except OSError as error:
-                    logger.warning("the last model calls may not outlive a power cut: %s", error)
-            self._leave_segment()
+        segment, self._segment = self._segment, None
+        if segment is not None and self.synced is not None:
+            try:
+                os.fdatasync(segment.file)
+            except OSError as error:
+                logger.warning("the last model calls may not outlive a power cut: %s", error)
+        for one in (*self._segments.values(), *self._spare):
+            one.close()
         os.close(self._lock)
-        self._lock = self._file = -1
+        self._lock = -1
 
-    def _leave_segment(self) -> None:
-        self._map.close()
-        os.close(self._file)
-
-    def _note(self, kind: bytes, call: ModelCall) -> int:
-        """Write a call's line of a kind, and how long it is.
+    def _note(self, line: bytearray, call: ModelCall) -> int:
+        """Write a call's line of the kind that it begins with, and how long it is.
 
         The room of one that begins holds as much again, and what its end adds to it.
         """
-        body = self._body
         try:
-            _encode(call, body)
+            _encode(call, line, 1)
         except (UnicodeEncodeError, TypeError, OverflowError):
             _make_plain(call)
-            _encode(call, body)
-        line = kind + body + b"\n"
+            _encode(call, line, 1)
+        line += b"\n"
         length = len(line)
-        taken = length if kind is OUTCOME else 2 * length + _MOST_ADDED
-        if self._room < taken:
-            self._new_segment(taken)
-        at = self._at
-        self._at = end = at + length
-        self._map[at:end] = line
+        taken = length if line is self._outcome else 2 * length + _MOST_ADDED
+        segment = self._segment
+        if segment is None or self._room < taken:
+            segment = self._new_segment(taken)
+        segment.note(line)
         self._room -= taken
         return length
 
-    def _new_segment(self, needed: int) -> None:
+    def _new_segment(self, needed: int) -> Segment:
         if self._lock < 0:
             self._lock = _own(self.path)
         promised = sum(promise for promise, _ in self._promised.values())
         # As much again for the next ones: where many run at a time, they share it, too.
         size = max(_SEGMENT, 2 * (needed + promised))
+        old = self._segment
         # One beside the one that is full there always is, or nothing would ever go on.
-        if sum(list(self._sizes.values())) + size > max(self._most, self._size + size):
+        held = sum(one.size for one in list(self._segments.values()))
+        if held + size > max(self._most, (old.size if old else 0) + size):
             message = f"{self._most} bytes wait for the database"
             raise OSError(message)
-        path = self.path / str(self._number + 1)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        segment = self._empty(self.path / str(self._number + 1), size)
         try:
-            _allocate(file, size)
             if self.synced is not None:
-                # From now on only the new one is synced. After a power cut a file is there only if
-                # each folder on the way to it is.
-                for folder in (self.path, *self.path.parents[: 0 if self._number else 2]):
-                    _sync_folder(folder)
-                if self._file >= 0:
-                    os.fdatasync(self._file)
-            mapped = mmap.mmap(file, size)
+                self._sync_before(old)
         except OSError:
-            os.close(file)
-            path.unlink()
+            segment.remove()
             raise
-        if self._file >= 0:
-            self._leave_segment()
-        self._file, self._size, self._room = file, size, size - promised
-        self._map, self._at = mapped, 0
+        if old is not None and (self.synced is not None or len(self._segments) > _MOST_SPARE):
+            old.close()
+        self._segment, self._room = segment, size - promised
         self._number += 1
-        self._sizes[self._number] = size
+        self._segments[self._number] = segment
+        return segment
+
+    def _empty(self, path: Path, size: int) -> Segment:
+        """A segment in which nothing is noted."""
+        if size == _SEGMENT:
+            with contextlib.suppress(IndexError):
+                segment = self._spare.pop()
+                segment.name(path)
+                return segment
+        return Segment(path, size)
+
+    def _sync_before(self, old: Segment | None) -> None:
+        """From now on only the new one is synced.
+
+        After a power cut a file is there only if each folder on the way to it is.
+        """
+        for folder in (self.path, *self.path.parents[: 0 if self._number else 2]):
+            _sync_folder(folder)
+        if old is not None:
+            os.fdatasync(old.file)
 
     def _noted(self) -> tuple[int, int]:
         """How much there is: the segment, and where it goes on."""
-        return self._number, self._at
+        return self._number, 0 if self._segment is None else self._segment.at
 
     async def _synced(self) -> None:
-        if self._file < 0:
-            # What is closed was synced then.
-            return
         noted = self._noted()
-        while self._file >= 0 and self._safe < noted:
+        # What is closed was synced then.
+        while self._segment is not None and self._safe < noted:
             if self._syncing is None:
                 self._syncing = asyncio.ensure_future(self._sync())
             await asyncio.shield(self._syncing)
 
     async def _sync(self) -> None:
-        if self._file < 0:
+        if self._segment is None:
             self._syncing = None
             return
         noted = self._noted()
-        file = os.dup(self._file)
+        file = os.dup(self._segment.file)
         try:
             await asyncio.to_thread(os.fdatasync, file)
         except OSError as error:
@@ -273,14 +298,6 @@ def _sync_folder(path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def _allocate(file: int, size: int) -> None:
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file, 0, size)
-    else:
-        os.pwrite(file, bytes(size), 0)
-        os.fsync(file)
 
 
 def _make_plain(call: ModelCall) -> None:

@@ -45,6 +45,7 @@ ORDER = (
     "prompts",
     "vocabulary",
     "accounting",
+    "segment",
     "journal",
     "journal_reader",
     "reconciling",

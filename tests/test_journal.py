@@ -15,7 +15,7 @@ import pytest
 
 from commands import ADMIN, FREE, Serving, serving
 from databases import DAILY, ROLL_UP, busy, told
-from harperpy import Journal, ModelCall
+from harperpy import Journal, JournalReader, ModelCall
 from harperpy.testing import ECHO, RunningServer, ScriptedUpstream, running
 from harperpy.upstream import Answer
 from helpers import HELLO, ask, basic, error_of, events, operation, provider
@@ -381,6 +381,51 @@ async def test_a_segment_goes_when_its_calls_have_rows(
         waiting.cancel()
         while (part / "1").exists():
             await server.server.core.ledger.flush()
+
+
+@pytest.mark.parametrize("fsync", [False, True])
+def test_a_journal_that_never_comes_to_rest_keeps_what_waits_alone(
+    tmp_path: Path,
+    fsync: bool,  # noqa: FBT001
+) -> None:
+    """Segments of calls that have rows go, or are filled anew, while later calls always wait."""
+    journal = Journal(tmp_path, most=1 << 26, fsync=fsync)
+    for number in range(1, 20_001):
+        one = call(number, model="m" * 200)
+        journal.begin(one)
+        journal.end(one)
+        if journal.waits == 1500:
+            journal.forget(journal.waiting(1000))
+    (part,) = tmp_path.iterdir()
+    assert 20 >= len([*part.iterdir()])
+
+    (reader,) = JournalReader.all(tmp_path)
+    step = reader.everything()
+    left = range(20_001 - journal.waits, 20_001)
+    assert 0 == step.spoilt
+    assert [*left] == [one.id for one in step.ended][-journal.waits :]
+
+    journal.forget(journal.waiting())
+    assert {"lock", str(max(int(file.name) for file in part.iterdir() if file.name != "lock"))} == {
+        file.name for file in part.iterdir()
+    }
+    journal.close(empty=True)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_journal_whose_files_were_removed_goes_on(tmp_path: Path) -> None:
+    """What is put aside for later may be gone by then."""
+    journal = Journal(tmp_path, most=1 << 26)
+    for number in range(1, 6001):
+        one = call(number, model="m" * 200)
+        journal.begin(one)
+        journal.end(one)
+    for file in tmp_path.glob("*/[0-9]*"):
+        file.unlink()
+    journal.forget(journal.waiting(3000))
+    assert 3000 == journal.waits
+    journal.begin(call(6001))
+    journal.close(empty=False)
 
 
 async def test_thousands_of_calls_at_a_time_share_their_segments(tmp_path: Path) -> None:
