@@ -19,10 +19,10 @@ from .system import COSTS, CREATED, DIMENSIONS, TOKENS, hdb_model_calls, hdb_mod
 _Columns: TypeAlias = list[tuple[Any, ...]]
 
 # What SQLite runs as one statement waits for the interpreter once, and not once a row.
-_TOGETHER, _A_FEW = 50, 10
+_TOGETHER, _A_FEW = 100, 10
 # More values than these not every SQLite takes in one.
 _MOST_VALUES = 999
-_SLICE = 200
+_SLICE = 500
 _MOST_SHAPES = 128
 _AT = {name: at for at, name in enumerate(ModelCall.__struct_fields__)}
 _ID, _CREATED, _SUCCESS, _COST = (_AT[name] for name in ("id", "created", "success", "cost"))
