@@ -103,15 +103,16 @@ class Booking:
         if found is None:
             if len(self._inserts) >= _MOST_SHAPES:
                 self._inserts.clear()
-            blank = [(0,) * len(own)] * size
             cells: list[sa.ColumnClause[Any]] = [sa.column(name) for name in own]
-            rows = sa.values(*cells, name="rows").data(blank).cte()
+            rows = sa.values(*cells, name="rows").data([(0,) * len(own)]).cte()
             values: list[sa.ColumnElement[Any]] = [rows.c[name] for name in own]
             values += [sa.bindparam(name, 0) for name in common]
             # A failure undoes the whole transaction: SQLite need not note how to undo a part.
             into = sa.insert(hdb_model_calls).prefix_with("OR FAIL")
-            found = _text(into.from_select([*own, *common], sa.select(*values)))
-            self._inserts[shape] = found
+            one = _text(into.from_select([*own, *common], sa.select(*values)))
+            # Compiled with all rows it would take half a megabyte, and give it back to nobody.
+            row = f"({', '.join('?' * len(own))})"
+            self._inserts[shape] = found = one.replace(row, ", ".join([row] * size), 1)
         return found
 
 
