@@ -65,6 +65,8 @@ class Journal:
         self._promised: dict[int, tuple[int, int]] = {}
         self._segments: dict[int, Segment] = {}
         self._spare: list[Segment] = []
+        # Whether calls end while others get their rows.
+        self._busy = False
         self._ended: list[CallRow] = []
         # The segments where those began.
         self._begun: list[int] = []
@@ -128,12 +130,14 @@ class Journal:
         for number in waiting.full:
             if (segment := self._segments.pop(number, None)) is not None:
                 self._put_aside(segment)
-        if not self._ended:
+        # What is synced is to be on the disk as it is in memory, also under its name.
+        self._busy = bool(self._ended) and self.synced is None
+        if not self._busy:
             self._rest()
 
     def _put_aside(self, segment: Segment) -> None:
         """Keep it for what comes, if that is much."""
-        if self._ended and segment.is_open and len(self._spare) < _MOST_SPARE:
+        if self._busy and segment.is_open and len(self._spare) < _MOST_SPARE:
             try:
                 segment.clear(self.path / f"spare-{segment.path.name}")
             except (OSError, ValueError):  # its file is gone, or it was just closed
@@ -214,7 +218,7 @@ class Journal:
         except OSError:
             segment.remove()
             raise
-        if old is not None and (self.synced is not None or len(self._segments) > _MOST_SPARE):
+        if old is not None and not (self._busy and len(self._segments) < _MOST_SPARE):
             old.close()
         self._segment, self._room = segment, size - promised
         self._number += 1
