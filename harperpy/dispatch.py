@@ -139,8 +139,11 @@ class Dispatch:
             return False
         entry = course.entry
         context.app, context.accept = entry.path, course.accept
-        context.user = self._authenticators.recall(context.request.shown, course.address)
-        return context.user is not None and entry.opens(course.permission, context)
+        context.user = user = self._authenticators.recall(context.request.shown, course.address)
+        if user is None or not (user is course.known or entry.opens(course.permission, context)):
+            return False
+        course.known = user
+        return True
 
     async def answer(self, context: Context, early: Early = lambda _: None) -> Reply:
         """The reply to a request. `early` is told of a stream's head that cannot wait longer."""

@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from .auth import User
 from .content import ResponseError
 from .context import Context
 from .contracts import Handler
@@ -34,8 +35,9 @@ _READS = ("GET", "HEAD")
 class Course(msgspec.Struct, eq=False):
     """What a head and the frozen mounts alone decide, so that it is worked out once.
 
-    `work` is the verb, `permission` what it takes, `address` where it came from. Who asks, and
-    whether they may, is decided anew for each request.
+    `work` is the verb, `permission` what it takes, `address` where it came from. Who asks is found
+    out anew for each request, and whether they may, unless they are `known`: who asked last, and
+    did. A user whose rights have changed is another one.
     """
 
     entry: Entry
@@ -44,6 +46,7 @@ class Course(msgspec.Struct, eq=False):
     accept: str | None
     address: str
     target: RequestTarget
+    known: User | None = None
 
 
 def find(resources: Resources, types: ContentTypes, context: Context) -> Found | None:

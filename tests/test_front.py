@@ -974,22 +974,29 @@ async def test_a_way_is_found_once_and_is_the_requests_own(monkeypatch: pytest.M
 
 
 async def test_who_may_is_asked_for_each_request_of_a_connection() -> None:
-    """Its way is known and its head the same: what was taken away meanwhile is gone."""
+    """Its way is known and its head the same: what was taken away meanwhile is gone.
+
+    Also where another connection has heard of it before.
+    """
     mounts = {"it": answering(VALUES["json"], public=False)}
-    async with running(config("on"), resources=mounts) as server, connected(server) as connection:
+    async with (
+        running(config("on"), resources=mounts) as server,
+        connected(server) as connection,
+        connected(server) as other,
+    ):
         key = await server.key_for("eve", "super_user")
         (made,) = [one for one in await server.operate("list_api_keys") if one.user == "eve"]
         request = ask("GET /it", f"Authorization: Bearer {key}")
 
-        async def statuses(count: int = 3) -> list[str]:
-            found = [await asked() for _ in range(count)]
+        async def statuses() -> list[str]:
+            found = [await asked(one) for one in (other, connection, connection, connection)]
             return sorted({*found})
 
-        async def asked() -> str:
-            connection.writer.write(request)
-            told = (await connection.reader.readuntil(b"\r\n\r\n")).decode()
+        async def asked(where: Reader) -> str:
+            where.writer.write(request)
+            told = (await where.reader.readuntil(b"\r\n\r\n")).decode()
             length = int(told.partition("Content-Length: ")[2].split()[0])
-            await connection.reader.readexactly(length)
+            await where.reader.readexactly(length)
             return told.split()[1]
 
         assert ["200"] == await statuses()
