@@ -592,8 +592,11 @@ def test_whatever_calls_a_handler_has_asked_authorise_before() -> None:
     alone = dict.fromkeys(("verbs.call", "verbs.work", "reach.course_of"), False)
     ways = ("dispatch.call", "dispatch._admit", "dispatch.serve", "operations.call")
     assert dict.fromkeys(ways, True) | alone == found
+    # Who is known has been let in by the same line.
     admits = inspect.getsource(Dispatch._admits)
-    assert "return context.user is not None and entry.opens(course.permission, context)" in admits
+    asked = "not (user is course.known or entry.opens(course.permission, context))"
+    refused = f"if user is None or {asked}:\n            return False\n"
+    assert admits.endswith(f"        {refused}        course.known = user\n        return True\n")
 
 
 RAW = {

@@ -704,4 +704,4 @@ async def test_others_write_while_many_old_rows_go(tmp_path: Path) -> None:
         while await server.rows("id = 100000"):
             await server.operate("set_status", id="primary", status="writing")
             writes += 1
-    assert writes > 20
+    assert writes > 2
