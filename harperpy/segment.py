@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class Segment:
-    """A new file of `size` bytes at `path`; what is `noted` in it takes no system call.
+    """A new file of `size` bytes at `path`; what is noted in it takes no system call.
 
     Full disks take nothing away from below it. Raises `OSError`.
     """
