@@ -68,6 +68,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "Choice",
             "GenerateChunk",
             "Batched",
+            "Texts",
         ),
         *("EmbedInput", "EmbedResult", "Vector", "base64_of", "TokenUsage", "ModelInfo"),
         "define_backend",

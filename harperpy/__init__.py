@@ -5,7 +5,7 @@ from .analytics import Analytics
 from .audit import Deed
 from .auth import Authenticator, Basic, Bearer, Credential, Role, User, Verified, extract_tenant_id
 from .backend import ModelBackend, define_backend
-from .batches import Batched
+from .batches import Batched, Texts
 from .billing import Billing
 from .booking import Booking
 from .config import load_config, redacted
@@ -244,6 +244,7 @@ __all__ = [
     "TableRights",
     "Tables",
     "TextPart",
+    "Texts",
     "TokenLogprob",
     "TokenUsage",
     "ToolCall",

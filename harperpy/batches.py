@@ -22,13 +22,19 @@ _NONE: Any = object()
 _BEFORE, _AFTER = b"data: ", b"\n\n"
 
 
+class Texts(tuple[str, ...]):
+    """A batch that is pieces of the first answer's text and nothing else, none of them empty."""
+
+    __slots__ = ()
+
+
 class Batched(AsyncIterator[T], Generic[T]):
     """A stream of items whose source brings several at a time.
 
     It is iterated one by one, or all that comes together by `batches`; closing it closes the
     source. `divert(sink)`, of a source that can, gives `sink` each batch that comes while a reader
     waits for it, in place of the reader, until `sink` says no. A chunk that is nothing but the
-    first answer's text may come as that text.
+    first answer's text may come as that text, and a batch of nothing else as `Texts`.
     """
 
     __slots__ = ("_batches", "_left", "divert")

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from .accounting import Admission, Ledger, ModelCall, clipped
+from .batches import Texts
 from .errors import (
     Aborted,
     BackendError,
@@ -63,12 +64,19 @@ class Recorder(msgspec.Struct, eq=False):
 
     def observe(self, batch: Sequence[GenerateChunk | str]) -> None:
         """Note what has come: when the first of it did, usage, how much was said, why it ended."""
-        call, source = self.call, self.source
+        source = self.source
         if source is None:
             return
-        deltas, letters = source.deltas, source.letters
-        if not deltas and call.ttft_ms is None:
-            call.ttft_ms = self._elapsed()
+        if not source.deltas and self.call.ttft_ms is None:
+            self.call.ttft_ms = self._elapsed()
+        if type(batch) is Texts:
+            source.deltas += len(batch)
+            source.letters += sum(map(len, batch))
+        else:
+            self._heed(batch, source)
+
+    def _heed(self, batch: Sequence[GenerateChunk | str], source: Source) -> None:
+        call, deltas, letters = self.call, source.deltas, source.letters
         for chunk in batch:
             if isinstance(chunk, str):
                 deltas += 1

@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import Any
 
 from .backend import aclose, call_key, check_answer
-from .batches import Batched, Divert, EncodedEvents, batches_of
+from .batches import Batched, Divert, EncodedEvents, Texts, batches_of
 from .errors import HarperError, ServerError, logged
 from .messages import Choice, GenerateChunk, TokenUsage, ToolCall, ToolCallDelta, as_json_text
 from .sse import SSE, Encoded, encode_json, encode_text
@@ -232,6 +232,9 @@ class _ChunkEncoder:
 
     def events(self, batch: Sequence[GenerateChunk | str]) -> bytes:
         """The events of a batch: of each token one for each kind of piece that it holds."""
+        if type(batch) is Texts and batch and (head := self._text_head):
+            tail = self._text_tail
+            return b"%b%b%b" % (head, (tail + head).join(map(encode_text, batch)), tail)
         told: list[bytes] = []
         text: str | None
         choices, last, tail, plain = self._choices, self._last, self._text_tail, self._plain
@@ -264,9 +267,6 @@ class _ChunkEncoder:
 
     def pass_on(self, batch: Sequence[GenerateChunk | str]) -> bool:
         """Give the `sink` a batch's events, if there are any; whether it takes more."""
-        if len(batch) == 1 and type(only := batch[0]) is str and (head := self._text_head):
-            # What a model says is mostly read as it comes, piece by piece.
-            return self.sink(head + encode_text(only) + self._text_tail)
         events = self.events(batch)
         return not events or self.sink(events)
 

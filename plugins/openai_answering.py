@@ -31,6 +31,10 @@ class Line(Protocol):
         """There is room for more."""
         ...
 
+    def came(self, now: float, size: int) -> None:
+        """So many bytes of a stream were passed on at once."""
+        ...
+
     def expire(self) -> None:
         """End it, as it takes too long."""
         ...
@@ -43,7 +47,8 @@ class Answering:
     """
 
     __slots__ = (
-        *("_counted", "_error", "_flow", "_idle", "_line", "_loop", "_read", "_sink", "_waiter"),
+        *("_counted", "_error", "_flow", "_idle", "_line", "_loop", "_read", "_sink", "_together"),
+        "_waiter",
         *("fields", "held", "parts", "since", "status"),
     )
 
@@ -53,7 +58,7 @@ class Answering:
         self.parts: list[bytes] = []
         self.held = self._counted = 0
         self.since = inf
-        self._read = False
+        self._read = self._together = False
         self._line: Line | None = line
         self._loop = line.loop
         self._error: BackendError | None = None
@@ -111,10 +116,12 @@ class Answering:
         if parts and (flow := self._flow) is not None:
             data = b"".join(parts)
             parts.clear()
-            self.since = self._loop.time()
+            self.since = now = self._loop.time()
             try:
                 if not flow(data):
                     self._sink = self._flow = None
+                elif self._together and self._line is not None:
+                    self._line.came(now, len(data))
             except Exception as error:  # noqa: BLE001  # raised where it is waited for
                 self._sink = None
                 self._wake(error)
@@ -130,10 +137,10 @@ class Answering:
             self._wake()
         return fresh
 
-    def divert(self, sink: Callable[[bytes], bool]) -> None:
+    def divert(self, sink: Callable[[bytes], bool], *, together: bool = False) -> None:
         """See `Answer`."""
         if self._line is not None:
-            self._sink = sink
+            self._sink, self._together = sink, together
 
     def end(self, error: BackendError | None) -> None:
         """Nothing more comes: it is complete, or this went wrong."""

@@ -17,6 +17,7 @@ from harperpy import BackendError, BackendTimeout, Deadlines, Outbox, Waits
 
 from .openai_answering import Answering, Asked
 from .openai_heads import Heads
+from .openai_pace import Pace
 
 # The same as most servers allow.
 _MOST_HEAD = 64 << 10
@@ -32,8 +33,9 @@ class Ways(msgspec.Struct, eq=False):
     """What the connections to one provider share.
 
     `heads` is where they read to: it is free again after each read. `rests` are what is left of
-    answers when nobody needs more of them. `free` is told when one may be used again, `gone` when
-    one has ended, and whether that left a request without any answer.
+    answers when nobody needs more of them. `fast` are those over which a stream comes fast. `free`
+    is told when one may be used again, `gone` when one has ended, and whether that left a request
+    without any answer.
     """
 
     heads: Heads
@@ -41,6 +43,7 @@ class Ways(msgspec.Struct, eq=False):
     total: Waits
     idle: Waits
     rests: Deadlines
+    fast: set[Pace]
     free: Callable[[Connection], None]
     gone: Callable[[Connection, bool], None]
 
@@ -71,9 +74,9 @@ class Connection(asyncio.BufferedProtocol):
 
     __slots__ = (
         *("_allowed", "_answering", "_asked", "_bounded", "_excess", "_first", "_flushes"),
-        *("_free", "_headers", "_heads", "_lasts", "_odd", "_outbox", "_parser", "_transport"),
-        *("_ways", "_whole", "complete", "is_closing", "kept", "loop", "on_body", "paused"),
-        "since",
+        *("_free", "_headers", "_heads", "_lasts", "_odd", "_outbox", "_pace", "_parser"),
+        *("_resting", "_transport", "_ways", "_whole", "complete", "is_closing", "kept", "loop"),
+        *("on_body", "paused", "since"),
     )
 
     is_closing: Callable[[], bool]
@@ -88,6 +91,8 @@ class Connection(asyncio.BufferedProtocol):
         self.loop = asyncio.get_running_loop()
         self._transport = cast("asyncio.Transport", None)
         self._parser: Any = None
+        self._pace = Pace(ways.fast)
+        self._resting: asyncio.TimerHandle | None = None
         self._asked: Asked | None = None
         self._answering: Answering | None = None
         self._first: Deadlines | None = None
@@ -138,7 +143,15 @@ class Connection(asyncio.BufferedProtocol):
     def go_on(self) -> None:
         """There is room for more."""
         self.paused = False
-        self._transport.resume_reading()
+        if self._resting is None:
+            self._transport.resume_reading()
+
+    def came(self, now: float, size: int) -> None:
+        """A part of a stream was passed on; one that comes fast is not read for a while."""
+        seconds = self._pace.rest(now, size)
+        if seconds and self._resting is None and not self.is_closing():
+            self._transport.pause_reading()
+            self._resting = self.loop.call_later(seconds, self._rested)
 
     def abort(self) -> None:
         """End it at once; the provider sees that."""
@@ -224,6 +237,8 @@ class Connection(asyncio.BufferedProtocol):
         """Whatever has not come yet never will."""
         answering = self._answering
         stale = self._asked is not None and answering is None and self.kept > 0
+        if self._resting is not None:
+            self._resting.cancel()
         self._ways.total.remove(self)
         self._ways.gone(self, stale)
         if exc is None and answering is not None and answering.status and not self._bounded:
@@ -276,12 +291,20 @@ class Connection(asyncio.BufferedProtocol):
         """All of the answer is there."""
         self._over(None)
         self.complete = False
+        if self._resting is not None:
+            self._resting.cancel()
+            self._rested()
         if self.paused:
             self.go_on()
         if self._excess or not self._lasts:
             self._transport.abort()
         else:
             self._keep()
+
+    def _rested(self) -> None:
+        self._resting = None
+        if not self.paused:
+            self._transport.resume_reading()
 
     def _keep(self) -> None:
         """It can be used again, unless what it was asked is still on its way."""
@@ -302,6 +325,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._first is not None:
             self._begun(self._first)
         if (answering := self._answering) is not None:
+            self._pace.end()
             self._answering = self._parser = None
             answering.end(error)
         elif error is not None and not asked.done():

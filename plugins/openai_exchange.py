@@ -38,10 +38,11 @@ class Answer(Protocol):
         """
         ...
 
-    def divert(self, sink: Callable[[bytes], bool]) -> None:
+    def divert(self, sink: Callable[[bytes], bool], *, together: bool = False) -> None:
         """Give `sink` what comes while `read` waits, until it says no or raises.
 
-        What it raises is raised by `read`. An answer that cannot do so leaves all to `read`.
+        What it raises is raised by `read`. An answer that cannot do so leaves all to `read`. What
+        comes fast may wait a moment to come `together`.
         """
         ...
 

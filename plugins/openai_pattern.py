@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import msgspec
 
-from harperpy import GenerateChunk
+from harperpy import GenerateChunk, Texts
 
 # As a number it is looked for much faster.
 _LINE_END = ord("\n")
+_BREAK = b"\n\n"
 _text_in = msgspec.json.Decoder(str).decode
 
 
@@ -20,12 +21,11 @@ class Pattern:
     providers send hundreds of them. `used` says whether there was one.
     """
 
-    __slots__ = ("_begin", "_end", "_texts", "index", "used")
+    __slots__ = ("_begin", "_end", "index", "used")
 
     def __init__(self, before: str, after: str, index: int) -> None:
         # What stands around a text and its quotes, as most send events.
         self._begin, self._end = f'data: {before}"'.encode(), f'"{after}\n\n'.encode()
-        self._texts = slice(len(self._begin) - 1, 1 - len(self._end))
         self.index = index
         self.used = False
 
@@ -46,31 +46,45 @@ class Pattern:
         self.used = self.used or bool(texts)
         return texts
 
-    def pieces(self, read: bytes) -> Sequence[GenerateChunk | str] | None:
-        """The pieces of a read that is whole events of this pattern and nothing else."""
-        if not (read.startswith(self._begin) and read.endswith(self._end)):
-            return None
-        told = read[self._texts]
-        texts: Sequence[str]
+    def pieces(self, read: bytes) -> tuple[Sequence[GenerateChunk | str], bytes]:
+        """The pieces of the events of this pattern that a read begins with, and what is left."""
+        begin, end = self._begin, self._end
+        stop = len(read) if read.endswith(end) else read.rfind(end) + len(end)
+        if stop < len(end) or not read.startswith(begin):
+            return (), read
+        told = read[len(begin) - 1 : stop - len(end) + 1]
         try:
             # No text holds the end of a line as it is.
             if _LINE_END in told:
-                between = self._end + self._begin
-                lines = told.replace(between, b'"\n"').split(b"\n")
-                texts = tuple(filter(None, map(_text_in, lines)))
+                texts = Texts(filter(None, self._split(read[: stop - len(_BREAK)])))
             else:
-                texts = (text,) if (text := _text_in(told)) else ()
+                texts = Texts((text,)) if (text := _text_in(told)) else Texts()
         except (msgspec.DecodeError, UnicodeDecodeError):
-            return None
+            return (), read
         self.used = True
-        if self.index:
-            return [GenerateChunk(index=self.index, delta_content=text) for text in texts]
-        return texts
+        if not self.index:
+            return texts, read[stop:]
+        chunks = [GenerateChunk(index=self.index, delta_content=text) for text in texts]
+        return chunks, read[stop:]
 
     def event(self, text: str) -> str:
         """An event of this pattern."""
         before, after = self._around()
         return f"{before}{_written(text)}{after}"
+
+    def _split(self, told: bytes) -> list[str]:
+        """The texts of several events, without the break after the last."""
+        begin, after = self._begin, self._end[: -len(_BREAK)]
+        within = slice(len(begin) - 1, 1 - len(after))
+        events = told.split(_BREAK)
+        texts = [
+            _text_in(event[within])
+            for event in events
+            if event.startswith(begin) and event.endswith(after)
+        ]
+        if len(texts) < len(events):
+            raise msgspec.DecodeError
+        return texts
 
     def _around(self) -> tuple[str, str]:
         """What stands around a text in an event's data: kept in one form, as streams are many."""

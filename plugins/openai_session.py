@@ -33,7 +33,7 @@ class Answered:
             async with asyncio.timeout(self._idle):
                 return await self._response.content.readany()
 
-    def divert(self, sink: Callable[[bytes], bool]) -> None:
+    def divert(self, sink: Callable[[bytes], bool], *, together: bool = False) -> None:
         """It is a task that reads here."""
 
     def close(self) -> None:

@@ -168,7 +168,7 @@ class _Chunks:
         """See `Batched`."""
         if self.answer is not None:
             self.sink = sink
-            self.answer.divert(self._take)
+            self.answer.divert(self._take, together=True)
 
     def read(self, read: bytes, batch: list[GenerateChunk]) -> None:
         """Put the chunks of what was read into a batch, until one raises."""
@@ -187,15 +187,18 @@ class _Chunks:
             self.reader.read_all(events, batch)
 
     def _take(self, read: bytes) -> bool:
-        if (pattern := self._pattern) is not None and (batch := pattern.pieces(read)):
-            return self.sink(batch)
+        pieces: Sequence[GenerateChunk | str] = ()
+        if (pattern := self._pattern) is not None:
+            pieces, read = pattern.pieces(read)
+            if not read:
+                return not pieces or self.sink(pieces)
         more = True
         batch = list[GenerateChunk]()
         try:
             self.read(read, batch)
         finally:
-            if batch:
-                more = self.sink(batch)
+            if pieces or batch:
+                more = self.sink([*pieces, *batch])
         if self.reader.ended and self.exchange is not None:
             self.exchange.finish()
         return more

@@ -164,6 +164,44 @@ async def test_each_piece_is_there_before_the_next_is_sent() -> None:
     assert [(True, 3, 70)] * 2 == counted
 
 
+ODD = text("odd").replace(b'"choices"', b'"of":"another","choices"')
+# What one read brings after a first one that had text alone.
+TOGETHER = {
+    "texts": [text("a"), text("b"), text("c")],
+    "nothing between": [text("a"), text(""), text("b"), text("")],
+    "another kind last": [text("a"), text("b"), ODD],
+    "another kind first": [ODD, text("a"), text("b")],
+    "another kind between": [text("a"), ODD, text("b")],
+    "a comment between": [text("a"), b": hello\n\n", text("b")],
+    "what looks like an event": [text('a"}}]}\n\ndata: {"choices":[{"delta":{"content":"x'), ODD],
+}
+
+
+@pytest.mark.parametrize("together", TOGETHER.values(), ids=TOGETHER)
+@pytest.mark.parametrize("ends", [False, True])
+async def test_what_comes_together_stays_in_its_order(
+    together: list[bytes],
+    *,
+    ends: bool,
+) -> None:
+    """With what ends the answer behind it, or before that."""
+    said = [json.loads(one.partition(b"data: ")[2] or b"{}").get("choices") for one in together]
+    texts = [choices[0]["delta"]["content"] for choices in said if choices]
+    last = event(chunk({}, finish_reason="length")), DONE
+    async with feeding() as (server, feed), asking(server) as answer:
+        await feed.tell(text("second"))
+        assert "second" == await answer.text()
+        if ends:
+            feed.end(*together, *last)
+        else:
+            await feed.tell(*together)
+        assert [one for one in texts if one] == [await answer.text() for one in texts if one]
+        if not ends:
+            feed.end(*last)
+        assert "length" == (await answer.event())["choices"][0]["finish_reason"]
+        assert ["[DONE]", ""] == [await answer.event(), await answer.event()]
+
+
 async def test_the_providers_last_word_ends_the_answer() -> None:
     """Although its body goes on."""
     async with feeding() as (server, feed):

@@ -1,0 +1,57 @@
+"""Pace: how often a stream is read that comes fast."""
+
+from __future__ import annotations
+
+# So many reads in a row, each so soon after the one before, are those of a fast stream.
+_READS = 2
+_NEAR_SECONDS = 0.004
+# All fast streams together are read so often in a second, ...
+_READS_PER_SECOND = 1500
+# ... and each so often at least that nobody who reads the text sees it stop.
+_MOST_SECONDS = 0.02
+# The timers of event loops know nothing shorter.
+_LEAST_SECONDS = 0.001
+# A read of so much is worth what it costs.
+_ENOUGH_BYTES = 16 << 10
+
+
+class Pace:
+    """How fast one stream comes, beside the others that are `fast` now.
+
+    To read and to write costs nearly as much for one event as for fifty. So the more streams come
+    fast, the longer each of them rests after a read: what comes meanwhile comes together. Few rest
+    not at all, and neither does what comes as slowly as most models speak.
+    """
+
+    __slots__ = ("_fast", "_last", "_near")
+
+    def __init__(self, fast: set[Pace]) -> None:
+        self._fast = fast
+        self._last = 0.0
+        self._near = 0
+
+    def rest(self, now: float, size: int) -> float:
+        """How many seconds not to read after a read of `size` bytes at `now`, by the loop's time.
+
+        The next read counts from the end of that.
+        """
+        soon = now - self._last < _NEAR_SECONDS
+        self._last = now
+        if not soon:
+            self.end()
+            return 0.0
+        self._near += 1
+        if self._near < _READS:
+            return 0.0
+        self._fast.add(self)
+        seconds = len(self._fast) / _READS_PER_SECOND
+        if seconds < _LEAST_SECONDS or size >= _ENOUGH_BYTES:
+            return 0.0
+        seconds = min(seconds, _MOST_SECONDS)
+        self._last = now + seconds
+        return seconds
+
+    def end(self) -> None:
+        """It is fast no more, or at its end."""
+        self._near = 0
+        self._fast.discard(self)
