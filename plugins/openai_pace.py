@@ -8,7 +8,7 @@ _NEAR_SECONDS = 0.004
 # All fast streams together are read so often in a second, ...
 _READS_PER_SECOND = 1500
 # ... and each so often at least that nobody who reads the text sees it stop.
-_MOST_SECONDS = 0.02
+_MOST_SECONDS = 0.03
 # The timers of event loops know nothing shorter.
 _LEAST_SECONDS = 0.001
 # A read of so much is worth what it costs.
