@@ -52,13 +52,13 @@ class Pattern:
         stop = len(read) if read.endswith(end) else read.rfind(end) + len(end)
         if stop < len(end) or not read.startswith(begin):
             return (), read
-        told = read[len(begin) - 1 : stop - len(end) + 1]
         try:
             # No text holds the end of a line as it is.
-            if _LINE_END in told:
-                texts = Texts(filter(None, self._split(read[: stop - len(_BREAK)])))
+            if read.find(_LINE_END, len(begin), stop - len(end)) < 0:
+                text = _text_in(read[len(begin) - 1 : stop - len(end) + 1])
+                texts = Texts((text,)) if text else Texts()
             else:
-                texts = Texts((text,)) if (text := _text_in(told)) else Texts()
+                texts = Texts(filter(None, self._split(read[: stop - len(_BREAK)])))
         except (msgspec.DecodeError, UnicodeDecodeError):
             return (), read
         self.used = True
@@ -88,7 +88,7 @@ class Pattern:
 
     def _around(self) -> tuple[str, str]:
         """What stands around a text in an event's data: kept in one form, as streams are many."""
-        return self._begin[len(b"data: ") : -1].decode(), self._end[1 : -len(b"\n\n")].decode()
+        return self._begin[len(b"data: ") : -1].decode(), self._end[1 : -len(_BREAK)].decode()
 
 
 def pattern_of(data: str, text: str, index: int) -> Pattern | None:

@@ -5,6 +5,7 @@ import datetime as dt
 import gc
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from cryptography import x509
@@ -19,6 +20,10 @@ from harperpy.testing import whole
 Send = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 OK = b"HTTP/1.1 200 OK\r\n"
+# What streams begin and end with.
+HEAD = OK + b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+END = b"0\r\n\r\n"
+DONE = b"data: [DONE]\n\n"
 
 
 def said(text: str) -> bytes:
@@ -30,6 +35,11 @@ def sized(body: bytes, *lines: bytes, status: bytes = OK) -> bytes:
     """An answer with its length."""
     head = b"".join([status, *(line + b"\r\n" for line in lines)])
     return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def event(told: Any) -> bytes:
+    """One event."""
+    return b"data: %b\n\n" % msgspec.json.encode(told)
 
 
 def piece(data: bytes, extension: bytes = b"") -> bytes:

@@ -6,28 +6,18 @@ import ssl
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import aiohttp
-import msgspec
 import pytest
 from harperpy.plugins.openai_pace import Pace
 
 from harperpy.testing import RunningServer, chunk, running
 from helpers import HELLO, events, provider, until
-from raw_provider import OK, Provider, certificate, piece, read_request
+from raw_provider import DONE, END, HEAD, Provider, certificate, event, piece, read_request
 
-HEAD = OK + b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-END = b"0\r\n\r\n"
-DONE = b"data: [DONE]\n\n"
 STREAMS, EVENTS = 12, 150
 STREAMED = {**HELLO, "stream": True}
 WORDS = [f" {number}" if number % 7 else f'"\u00e9\n{number}' for number in range(EVENTS)]
-
-
-def event(told: Any) -> bytes:
-    """One event."""
-    return b"data: %b\n\n" % msgspec.json.encode(told)
 
 
 def text(said: str, number: int) -> bytes:

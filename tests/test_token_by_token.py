@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import aiohttp
-import msgspec
 import pytest
 from harperpy.resources.models.v1.chat_completions import V1ChatCompletions
 
@@ -36,16 +35,7 @@ from harperpy.testing import (
     streamed,
 )
 from helpers import HELLO, ask, events, provider, uncollected, until
-from raw_provider import OK, connections, piece, read_request
-
-HEAD = OK + b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-END = b"0\r\n\r\n"
-DONE = b"data: [DONE]\n\n"
-
-
-def event(told: Any) -> bytes:
-    """One event."""
-    return b"data: %b\n\n" % msgspec.json.encode(told)
+from raw_provider import DONE, END, HEAD, connections, event, piece, read_request
 
 
 def text(content: str) -> bytes:
