@@ -227,11 +227,15 @@ class Journal:
 
     def _empty(self, path: Path, size: int) -> Segment:
         """A segment in which nothing is noted."""
-        if size == _SEGMENT:
-            with contextlib.suppress(IndexError):
+        with contextlib.suppress(IndexError):
+            while size == _SEGMENT:
                 segment = self._spare.pop()
-                segment.name(path)
-                return segment
+                try:
+                    segment.name(path)
+                except OSError:  # its file is gone
+                    segment.remove()
+                else:
+                    return segment
         return Segment(path, size)
 
     def _sync_before(self, old: Segment | None) -> None:

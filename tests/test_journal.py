@@ -428,6 +428,32 @@ def test_a_journal_whose_files_were_removed_goes_on(tmp_path: Path) -> None:
     journal.close(empty=False)
 
 
+def test_a_journal_whose_spare_files_were_removed_goes_on(tmp_path: Path) -> None:
+    """What was put aside for later and is gone refuses no call, and leaves nothing open."""
+
+    def note(first: int, count: int) -> None:
+        for number in range(first, first + count):
+            one = call(number, model="m" * 200)
+            journal.begin(one)
+            journal.end(one)
+
+    opened = len([*Path("/proc/self/fd").iterdir()])
+    journal = Journal(tmp_path, most=1 << 26)
+    for first in (1, 3001):
+        note(first, 3000)
+        journal.forget(journal.waiting(2900))
+    spare = [*tmp_path.glob("*/spare-*")]
+    assert spare
+    for file in spare:
+        file.unlink()
+    note(6001, 3000)
+    assert 3200 == journal.waits
+    journal.forget(journal.waiting())
+    journal.close(empty=True)
+    assert not [*tmp_path.iterdir()]
+    assert opened == len([*Path("/proc/self/fd").iterdir()])
+
+
 async def test_thousands_of_calls_at_a_time_share_their_segments(tmp_path: Path) -> None:
     """What is set aside for the ends of those that run does not fill the journal by itself."""
     calls = [call(number) for number in range(1, 5001)]
