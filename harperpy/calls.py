@@ -214,8 +214,9 @@ class Call(msgspec.Struct, eq=False):
         stream = cast("Streams", candidate.backend).generate_stream(prompt, opts)
         batches = batches_of(stream)
         recorder.source = Source(batches)
-        if isinstance(stream, Batched) and stream.divert is not None:
-            self._flowing, self._recorder = stream.divert, recorder
+        # Those of an attempt that has failed lead nowhere.
+        self._flowing = stream.divert if isinstance(stream, Batched) else None
+        self._recorder = recorder
         return await anext(batches, None), batches, recorder
 
     def _blame(self, error: BaseException) -> None:

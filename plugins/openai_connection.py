@@ -43,7 +43,7 @@ class Ways(msgspec.Struct, eq=False):
     total: Waits
     idle: Waits
     rests: Deadlines
-    fast: set[Pace]
+    fast: dict[Pace, None]
     free: Callable[[Connection], None]
     gone: Callable[[Connection, bool], None]
 
@@ -303,7 +303,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _rested(self) -> None:
         self._resting = None
-        if not self.paused:
+        if not self.paused and not self.is_closing():
             self._transport.resume_reading()
 
     def _keep(self) -> None:

@@ -49,7 +49,7 @@ class Pool:
             total=Waits(timeouts.total),
             idle=Waits(timeouts.idle),
             rests=Deadlines(_REST_SECONDS),
-            fast=set(),
+            fast={},
             free=self._free.put if kept else Connection.abort,
             gone=self._forget,
         )

@@ -147,6 +147,16 @@ async def test_who_leaves_while_it_comes_fast_is_not_answered_on() -> None:
     assert [(False, "aborted")] * STREAMS == [(row["success"], row["error_code"]) for row in rows]
 
 
+def beside(others: int) -> dict[Pace, None]:
+    """So many streams that come fast, all of them read a second after the loop began."""
+    fast: dict[Pace, None] = {}
+    for _ in range(others):
+        pace = Pace(fast)
+        pace.last = 1.0
+        fast[pace] = None
+    return fast
+
+
 # When each read is, what it brings, and how long after it nothing is read beside 19 others.
 READS = {
     "as models speak": [(0.02, 300, 0.0), (0.04, 300, 0.0), (0.06, 300, 0.0), (0.08, 300, 0.0)],
@@ -162,7 +172,7 @@ def test_a_stream_rests_only_while_it_comes_fast_with_others(
 ) -> None:
     """Alone it never does; with any number of others no longer than a thirtieth of a second."""
     for others, most in ((0, 0.0), (19, 1.0), (10_000, 0.03)):
-        fast = {Pace(set()) for _ in range(others)}
+        fast = beside(others)
         pace = Pace(fast)
         rests = [pace.rest(now, size) for now, size, _ in reads]
         if others == 19:
@@ -170,3 +180,27 @@ def test_a_stream_rests_only_while_it_comes_fast_with_others(
         assert all(rest <= most for rest in rests)
         pace.end()
         assert others == len(fast)
+
+
+def test_a_stream_that_becomes_slow_rests_no_more() -> None:
+    """Although what comes in a rest is there at its end."""
+    pace = Pace(beside(60))
+    came = [1.0, 1.001, 1.002, *(1.02 + number / 50 for number in range(100))]
+    rests, free = list[float](), 0.0
+    while came:
+        now = max(free, came[0])
+        read = [moment for moment in came if moment <= now]
+        rests.append(pace.rest(now, 300 * len(read)))
+        free = now + rests[-1]
+        del came[: len(read)]
+    assert 10 < sum(rest > 0 for rest in rests) < 20
+    assert not any(rests[30:])
+
+
+def test_streams_that_fall_silent_let_the_others_go_on() -> None:
+    """Those that think, or wait for a tool, take no reads from one that comes fast."""
+    fast = beside(60)
+    pace = Pace(fast)
+    rests = [pace.rest(2 + number / 500, 300) for number in range(100)]
+    assert {pace: None} == fast
+    assert not any(rests[70:])

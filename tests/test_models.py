@@ -15,6 +15,7 @@ from harperpy import (
     Aborted,
     BackendError,
     BackendTimeout,
+    Batched,
     Body,
     Capability,
     CapabilityError,
@@ -1452,6 +1453,33 @@ async def test_what_a_reader_of_a_stream_raises_is_no_failure_of_the_backend(
         chunks.divert(broken)
         with pytest.raises(LibraryError):
             await anext(batches)
+
+
+async def test_a_stream_that_failed_is_not_asked_for_what_another_says() -> None:
+    """Where a backend falls back to one that gives its pieces by its iterator alone."""
+    asked: list[Any] = []
+
+    async def none() -> AsyncIterator[Any]:
+        if not asked:
+            raise BackendError
+        yield ()
+
+    class Diverting(ModelBackend):
+        """One that can give its pieces to a function."""
+
+        name = "first"
+
+        def generate_stream(self, prompt: Prompt, opts: GenerateOpts) -> AsyncIterator[Any]:
+            return Batched(none(), asked.append)
+
+    backends = {"first": Diverting(), "spare": fine()}
+    async with serving(backends=backends, first=["spare"]) as (server, _):
+        body = {**HELLO, "model": "first", "stream": True}
+        answer = await ask(server, "POST", "/v1/chat/completions", json=body)
+        rows = await server.rows()
+    assert "[DONE]" in answer.text
+    assert [] == asked
+    assert {"first": False, "spare": True} == {row["backend"]: row["success"] for row in rows}
 
 
 class Count(int):
