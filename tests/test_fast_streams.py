@@ -42,7 +42,7 @@ class Fast(Provider):
                 writer.write(HEAD)
                 for number, word in enumerate(WORDS):
                     writer.write(piece(text(word, number)))
-                    await asyncio.sleep(0.002)
+                    await asyncio.sleep(0.001)
                 if self.last is None:
                     await reader.read()
                 writer.write(self.last or b"")
@@ -115,8 +115,7 @@ async def test_what_comes_fast_on_many_streams_goes_on_together(
     for _, one in told:
         assert WORDS == words(one)
         assert one.endswith("data: [DONE]\n\n")
-    # On a machine that has more to do some come too late to be fast.
-    assert sum(parts for parts, _ in told) < len(told) * EVENTS * 0.85
+    assert sum(parts for parts, _ in told) < len(told) * EVENTS / 2
     counted = {(row["success"], row["finish_reason"], row["completion_tokens"]) for row in rows}
     assert {(True, "stop", rows[0]["completion_tokens"])} == counted
     assert 2 * STREAMS == len(rows)

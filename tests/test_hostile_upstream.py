@@ -13,7 +13,18 @@ import pytest
 from harperpy import Body, Context, RequestTarget, Resource
 from harperpy.testing import RunningServer, running
 from helpers import HELLO, Answered, ask, provider, uncollected, until
-from raw_provider import HEAD, OK, Provider, Send, certificate, connections, piece, said, sized
+from raw_provider import (
+    HEAD,
+    OK,
+    Provider,
+    Send,
+    certificate,
+    connections,
+    event,
+    piece,
+    said,
+    sized,
+)
 
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 
@@ -372,8 +383,7 @@ async def test_a_stream_that_nobody_reads_is_not_read_on() -> None:
     ended = asyncio.Event()
 
     async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        event: Any = {"choices": [{"index": 0, "delta": {"content": "x" * 1000}}]}
-        data = piece(b"data: " + msgspec.json.encode(event) + b"\n\n")
+        data = piece(event({"choices": [{"index": 0, "delta": {"content": "x" * 1000}}]}))
         writer.write(HEAD)
         try:
             while True:
