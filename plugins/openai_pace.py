@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-# So many reads in a row, each so soon after the one before, are those of a fast stream.
+# So many reads in a row, each so soon after the one before, are those of a fast stream, ...
 _READS = 2
 _NEAR_SECONDS = 0.004
+# ... or a little later where it brings as much as that, as a loop with much to do reads late.
+_BYTES_PER_SECOND = 256 << 10
+# One of so much, which is several events, is enough.
+_MUCH_BYTES = 2 << 10
 # All fast streams together are read so often in a second, ...
 _READS_PER_SECOND = 1500
 # ... and each so often at least that nobody who reads the text sees it stop.
@@ -40,13 +44,13 @@ class Pace:
 
         The next read counts from the end of that.
         """
-        soon = now - self.last < _NEAR_SECONDS
+        soon = now - self.last < _NEAR_SECONDS + size / _BYTES_PER_SECOND
         self.last = now
         if not soon:
             self.end()
             return 0.0
         self._near += 1
-        if self._near < _READS:
+        if self._near < _READS and size < _MUCH_BYTES:
             return 0.0
         self._join(now)
         seconds = len(self._fast) / _READS_PER_SECOND
