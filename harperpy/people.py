@@ -84,7 +84,15 @@ class People:
         tenant: str = "default",
         may: May | None = None,
     ) -> None:
-        """Add a user. Raises `Conflict` for a taken name, `NotFound` for an unknown role."""
+        """Add a user.
+
+        Raises `ClientError` for a name nobody can log in by, `Conflict` for a taken one, `NotFound`
+        for an unknown role.
+        """
+        # By another one nobody can log in (RFC 7617), or read who did.
+        if ":" in username or not username.isprintable():
+            message = "username: expected printable characters, and no colon"
+            raise ClientError(message, param="username")
         hashed = await self._hash(password)
         deed = Deed(hdb_user)
 
